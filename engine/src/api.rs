@@ -1,0 +1,225 @@
+//! The words of the engine's interface: requests, replies, identities. Values only.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pegaflow_tiers::{BlockKey, DeviceMemory, GroupGeometry, NamespaceDescriptor};
+use serde::Serialize;
+
+/// Names one running inference engine; its workers register under it, its scheduler looks up under it.
+/// vLLM's `kv_transfer_config.engine_id` with the data-parallel rank. At most 256 bytes of UTF-8.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct InstanceId(pub Arc<str>);
+
+impl fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One connected client: a scheduler or a worker. Its end frees all it held, after its copies have ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u64);
+
+/// A promise that looked-up blocks stay readable until its time is over or it is consumed. Unguessable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LeaseId(pub u128);
+
+/// A load or a save in flight, chosen by the client, unique in its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OperationId(pub u64);
+
+/// What a worker says of itself when it registers.
+#[derive(Debug, Clone)]
+pub struct InstanceSpec {
+    /// The inference engine that it belongs to.
+    pub instance: InstanceId,
+    /// The identity of its bytes; equal for all workers of an instance.
+    pub namespace: NamespaceDescriptor,
+    /// The groups; equal for all workers of an instance. At least one, at most 64.
+    pub groups: Vec<GroupGeometry>,
+    /// Which shard this worker holds.
+    pub shard: u16,
+}
+
+/// Asks for the longest prefix that is there.
+#[derive(Debug, Clone)]
+pub struct LookupRequest {
+    /// Whose namespace to look in.
+    pub instance: InstanceId,
+    /// The group.
+    pub group: u16,
+    /// The keys, in the order of the chain. At most 65,536.
+    pub keys: Vec<BlockKey>,
+    /// How long the lease on what was found is to last; `None` takes no lease. At most 10 minutes.
+    pub lease: Option<Duration>,
+    /// The name of the asker's request. A lookup repeated with the same tag replaces the earlier lease: lookups are
+    /// idempotent.
+    pub tag: u64,
+}
+
+/// Where a block was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HitTier {
+    /// In DRAM: verified, ready to copy.
+    Dram,
+    /// On the drive: to be read and verified first; that may fail.
+    Nvme,
+}
+
+/// What a lookup found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct LookupReply {
+    /// How many keys from the first on were found in all shards.
+    pub hit_blocks: u32,
+    /// How many of those are in DRAM in all shards.
+    pub dram_blocks: u32,
+    /// The lease on them, if one was asked for and something was found.
+    #[serde(skip)]
+    pub lease: Option<LeaseId>,
+}
+
+/// One block of a load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadBlock {
+    /// Its place among the keys of the lookup that took the lease.
+    pub index: u32,
+    /// The block of the device's memory that it goes to.
+    pub block: u32,
+}
+
+/// Copies leased blocks into a device's memory.
+#[derive(Clone)]
+pub struct LoadRequest {
+    /// The session that asks.
+    pub session: SessionId,
+    /// Its name for this load.
+    pub operation: OperationId,
+    /// The lease; this shard's share of it is consumed.
+    pub lease: LeaseId,
+    /// Which shard to load.
+    pub shard: u16,
+    /// Where to.
+    pub memory: Arc<dyn DeviceMemory>,
+    /// Which blocks. At most 65,536.
+    pub blocks: Vec<LoadBlock>,
+}
+
+/// How a load ended. No copy of it can write any more.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LoadOutcome {
+    /// Blocks that are in the device's memory, bit for bit as they were saved.
+    pub loaded_dram: u32,
+    /// The same, read from the drive.
+    pub loaded_nvme: u32,
+    /// Device blocks that do not hold what was asked for; they are to be recomputed.
+    pub failed: Vec<u32>,
+}
+
+/// One block of a save.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockSave {
+    /// Its key.
+    pub key: BlockKey,
+    /// The key before it; [`BlockKey::ROOT`] for a first block.
+    pub parent: BlockKey,
+    /// Its place in the chain, from 0.
+    pub depth: u32,
+    /// The block of the device's memory that holds it.
+    pub block: u32,
+}
+
+/// Copies blocks out of a device's memory.
+#[derive(Clone)]
+pub struct SaveRequest {
+    /// The session that asks.
+    pub session: SessionId,
+    /// Its name for this save.
+    pub operation: OperationId,
+    /// Whose namespace.
+    pub instance: InstanceId,
+    /// The group.
+    pub group: u16,
+    /// The shard.
+    pub shard: u16,
+    /// Where from.
+    pub memory: Arc<dyn DeviceMemory>,
+    /// Which blocks, ancestors first. At most 65,536.
+    pub blocks: Vec<BlockSave>,
+}
+
+/// How a save ended. The device's blocks may be reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SaveOutcome {
+    /// Blocks that are now visible to lookups.
+    pub saved: u32,
+    /// Blocks that were there already.
+    pub present: u32,
+    /// Blocks that were dropped, for want of room or of an ancestor. Never an error.
+    pub dropped: u32,
+}
+
+/// A snapshot of counters and gauges. Counters are since open.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Stats {
+    /// Bytes of DRAM for blocks.
+    pub dram_capacity_bytes: u64,
+    /// Bytes of slots in use.
+    pub dram_used_bytes: u64,
+    /// Bytes not yet durable.
+    pub dram_dirty_bytes: u64,
+    /// Blocks in DRAM.
+    pub dram_blocks: u64,
+    /// Bytes of the store's regions; 0 without a store.
+    pub nvme_capacity_bytes: u64,
+    /// Bytes of regions in use.
+    pub nvme_used_bytes: u64,
+    /// Records found by lookups.
+    pub nvme_records: u64,
+    /// Bytes of memory that the in-memory index takes.
+    pub index_bytes: u64,
+    /// The I/O engine: `io_uring`, `psync` or `none`.
+    pub io_engine: String,
+    /// Whether the store takes no more writes after a failure.
+    pub nvme_poisoned: bool,
+    /// Open sessions.
+    pub sessions: u64,
+    /// Registered instances.
+    pub instances: u64,
+    /// Live leases.
+    pub leases: u64,
+    /// Loads and saves in flight.
+    pub operations: u64,
+    /// Blocks asked for in lookups.
+    pub lookup_blocks: u64,
+    /// Blocks found in lookups.
+    pub lookup_hit_blocks: u64,
+    /// Blocks loaded out of DRAM.
+    pub loaded_dram_blocks: u64,
+    /// Blocks loaded from the drive.
+    pub loaded_nvme_blocks: u64,
+    /// Blocks whose load failed.
+    pub load_failed_blocks: u64,
+    /// Blocks saved.
+    pub saved_blocks: u64,
+    /// Blocks whose save found them present.
+    pub save_present_blocks: u64,
+    /// Blocks whose save was dropped for want of DRAM or of queue.
+    pub save_dropped_blocks: u64,
+    /// Blocks whose save was dropped because an ancestor is missing.
+    pub save_orphan_blocks: u64,
+    /// Blocks evicted from DRAM.
+    pub dram_evicted_blocks: u64,
+    /// Records made durable.
+    pub durable_records: u64,
+    /// Records whose write failed.
+    pub write_failed_records: u64,
+    /// Reads that failed their checks and were taken out of the index.
+    pub quarantined_records: u64,
+    /// Regions reclaimed.
+    pub reclaimed_regions: u64,
+    /// Records found by the scan at open that the index did not know.
+    pub recovered_records: u64,
+}

@@ -1,0 +1,312 @@
+//! The engine's configuration: plain fields, each with unit, default and limit, checked all at once.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use pegaflow_tiers::{Error, ErrorKind, Result};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A number of bytes that people write as `64GiB`, `512 MiB`, `1.5GB` or a plain number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct ByteSize(pub u64);
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+const GIB: u64 = 1024 * MIB;
+const TIB: u64 = 1024 * GIB;
+
+impl ByteSize {
+    /// `n` times 1024^2 bytes.
+    pub const fn mib(n: u64) -> Self {
+        Self(n * MIB)
+    }
+
+    /// `n` times 1024^3 bytes.
+    pub const fn gib(n: u64) -> Self {
+        Self(n * GIB)
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = || {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("'{text}' is not a size; write for example 64GiB, 512MiB, 1.5GB or 1048576"),
+            )
+        };
+        let trimmed = text.trim();
+        let split = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.' || c == '_')).unwrap_or(trimmed.len());
+        let (number, unit) = trimmed.split_at(split);
+        let factor = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "k" | "kib" => KIB,
+            "m" | "mib" => MIB,
+            "g" | "gib" => GIB,
+            "t" | "tib" => TIB,
+            "kb" => 1000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            "tb" => 1_000_000_000_000,
+            _ => return Err(bad()),
+        };
+        let number = number.replace('_', "");
+        if let Ok(whole) = number.parse::<u64>() {
+            return whole.checked_mul(factor).map(Self).ok_or_else(bad);
+        }
+        let value = number.parse::<f64>().map_err(|_| bad())? * factor as f64;
+        if !value.is_finite() || value < 0.0 || value >= u64::MAX as f64 {
+            return Err(bad());
+        }
+        Ok(Self(value as u64))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (unit, name) in [(TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
+            if self.0 >= unit {
+                return if self.0.is_multiple_of(unit) {
+                    write!(f, "{} {name}", self.0 / unit)
+                } else {
+                    write!(f, "{:.2} {name}", self.0 as f64 / unit as f64)
+                };
+            }
+        }
+        write!(f, "{} B", self.0)
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Size {
+            Number(u64),
+            Text(String),
+        }
+        match Size::deserialize(deserializer)? {
+            Size::Number(bytes) => Ok(Self(bytes)),
+            Size::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// Which I/O engine the store uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IoEngineChoice {
+    /// io_uring if a probe finds it working, else pread/pwrite with one line that says why.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// pread/pwrite on a few threads.
+    Psync,
+}
+
+/// The store on a drive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NvmeConfig {
+    /// The store's directory, created if missing. On ext4 or XFS. No default.
+    pub path: PathBuf,
+    /// Bytes of the region file, taken from the file system at once. Default: 16 GiB. Minimum: 4 regions.
+    #[serde(default = "default_nvme_capacity")]
+    pub capacity: ByteSize,
+    /// Bytes of one region, the unit of reclaiming; fixed when the store is made. A multiple of 1 MiB, at least 4 MiB,
+    /// at most 4 GiB. Default: 1/64 of the capacity, within 16 MiB to 256 MiB.
+    #[serde(default)]
+    pub region: Option<ByteSize>,
+    /// The I/O engine. Default: auto.
+    #[serde(default)]
+    pub io_engine: IoEngineChoice,
+    /// Operations in flight on the drive. Default: 64. Limits: 1 to 1024.
+    #[serde(default = "default_queue_depth")]
+    pub queue_depth: u32,
+}
+
+fn default_nvme_capacity() -> ByteSize {
+    ByteSize::gib(16)
+}
+
+fn default_queue_depth() -> u32 {
+    64
+}
+
+impl NvmeConfig {
+    /// A store at `path` with `capacity`, everything else by default.
+    pub fn new(path: impl Into<PathBuf>, capacity: ByteSize) -> Self {
+        Self {
+            path: path.into(),
+            capacity,
+            region: None,
+            io_engine: IoEngineChoice::Auto,
+            queue_depth: default_queue_depth(),
+        }
+    }
+
+    /// The region size: the one given, or the default for the capacity.
+    pub fn region_bytes(&self) -> u64 {
+        self.region.map_or_else(|| (self.capacity.0 / 64 / MIB * MIB).clamp(16 * MIB, 256 * MIB), |region| region.0)
+    }
+}
+
+/// The engine's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Bytes of DRAM for blocks, taken and touched at start. Default: 4 GiB. Minimum: 16 MiB.
+    #[serde(default = "default_dram")]
+    pub dram: ByteSize,
+    /// Ask for 2 MiB pages; without them 4 KiB pages are used, with one line that says so. Default: false.
+    #[serde(default)]
+    pub huge_pages: bool,
+    /// The store; without it blocks live in DRAM only. Default: none.
+    #[serde(default)]
+    pub nvme: Option<NvmeConfig>,
+    /// Threads that load. Default: 4. Limits: 1 to 64.
+    #[serde(default = "default_load_threads")]
+    pub load_threads: u32,
+    /// Threads that save. Default: 2. Limits: 1 to 64.
+    #[serde(default = "default_save_threads")]
+    pub save_threads: u32,
+    /// Operations waiting for a thread, loads and saves each; more are dropped and counted. Default: 1024. Limits: 1 to 65,536.
+    #[serde(default = "default_queue_operations")]
+    pub queue_operations: u32,
+    /// The longest wait for one load's reads and copies, in milliseconds. Default: 30,000. Limits: 100 to 600,000.
+    #[serde(default = "default_load_timeout_ms")]
+    pub load_timeout_ms: u64,
+    /// How long after its write a block is durable at the latest, in milliseconds. Default: 1,000. Limits: 1 to 60,000.
+    #[serde(default = "default_commit_interval_ms")]
+    pub commit_interval_ms: u64,
+}
+
+fn default_dram() -> ByteSize {
+    ByteSize::gib(4)
+}
+fn default_load_threads() -> u32 {
+    4
+}
+fn default_save_threads() -> u32 {
+    2
+}
+fn default_queue_operations() -> u32 {
+    1024
+}
+fn default_load_timeout_ms() -> u64 {
+    30_000
+}
+fn default_commit_interval_ms() -> u64 {
+    1_000
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            dram: default_dram(),
+            huge_pages: false,
+            nvme: None,
+            load_threads: default_load_threads(),
+            save_threads: default_save_threads(),
+            queue_operations: default_queue_operations(),
+            load_timeout_ms: default_load_timeout_ms(),
+            commit_interval_ms: default_commit_interval_ms(),
+        }
+    }
+}
+
+impl EngineConfig {
+    /// The longest wait for one load.
+    pub fn load_timeout(&self) -> Duration {
+        Duration::from_millis(self.load_timeout_ms)
+    }
+
+    /// Checks every field against its limits.
+    ///
+    /// # Errors
+    /// `InvalidInput` that names all problems at once, each with value, limit and remedy.
+    pub fn validate(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, problem: String| {
+            if !ok {
+                problems.push(problem);
+            }
+        };
+        check(self.dram.0 >= 16 * MIB, format!("dram is {}; give at least 16 MiB", self.dram));
+        let within = |name: &str, value: u64, min: u64, max: u64| {
+            (value >= min && value <= max, format!("{name} is {value}; give {min} to {max}"))
+        };
+        for (ok, problem) in [
+            within("load_threads", self.load_threads.into(), 1, 64),
+            within("save_threads", self.save_threads.into(), 1, 64),
+            within("queue_operations", self.queue_operations.into(), 1, 65_536),
+            within("load_timeout_ms", self.load_timeout_ms, 100, 600_000),
+            within("commit_interval_ms", self.commit_interval_ms, 1, 60_000),
+        ] {
+            check(ok, problem);
+        }
+        if let Some(nvme) = &self.nvme {
+            let region = nvme.region_bytes();
+            check(!nvme.path.as_os_str().is_empty(), "nvme.path is empty; give a directory".into());
+            check(
+                region.is_multiple_of(MIB) && (4 * MIB..=4 * GIB).contains(&region),
+                format!("nvme.region is {}; give a multiple of 1 MiB from 4 MiB to 4 GiB", ByteSize(region)),
+            );
+            check(
+                nvme.capacity.0 >= region.saturating_mul(4),
+                format!(
+                    "nvme.capacity is {}, less than four regions of {}; give at least {}",
+                    nvme.capacity,
+                    ByteSize(region),
+                    ByteSize(region.saturating_mul(4))
+                ),
+            );
+            let (ok, problem) = within("nvme.queue_depth", nvme.queue_depth.into(), 1, 1024);
+            check(ok, problem);
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        let read = |text: &str| text.parse::<ByteSize>().ok().map(|size| size.0);
+        assert_eq!(read("64GiB"), Some(64 * GIB));
+        assert_eq!(read("512 MiB"), Some(512 * MIB));
+        assert_eq!(read("1.5GB"), Some(1_500_000_000));
+        assert_eq!(read("1_048_576"), Some(MIB));
+        for bad in ["", "GiB", "-1", "5 parsecs", "99999999TiB", "1e3"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn validate_names_all_problems_at_once() {
+        let config = EngineConfig {
+            dram: ByteSize::mib(1),
+            load_threads: 0,
+            nvme: Some(NvmeConfig { region: Some(ByteSize(5)), ..NvmeConfig::new("", ByteSize::mib(1)) }),
+            ..EngineConfig::default()
+        };
+        let message = config.validate().map_err(|error| error.to_string()).expect_err("refused");
+        for part in ["dram", "load_threads", "nvme.path", "nvme.region"] {
+            assert!(message.contains(part), "{part} not in {message}");
+        }
+        assert!(EngineConfig::default().validate().is_ok());
+    }
+}

@@ -1,0 +1,11 @@
+//! What moves when: lookup, save, load, leases and eviction of KV-cache blocks over the tiers below.
+//! Policy lives here; no file is opened and no device is called here but through `pegaflow_tiers`.
+//! The same [`Engine`] runs embedded in vLLM's process and behind the server.
+#![deny(unsafe_code)]
+
+mod api;
+mod config;
+mod engine;
+mod prelude;
+
+pub use prelude::*;

@@ -1,0 +1,161 @@
+//! The host-memory device: vLLM on CPU, shared memory of a worker, and every test. A copy is a `memcpy`, done on the
+//! calling thread; a batch has ended when it is returned.
+#![expect(unsafe_code, reason = "copies between registered memories and arena slots")]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory};
+use crate::block::MemoryLayout;
+use crate::dram::HEADER_BYTES;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Host memory that somebody else allocated, kept alive by `owner`.
+pub struct HostMemory {
+    start: NonNull<u8>,
+    layout: MemoryLayout,
+    _owner: Box<dyn std::any::Any + Send + Sync>,
+}
+
+// SAFETY: `HostMemory::new` requires memory that any thread may use as long as the owner lives.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// Describes `bytes` bytes of memory at `start`.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the layout was made for a larger memory.
+    ///
+    /// # Safety
+    /// The memory is readable and writable for as long as `owner` lives, and whoever writes a block at the same time as
+    /// a copy of it accepts torn bytes: a worker that does so harms only itself, because bytes are copied into private
+    /// memory before they are checksummed.
+    pub unsafe fn new(
+        start: NonNull<u8>,
+        bytes: u64,
+        fragments: Vec<crate::block::Fragment>,
+        blocks: u32,
+        owner: Box<dyn std::any::Any + Send + Sync>,
+    ) -> Result<Self> {
+        Ok(Self { start, layout: MemoryLayout::new(fragments, blocks, bytes)?, _owner: owner })
+    }
+
+    fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
+        let outside = || {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("block {} is outside the registered {}", copy.block, self.layout.blocks()),
+            )
+        };
+        let fragments = self.layout.fragments_of(copy.block).ok_or_else(outside)?;
+        let mut at = HEADER_BYTES;
+        for (offset, bytes) in fragments {
+            let (offset, bytes) = (offset as usize, bytes as usize);
+            // SAFETY: `MemoryLayout` has checked that the fragment lies in the memory, `HostDevice::copy` that the slot
+            // is large enough; the slot and the owner of the memory are held by the caller during this call. The two do
+            // not overlap: a slot lies in the arena's own mapping.
+            unsafe {
+                let device = self.start.as_ptr().add(offset);
+                let slot = copy.slot.as_ptr().as_ptr().add(at);
+                match direction {
+                    CopyDirection::ToSlots => std::ptr::copy_nonoverlapping(device, slot, bytes),
+                    CopyDirection::ToDevice => std::ptr::copy_nonoverlapping(slot, device, bytes),
+                }
+            }
+            at += bytes;
+        }
+        Ok(())
+    }
+}
+
+impl DeviceMemory for HostMemory {
+    fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    fn as_host(&self) -> Option<&HostMemory> {
+        Some(self)
+    }
+}
+
+/// The host backend.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HostDevice;
+
+struct Ended;
+
+impl CopyBatch for Ended {
+    fn wait(&mut self, _deadline: Instant) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Device for HostDevice {
+    fn name(&self) -> &'static str {
+        "host"
+    }
+
+    fn copy(
+        &self,
+        memory: &Arc<dyn DeviceMemory>,
+        direction: CopyDirection,
+        copies: Vec<BlockCopy>,
+    ) -> Result<Box<dyn CopyBatch>> {
+        let layout = memory.layout();
+        let host = memory
+            .as_host()
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the host device cannot copy a GPU's memory"))?;
+        for copy in &copies {
+            if copy.block >= layout.blocks() || (copy.slot.payload_bytes() as u64) < layout.block_bytes() {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!(
+                        "block {} of {} bytes does not fit: the memory has {} blocks, the slot {} bytes",
+                        copy.block,
+                        layout.block_bytes(),
+                        layout.blocks(),
+                        copy.slot.payload_bytes()
+                    ),
+                ));
+            }
+        }
+        copies.iter().try_for_each(|copy| host.copy_block(direction, copy))?;
+        Ok(Box::new(Ended))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Fragment;
+    use crate::dram::{Arena, ArenaConfig};
+
+    #[test]
+    fn a_block_in_fragments_comes_back_bit_for_bit() {
+        let mut bytes: Vec<u8> = (0..4096u32).map(|i| (i * 7 % 251) as u8).collect();
+        let original = bytes.clone();
+        let fragments =
+            vec![Fragment { offset: 0, stride: 64, bytes: 64 }, Fragment { offset: 2048, stride: 128, bytes: 32 }];
+        let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
+        // SAFETY: `bytes` outlives the memory and is not touched while copies run.
+        let memory = unsafe { HostMemory::new(start, 4096, fragments, 16, Box::new(())) }.expect("fits");
+        let memory: Arc<dyn DeviceMemory> = Arc::new(memory);
+        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
+        let slot = Arc::new(arena.alloc(96).expect("room"));
+        let copy = |direction, block| {
+            HostDevice
+                .copy(&memory, direction, vec![BlockCopy { block, slot: Arc::clone(&slot) }])
+                .map(|_| ())
+                .map_err(|e| e.kind())
+        };
+        copy(CopyDirection::ToSlots, 3).expect("in range");
+        copy(CopyDirection::ToDevice, 5).expect("in range");
+        assert_eq!(copy(CopyDirection::ToDevice, 16), Err(ErrorKind::InvalidInput));
+        assert_eq!(bytes[5 * 64..6 * 64], original[3 * 64..4 * 64]);
+        assert_eq!(bytes[2048 + 5 * 128..2048 + 5 * 128 + 32], original[2048 + 3 * 128..2048 + 3 * 128 + 32]);
+        assert_eq!(bytes[..5 * 64], original[..5 * 64]);
+    }
+}

@@ -1,0 +1,82 @@
+//! The one seam through which bytes reach a drive. Engines (io_uring, pread/pwrite) and wrappers (faults) stand
+//! behind [`BlockIo`]. A request owns its buffer until its completion runs: dropping whoever asked for it never
+//! frees memory that the kernel may still write.
+
+mod buffer;
+
+pub use buffer::IoBuffer;
+
+use crate::error::{Error, Result};
+
+/// A file opened for an engine, by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileId(pub u32);
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum IoKind {
+    /// Fill the buffer from the file.
+    Read,
+    /// Write the buffer to the file.
+    Write,
+    /// `fdatasync`: what was completed before is on the medium afterwards. Has no buffer.
+    Sync,
+}
+
+/// Who waits for it. Demand reads go before prefetch reads, those before writes; none is starved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum IoPriority {
+    /// A request of a user waits.
+    Demand,
+    /// Somebody may want it soon.
+    Prefetch,
+    /// Spill and sync.
+    Write,
+}
+
+/// Called exactly once for every accepted request, on a thread of the engine: must be short and must not block.
+pub type IoDone = Box<dyn FnOnce(IoCompletion) + Send>;
+
+/// One operation. Offset, address and length are multiples of the alignment of the file (4096 always fits).
+pub struct IoRequest {
+    /// The file.
+    pub file: FileId,
+    /// What to do.
+    pub kind: IoKind,
+    /// Where in the file, in bytes.
+    pub offset: u64,
+    /// The bytes; `None` for [`IoKind::Sync`].
+    pub buffer: Option<IoBuffer>,
+    /// Who waits.
+    pub priority: IoPriority,
+    /// What to call at the end.
+    pub done: IoDone,
+}
+
+/// How an operation ended.
+pub struct IoCompletion {
+    /// The buffer of the request, on success and on failure.
+    pub buffer: Option<IoBuffer>,
+    /// `Ok` only if every byte was transferred: short transfers are continued inside the engine, and a read that
+    /// meets the end of the file is an error.
+    pub result: Result<()>,
+}
+
+/// An I/O engine.
+pub trait BlockIo: Send + Sync {
+    /// Its name in logs and metrics: `io_uring` or `psync`.
+    fn name(&self) -> &'static str;
+
+    /// The most operations in flight on the drive.
+    fn depth(&self) -> usize;
+
+    /// Queues a request. Never waits for the drive.
+    ///
+    /// # Errors
+    /// The request itself comes back, with `Busy` when the bounded queue is full and `Closed` after
+    /// [`BlockIo::close`]; its `done` was not and will not be called by the engine.
+    fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)>;
+
+    /// Ends the engine: what is queued completes with `Closed`, what is in flight is waited for.
+    fn close(&self);
+}

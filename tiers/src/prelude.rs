@@ -1,0 +1,10 @@
+//! The whole public API of the crate, on one screen.
+
+pub use crate::block::{
+    BlockKey, Fragment, GroupGeometry, KEY_CHAIN_VERSION, KeyChain, MemoryLayout, NamespaceDescriptor, NamespaceHandle,
+    NamespaceId, RecordId, RecordKind,
+};
+pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
+pub use crate::error::{Error, ErrorKind, Result};
+pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
+pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
