@@ -6,5 +6,7 @@ pub use crate::block::{
 };
 pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
-pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
+pub use crate::gpu::{
+    BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory, RangeFragment,
+};
 pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
