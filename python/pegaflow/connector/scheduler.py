@@ -84,7 +84,7 @@ class Tracked:
     @property
     def request_id(self) -> str:
         """vLLM's name for it."""
-        return self.request.request_id
+        return str(self.request.request_id)
 
 
 class PegaScheduler:

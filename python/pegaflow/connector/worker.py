@@ -323,8 +323,10 @@ class PegaWorker:
         """Tests only: spoils loaded blocks, so that a check of the tokens can fail."""
         flipped = bytes(byte ^ 0x80 for byte in range(256))
         geometry = self._geometry
-        for block in blocks if geometry is not None else ():
-            for range_, offset, stride, length in geometry.fragments if geometry is not None else ():
+        if geometry is None:
+            return
+        for block in blocks:
+            for range_, offset, stride, length in geometry.fragments:
                 address = geometry.ranges[range_][0] + offset + block * stride
                 ctypes.memmove(address, ctypes.string_at(address, length).translate(flipped), length)
         logger.error("PegaFlow: spoiled %d loaded blocks on purpose (%s=1)", len(blocks), FLIP_ENV)

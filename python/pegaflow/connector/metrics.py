@@ -25,6 +25,8 @@ _COUNTERS: dict[str, tuple[str | None, str]] = {
 class PegaStats(KVConnectorStats):
     """Counts since they were last taken."""
 
+    data: dict[str, int]
+
     def count(self, name: str, amount: int = 1) -> None:
         """Adds to a counter: `NAME` or `NAME:LABEL`."""
         if amount:

@@ -44,8 +44,8 @@ _HAS_HIT_SOURCES: Final = VERSION >= (0, 32)
 """0.32 on: vLLM asks from which tier a hit comes."""
 
 _HAS_LAYOUT_STRIDES: Final = VERSION >= (0, 29)
-"""0.29 on: `KVCacheTensor` has `layers`, `layer_stride` and `block_stride`. Before: `shared_by`, and a `block_stride` of
-0 for one contiguous tensor a layer."""
+"""0.29 on: `KVCacheTensor` has `layers`, `layer_stride` and `block_stride`. Before: `shared_by`, and a `block_stride`
+of 0 for one contiguous tensor a layer."""
 
 if HAS_TRANSFER_RESULTS:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -89,7 +89,7 @@ def preempted_requests(output: SchedulerOutput) -> set[str]:
 
 
 def is_resumable(request: Request) -> bool:
-    """Whether a request may get other tokens than it has now: a streaming session replaces some of them. All versions."""
+    """Whether a request's tokens may change: a streaming session replaces some of them. All versions."""
     return bool(request.resumable)
 
 
@@ -146,7 +146,7 @@ def _tagged(keys: tuple[Any, ...], request: Request) -> list[tuple[str, bytes]]:
 
 
 def _untagged(keys: tuple[Any, ...], request: Request) -> list[tuple[str, bytes]]:
-    """0.26 to 0.30: the LoRA name first, (identifier, offset) of multimodal items, the salt, the digest of embeddings."""
+    """0.26 to 0.30: LoRA name, (identifier, offset) of multimodal items, salt, digest of embeddings, in this order."""
     fields = []
     rest = list(keys)
     if request.lora_request is not None and rest and rest[0] == request.lora_request.lora_name:
@@ -209,7 +209,8 @@ def group_problem(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     specs = spec.kv_cache_specs.values() if type(spec).__name__ == "UniformTypeKVCacheSpecs" else [spec]
     kinds = {type(one).__name__ for one in specs}
     if not kinds <= set(_WHOLE_BLOCK_SPECS):
-        return f"the model's KV cache is of kind {', '.join(sorted(kinds))}; {' and '.join(_WHOLE_BLOCK_SPECS)} are supported"
+        supported = " and ".join(_WHOLE_BLOCK_SPECS)
+        return f"the model's KV cache is of kind {', '.join(sorted(kinds))}; {supported} are supported"
     parallel = vllm_config.parallel_config
     shape = {
         "decode context parallel": parallel.decode_context_parallel_size,
@@ -286,7 +287,7 @@ def layout_of_layers(vllm_config: VllmConfig, kv_caches: Mapping[str, torch.Tens
 
 
 def kv_scales_problem(vllm_config: VllmConfig) -> str | None:
-    """Why the scales of a quantized KV cache have no stable identity. `calculate_kv_scales` is gone in later versions."""
+    """Why the scales of a quantized KV cache have no stable identity. Later than 0.26 nothing calculates them."""
     cache = vllm_config.cache_config
     if str(cache.cache_dtype) != "auto" and getattr(cache, "calculate_kv_scales", False):
         return "calculate_kv_scales takes the scales from the first requests, so they differ from run to run"

@@ -42,8 +42,8 @@ class ConnectorConfig:
     nvme: str | int | None = "16GiB"
     """Size of the store on the drive; `null` keeps blocks in memory only. Embedded only."""
     load_policy: LoadPolicy = "auto"
-    """Whether to load what is found: `always`, `never` (blocks are still saved), or `auto`, which means `always` in this
-    version."""
+    """Whether to load what is found: `always`, `never` (blocks are still saved), or `auto`, which means `always` in
+    this version."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     min_blocks: int = 1
