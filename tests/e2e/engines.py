@@ -1,4 +1,4 @@
-"""The two ways in which the story talks to vLLM: its offline class in a child process, and its OpenAI server with streaming."""
+"""The two ways in which the story talks to vLLM: its offline class in a child process, its OpenAI server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers to prompts sent at one moment; what vLLM counted meanwhile: tokens computed, from the GPU, from outside."""
+    """The answers to prompts sent at one moment, and vLLM's count of tokens: computed, from its cache, from outside."""
 
     answers: tuple[Answer, ...]
     computed_tokens: int
@@ -60,6 +60,7 @@ class VllmSettings:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_COLOR": "0",
+            "VLLM_CACHE_ROOT": str(self.model.parent / "vllm-cache"),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -160,6 +161,7 @@ class OfflineEngine:
         return value
 
     def ask(self, prompts: Sequence[Prompt]) -> Reply:
+        """See `Engine`."""
         requests = [{"tokens": prompt.tokens, "max_tokens": prompt.max_tokens} for prompt in prompts]
         stdin = self.process.popen.stdin
         if stdin is None:
@@ -180,8 +182,15 @@ class HttpEngine:
         self._port = free_port()
         self._model = str(settings.model)
         self._counted = _Counted()
-        # Not `vllm serve`: that command asks for the metadata of a package `vllm`, and the CPU build is called `vllm-cpu`.
-        command: list[str | Path] = [settings.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self._model]
+        # Not `vllm serve`: that command asks for the metadata of a package `vllm`, and the CPU build is called
+        # `vllm-cpu`.
+        command: list[str | Path] = [
+            settings.python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            self._model,
+        ]
         command += ["--host", "127.0.0.1", "--port", str(self._port), "--enable-prompt-tokens-details"]
         for argument, value in settings.engine_arguments().items():
             option = "--" + argument.replace("_", "-")
@@ -268,6 +277,7 @@ class HttpEngine:
             connection.close()
 
     def ask(self, prompts: Sequence[Prompt]) -> Reply:
+        """See `Engine`."""
         with ThreadPoolExecutor(max_workers=len(prompts)) as senders:
             answers = list(senders.map(self._stream, prompts))
         return self._counted.reply(answers, self._tokens_by_source())

@@ -1,7 +1,8 @@
 """Makes a tiny Llama that is good for one thing: a wrong byte in its KV cache changes the tokens that it says.
 
-Its weights are random but of real size (a model with near-zero weights says the same whatever the cache holds), drawn from
-a fixed seed, so every run makes the same model. The tokenizer is byte-level without merges: one byte is one token.
+Its weights are random but of real size (a model with near-zero weights says the same whatever the cache holds),
+drawn from a fixed seed, so every run makes the same model. The tokenizer is byte-level without merges: one byte is
+one token.
 
 usage: model.py FOLDER        (in an environment with torch, safetensors and tokenizers)
 """

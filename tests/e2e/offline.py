@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, asked through pipes: the offline `LLM` class, its engine core a process again.
+"""One vLLM in a process of its own, asked through pipes: the offline `LLM` class, its engine core a process again.
 
 Lines of JSON come in on standard input and go out on the descriptor given; standard output is the log. It ends when its
 input ends; the harness usually kills it before.
@@ -12,10 +12,11 @@ import json
 import os
 import sys
 import time
-from typing import Any
+
+from vllm import LLM, SamplingParams
 
 
-def tokens_by_source(llm: Any) -> dict[str, int]:
+def tokens_by_source(llm: LLM) -> dict[str, int]:
     """vLLM's own count of prompt tokens since start: computed, found in its cache, got from a connector."""
     counts: dict[str, int] = {}
     for metric in llm.get_metrics():
@@ -26,8 +27,7 @@ def tokens_by_source(llm: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
-
+    """Loads the model, says so, and answers until the input ends."""
     settings = json.loads(sys.argv[1])
     with os.fdopen(int(sys.argv[2]), "w", buffering=1) as replies:
         started = time.monotonic()
@@ -37,7 +37,8 @@ def main() -> None:
             requests = json.loads(line)
             prompts = [{"prompt_token_ids": request["tokens"]} for request in requests]
             sampling = [
-                SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True) for request in requests
+                SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+                for request in requests
             ]
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
             answers = [

@@ -1,4 +1,4 @@
-"""Processes of the story: started in sessions of their own, logged to files, waited for within bounds, killed as a whole."""
+"""Processes of the story: each leads a session, logs to a file, is waited for within bounds and killed as a whole."""
 
 from __future__ import annotations
 

