@@ -9,4 +9,7 @@ pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{
     BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory, RangeFragment,
 };
-pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+pub use crate::nvme::{
+    Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
+    Location, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, Store, StoreConfig, StoreStats, Verified,
+};
