@@ -67,8 +67,8 @@ impl Cache {
         nvme: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         crate::logs::start();
-        let config = config(path, dram, nvme)?;
-        Ok(Self(Port::Embedded(detached(py, || Embedded::start(config))?)))
+        let config = config(&path, dram, nvme)?;
+        Ok(Self(Port::Embedded(detached(py, || Embedded::start(&path, config))?)))
     }
 
     /// A server, at the path of a Unix socket or at `tcp://ADDRESS:PORT`. Returns at once, connected or not: it

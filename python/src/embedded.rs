@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
@@ -26,33 +26,40 @@ static ENGINES: LazyLock<Mutex<HashMap<PathBuf, Opened>>> = LazyLock::new(Mutex:
 /// One use of an engine of this process.
 pub(crate) struct SharedEngine {
     engine: Engine,
-    /// Its place among the engines; `None` for an engine without a store, which nobody shares, and after the close.
+    /// Its place among the engines; `None` for an engine that nobody shares, and after the close.
     path: Mutex<Option<PathBuf>>,
 }
 
-/// Opens an engine, or joins the one that this process has open on the same store.
+/// Opens an engine that nobody else shares.
 ///
 /// # Errors
-/// Those of [`Engine::open`]; `InvalidInput` if the store is open in this process with other sizes.
-pub(crate) fn open(config: EngineConfig) -> Result<SharedEngine> {
+/// Those of [`Engine::open`].
+pub(crate) fn open_alone(config: EngineConfig) -> Result<SharedEngine> {
+    Ok(SharedEngine { engine: Engine::open(config)?, path: Mutex::new(None) })
+}
+
+/// Opens an engine, or joins the one that this process has open at the same path. Without a store the path is only
+/// the name under which the engine is shared.
+///
+/// # Errors
+/// Those of [`Engine::open`]; `InvalidInput` if the path is open in this process with other sizes.
+pub(crate) fn open(path: &Path, config: EngineConfig) -> Result<SharedEngine> {
     config.validate()?;
-    let Some(nvme) = &config.nvme else {
-        return Ok(SharedEngine { engine: Engine::open(config)?, path: Mutex::new(None) });
+    let unresolved = |error| Error::from_io(format!("cannot resolve {}", path.display()), error);
+    let path = if config.nvme.is_some() {
+        std::fs::create_dir_all(path)
+            .map_err(|error| Error::from_io(format!("cannot create {}", path.display()), error))?;
+        path.canonicalize().map_err(unresolved)?
+    } else {
+        std::path::absolute(path).map_err(unresolved)?
     };
-    std::fs::create_dir_all(&nvme.path)
-        .map_err(|error| Error::from_io(format!("cannot create {}", nvme.path.display()), error))?;
-    let path = nvme
-        .path
-        .canonicalize()
-        .map_err(|error| Error::from_io(format!("cannot resolve {}", nvme.path.display()), error))?;
     // Held while the engine opens, so that two users of one store never race for its lock file.
     let mut engines = ENGINES.lock();
     let engine = match engines.entry(path.clone()) {
         Entry::Occupied(mut entry) => {
             let opened = entry.get_mut();
-            if opened.config.dram != config.dram
-                || opened.config.nvme.as_ref().map(|nvme| nvme.capacity) != Some(nvme.capacity)
-            {
+            let sizes = |config: &EngineConfig| (config.dram, config.nvme.as_ref().map(|nvme| nvme.capacity));
+            if sizes(&opened.config) != sizes(&config) {
                 return Err(Error::new(
                     ErrorKind::InvalidInput,
                     format!(
@@ -156,8 +163,8 @@ impl Embedded {
     ///
     /// # Errors
     /// Those of [`open`].
-    pub(crate) fn start(config: EngineConfig) -> Result<Self> {
-        let shared = open(config)?;
+    pub(crate) fn start(path: &Path, config: EngineConfig) -> Result<Self> {
+        let shared = open(path, config)?;
         let session = shared.engine.start_session();
         Ok(Self { shared, session, memory: Mutex::default(), ended: Arc::default() })
     }

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "the buffer protocol hands out and takes in raw memory")]
 
 use std::ffi::c_int;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pegaflow_engine::{ByteSize, Engine as CacheEngine, EngineConfig, NvmeConfig, ObjectBytes};
@@ -25,7 +25,7 @@ pub(crate) fn size(value: &Bound<'_, PyAny>) -> PyResult<ByteSize> {
 
 /// The configuration for the three fields that Python gives; everything else by default.
 pub(crate) fn config(
-    path: PathBuf,
+    path: &Path,
     dram: &Bound<'_, PyAny>,
     nvme: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<EngineConfig> {
@@ -54,8 +54,9 @@ impl Engine {
         nvme: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         crate::logs::start();
-        let config = config(path, dram, nvme)?;
-        Ok(Self(detached(py, || embedded::open(config))?))
+        let config = config(&path, dram, nvme)?;
+        let open = || if config.nvme.is_some() { embedded::open(&path, config) } else { embedded::open_alone(config) };
+        Ok(Self(detached(py, open)?))
     }
 
     /// Stores a copy of the buffer's bytes under `name`.
