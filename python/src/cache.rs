@@ -7,11 +7,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pegaflow_engine::{
     BlockKey, BlockSave, Error, ErrorKind, Fragment, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LookupRequest, NamespaceDescriptor, OperationId, Result, Stats,
+    LookupRequest, NamespaceDescriptor, OperationId, Result,
 };
 use pegaflow_tiers::{HostMemory, RangeFragment};
 use pyo3::prelude::*;
@@ -147,7 +146,7 @@ impl Cache {
         let memory = memory_of(&ranges, &fragments, blocks, owner).map_err(|error| to_python(py, &error))?;
         detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.register(spec, memory),
-            Port::Remote(remote) => remote.register(spec, memory),
+            Port::Remote(remote) => remote.register(spec, group, memory),
         })
     }
 
@@ -181,12 +180,14 @@ impl Cache {
         });
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
     /// Starts a load: `indices` are places among the keys of the lookup, `blocks` where they go.
     fn load(
         &self,
         py: Python<'_>,
         operation: u64,
         lease: u128,
+        group: u16,
         shard: u16,
         indices: Vec<u32>,
         blocks: Vec<u32>,
@@ -195,7 +196,7 @@ impl Cache {
         let blocks = indices.into_iter().zip(blocks).map(|(index, block)| LoadBlock { index, block }).collect();
         detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.load(OperationId(operation), LeaseId(lease), shard, blocks),
-            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), shard, blocks),
+            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), group, shard, blocks),
         })
     }
 
@@ -253,11 +254,10 @@ impl Cache {
 
     /// The cache's statistics as a JSON text.
     fn stats_json(&self, py: Python<'_>) -> PyResult<String> {
-        let stats: Stats = detached(py, || match &self.0 {
-            Port::Embedded(embedded) => Ok(embedded.stats()),
+        detached(py, || match &self.0 {
+            Port::Embedded(embedded) => Ok(serde_json::json!({ "engine": embedded.stats() }).to_string()),
             Port::Remote(remote) => remote.stats(),
-        })?;
-        serde_json::to_string(&stats).map_err(|error| pyo3::exceptions::PyRuntimeError::new_err(error.to_string()))
+        })
     }
 
     /// Ends the session, once its copies have ended, within `timeout` seconds.
@@ -363,6 +363,3 @@ fn memory_of(
     let memory = unsafe { HostMemory::from_ranges(&ranges, fragments, blocks, Box::new(owner)) }?;
     Ok(Arc::new(memory))
 }
-
-/// How long a wait for completions sleeps between two looks where nothing can wake it.
-pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(1);

@@ -150,10 +150,14 @@ impl EndedQueue {
     }
 }
 
-/// A session with an engine of this process.
+/// How long the session of an earlier epoch is waited for.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A session with an engine of this process. A worker that registers under another name, for a new epoch, goes on with
+/// a new session.
 pub(crate) struct Embedded {
     shared: SharedEngine,
-    session: SessionId,
+    session: Mutex<(SessionId, Option<InstanceId>)>,
     memory: Mutex<Option<Arc<dyn DeviceMemory>>>,
     ended: Arc<EndedQueue>,
 }
@@ -166,13 +170,27 @@ impl Embedded {
     pub(crate) fn start(path: &Path, config: EngineConfig) -> Result<Self> {
         let shared = open(path, config)?;
         let session = shared.engine.start_session();
-        Ok(Self { shared, session, memory: Mutex::default(), ended: Arc::default() })
+        Ok(Self { shared, session: Mutex::new((session, None)), memory: Mutex::default(), ended: Arc::default() })
     }
 
     pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
-        self.shared.engine.register(self.session, spec)?;
+        let engine = &self.shared.engine;
+        let instance = spec.instance.clone();
+        let (earlier, registered) = self.session.lock().clone();
+        let is_new_epoch = registered.is_some_and(|registered| registered != instance);
+        let session = if is_new_epoch { engine.start_session() } else { earlier };
+        engine.register(session, spec)?;
+        *self.session.lock() = (session, Some(instance));
         *self.memory.lock() = Some(memory);
+        if is_new_epoch && let Err(error) = engine.end_session(earlier, RETIRE_TIMEOUT) {
+            // Its copies hold their memory and end by themselves.
+            tracing::warn!(%error, "the session of the earlier epoch has not ended yet");
+        }
         Ok(())
+    }
+
+    fn session(&self) -> SessionId {
+        self.session.lock().0
     }
 
     fn memory(&self) -> Result<Arc<dyn DeviceMemory>> {
@@ -183,7 +201,7 @@ impl Embedded {
     }
 
     pub(crate) fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
-        self.shared.engine.lookup(self.session, request)
+        self.shared.engine.lookup(self.session(), request)
     }
 
     pub(crate) fn release(&self, lease: LeaseId) {
@@ -197,7 +215,7 @@ impl Embedded {
         shard: u16,
         blocks: Vec<LoadBlock>,
     ) -> Result<()> {
-        let request = LoadRequest { session: self.session, operation, lease, shard, memory: self.memory()?, blocks };
+        let request = LoadRequest { session: self.session(), operation, lease, shard, memory: self.memory()?, blocks };
         let ended = Arc::clone(&self.ended);
         self.shared.engine.load(request, Box::new(move |outcome| ended.push(Ended::Load(operation, outcome))))
     }
@@ -211,13 +229,13 @@ impl Embedded {
         blocks: Vec<BlockSave>,
     ) -> Result<()> {
         let request =
-            SaveRequest { session: self.session, operation, instance, group, shard, memory: self.memory()?, blocks };
+            SaveRequest { session: self.session(), operation, instance, group, shard, memory: self.memory()?, blocks };
         let ended = Arc::clone(&self.ended);
         self.shared.engine.save(request, Box::new(move |outcome| ended.push(Ended::Save(operation, outcome))))
     }
 
     pub(crate) fn cancel(&self, operation: OperationId) {
-        self.shared.engine.cancel(self.session, operation);
+        self.shared.engine.cancel(self.session(), operation);
     }
 
     pub(crate) fn poll(&self, wait: Duration) -> Vec<Ended> {
@@ -236,7 +254,7 @@ impl Embedded {
     /// its memory for ever: an address that may be written is never given back.
     pub(crate) fn close(&self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
-        let ended = self.shared.engine.end_session(self.session, timeout);
+        let ended = self.shared.engine.end_session(self.session(), timeout);
         let memory = self.memory.lock().take();
         if ended.is_err() {
             std::mem::forget(memory);

@@ -84,7 +84,9 @@ class CachePort(Protocol):
     def release(self, lease: int) -> None:
         """Gives a lease back."""
 
-    def load(self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]) -> None:
+    def load(
+        self, operation: int, lease: int, group: int, shard: int, indices: Sequence[int], blocks: Sequence[int]
+    ) -> None:
         """Starts a load."""
 
     def save(
