@@ -43,6 +43,49 @@ impl HostMemory {
         Ok(Self { start, layout: MemoryLayout::new(fragments, blocks, bytes)?, _owner: owner })
     }
 
+    /// Copies one block to a block of another host memory, fragments of both in order, whatever their cut. The copy
+    /// has ended when this returns.
+    ///
+    /// # Errors
+    /// `InvalidInput` if a block is outside its memory, or the two memories have blocks of different length.
+    pub fn copy_block_to(&self, block: u32, target: &HostMemory, target_block: u32) -> Result<()> {
+        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
+        let (from_bytes, to_bytes) = (self.layout.block_bytes(), target.layout.block_bytes());
+        if from_bytes != to_bytes {
+            return Err(bad(format!("a block of {from_bytes} bytes cannot be copied to one of {to_bytes} bytes")));
+        }
+        let outside =
+            |block: u32, blocks: u32| bad(format!("block {block} is outside the registered {blocks}; give a lower one"));
+        let mut sources =
+            self.layout.fragments_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
+        let targets = target
+            .layout
+            .fragments_of(target_block)
+            .ok_or_else(|| outside(target_block, target.layout.blocks()))?;
+        let (mut from, mut left) = (0usize, 0usize);
+        for (offset, bytes) in targets {
+            let (mut to, mut wanted) = (offset as usize, bytes as usize);
+            while wanted > 0 {
+                if left == 0 {
+                    // Both blocks have the same length, so the source cannot run out first.
+                    let Some((offset, bytes)) = sources.next() else { break };
+                    (from, left) = (offset as usize, bytes as usize);
+                    continue;
+                }
+                let step = wanted.min(left);
+                // SAFETY: both layouts were checked to lie in their memories, whose owners `self` and `target` hold
+                // during this call; `step` stays inside one fragment of each. The two may be the same memory, so this
+                // is a move that allows overlap. Writers at the same time are the caller's, see `HostMemory::new`.
+                unsafe {
+                    std::ptr::copy(self.start.as_ptr().add(from), target.start.as_ptr().add(to), step);
+                }
+                (from, to) = (from + step, to + step);
+                (left, wanted) = (left - step, wanted - step);
+            }
+        }
+        Ok(())
+    }
+
     fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
         let outside = || {
             Error::new(
@@ -157,5 +200,36 @@ mod tests {
         assert_eq!(bytes[5 * 64..6 * 64], original[3 * 64..4 * 64]);
         assert_eq!(bytes[2048 + 5 * 128..2048 + 5 * 128 + 32], original[2048 + 3 * 128..2048 + 3 * 128 + 32]);
         assert_eq!(bytes[..5 * 64], original[..5 * 64]);
+    }
+
+    #[test]
+    fn blocks_cut_differently_are_copied_between_memories() {
+        let mut bytes: Vec<u8> = (0..4096u32).map(|i| (i * 13 % 251) as u8).collect();
+        let mut staging = vec![0u8; 4 * 96];
+        let fragments =
+            vec![Fragment { offset: 0, stride: 64, bytes: 64 }, Fragment { offset: 2048, stride: 128, bytes: 32 }];
+        let other = vec![
+            Fragment { offset: 0, stride: 96, bytes: 16 },
+            Fragment { offset: 16, stride: 96, bytes: 64 },
+            Fragment { offset: 80, stride: 96, bytes: 16 },
+        ];
+        let memory = |bytes: &mut Vec<u8>, fragments: Vec<Fragment>, blocks| {
+            let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
+            // SAFETY: the vectors outlive the memories and are not touched while copies run.
+            unsafe { HostMemory::new(start, bytes.len() as u64, fragments, blocks, Box::new(())) }.expect("fits")
+        };
+        let kv = memory(&mut bytes, fragments, 16);
+        let slots = memory(&mut staging, other, 4);
+        kv.copy_block_to(3, &slots, 1).expect("in range");
+        slots.copy_block_to(1, &kv, 9).expect("in range");
+        assert_eq!(kv.copy_block_to(16, &slots, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        assert_eq!(kv.copy_block_to(0, &slots, 4).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        let (head, tail) = (bytes[3 * 64..4 * 64].to_vec(), bytes[2048 + 3 * 128..2048 + 3 * 128 + 32].to_vec());
+        assert_eq!(staging[96..192], [head.clone(), tail.clone()].concat());
+        assert_eq!(staging[..96], [0; 96]);
+        assert_eq!((&bytes[9 * 64..10 * 64], &bytes[2048 + 9 * 128..2048 + 9 * 128 + 32]), (&head[..], &tail[..]));
+        let mut short = vec![0u8; 64];
+        let short = memory(&mut short, vec![Fragment { offset: 0, stride: 64, bytes: 64 }], 1);
+        assert_eq!(kv.copy_block_to(0, &short, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
     }
 }
