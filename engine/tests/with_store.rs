@@ -1,6 +1,8 @@
 //! The engine over a store: what is durable is there after a restart, from the drive, bit for bit; bounds hold; nothing
 //! that fails a check reaches a device.
 
+#![expect(clippy::expect_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::path::Path;
