@@ -8,5 +8,5 @@ pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use pegaflow_tiers::{
     BlockKey, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain,
-    MemoryLayout, NamespaceDescriptor, NamespaceId, Result,
+    MemoryLayout, NamespaceDescriptor, NamespaceId, RangeFragment, Result,
 };

@@ -92,8 +92,6 @@ table! {
     counters {
         "pegaflow_lookup_blocks_total", lookup_blocks, "Blocks asked for in lookups.";
         "pegaflow_lookup_hit_blocks_total", lookup_hit_blocks, "Blocks found in lookups.";
-        "pegaflow_loaded_dram_blocks_total", loaded_dram_blocks, "Blocks loaded out of DRAM.";
-        "pegaflow_loaded_nvme_blocks_total", loaded_nvme_blocks, "Blocks loaded from the drive.";
         "pegaflow_load_failed_blocks_total", load_failed_blocks, "Blocks whose load failed; they were recomputed.";
         "pegaflow_saved_blocks_total", saved_blocks, "Blocks saved.";
         "pegaflow_save_present_blocks_total", save_present_blocks, "Blocks whose save found them present.";
@@ -110,6 +108,7 @@ table! {
 
 fn describe() {
     describe_engine();
+    metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_shared_memory_bytes", "Bytes of memory shared with clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
@@ -120,6 +119,8 @@ fn describe() {
 
 fn record(stats: &Stats, server: ServerGauges) {
     record_engine(stats);
+    metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "dram").absolute(stats.loaded_dram_blocks);
+    metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "nvme").absolute(stats.loaded_nvme_blocks);
     metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
     metrics::gauge!("pegaflow_shared_memory_bytes").set(server.shared_bytes as f64);
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
@@ -144,6 +145,7 @@ mod tests {
             "pegaflow_saved_blocks_total 7",
             "# TYPE pegaflow_dram_blocks gauge",
             "pegaflow_dram_blocks 3",
+            "pegaflow_loaded_blocks_total{tier=\"nvme\"} 0",
             "pegaflow_sessions 2",
             "pegaflow_ready 0",
         ] {

@@ -112,6 +112,7 @@ impl PegaFlow for Service {
             let (lease, shard, blocks) = wire::load_blocks(&request)?;
             let memory = session.memory(request.memory)?;
             let operation = session.begin(request.operation)?;
+            let is_part = request.is_part;
             let request = LoadRequest {
                 session: session.engine_id,
                 operation: OperationId(request.operation),
@@ -120,7 +121,8 @@ impl PegaFlow for Service {
                 memory,
                 blocks,
             };
-            self.sessions.engine().load(request, Box::new(move |outcome| operation.load_ended(outcome)))?;
+            let (engine, done) = (self.sessions.engine(), Box::new(move |outcome| operation.load_ended(outcome)));
+            if is_part { engine.load_part(request, done)? } else { engine.load(request, done)? }
             Ok(proto::LoadReply {})
         };
         reply(load())

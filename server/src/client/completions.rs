@@ -16,12 +16,12 @@ pub struct Completion {
     /// The operation, as named by the caller.
     pub operation: OperationId,
     /// How it ended.
-    pub outcome: Outcome,
+    pub result: CompletionResult,
 }
 
 /// How a load or a save ended. Block numbers are those of the worker's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum CompletionResult {
     /// A load.
     Load(LoadOutcome),
     /// A save.
@@ -67,8 +67,8 @@ impl Completions {
         self.state.lock().outstanding.remove(&operation);
     }
 
-    pub(super) fn end(&self, operation: OperationId, outcome: Outcome) {
-        self.state.lock().ended.push_back(Completion { operation, outcome });
+    pub(super) fn end(&self, operation: OperationId, result: CompletionResult) {
+        self.state.lock().ended.push_back(Completion { operation, result });
         self.arrived.notify_all();
     }
 

@@ -46,7 +46,7 @@ pub struct ClientConfig {
     pub rpc_timeout: Duration,
     /// The longest life of a load or a save; then it is cancelled and its blocks fail. Default: 60 s.
     pub operation_timeout: Duration,
-    /// Bytes of memory shared with the server, for workers only; at least one block of every size is taken.
+    /// Bytes of memory shared with the server, for workers only; at least one block is taken.
     /// Default: 256 MiB. The server's limit is 1 GiB by default.
     pub staging_bytes: u64,
 }
@@ -82,73 +82,42 @@ impl ClientConfig {
     }
 }
 
-/// The memory that holds one group's blocks in a worker.
-#[derive(Clone)]
-pub struct GroupMemory {
-    /// The group, as in the instance's geometry.
-    pub group: u16,
-    /// The memory; its blocks are as long as the geometry says. Kept alive until no copy uses it any more.
-    pub memory: Arc<HostMemory>,
-}
-
 /// A worker: what it says of itself, and its memory. Repeated to every new server.
 #[derive(Clone)]
 pub(super) struct Registration {
     pub(super) spec: InstanceSpec,
-    pub(super) memories: Vec<GroupMemory>,
+    pub(super) memory: Arc<HostMemory>,
 }
 
 impl Registration {
     /// # Errors
-    /// `InvalidInput` if a memory does not fit its group.
-    pub(super) fn new(spec: InstanceSpec, memories: Vec<GroupMemory>) -> Result<Self> {
+    /// `InvalidInput` if the memory does not fit the groups.
+    pub(super) fn new(spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<Self> {
         let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
         if spec.groups.is_empty() || spec.groups.len() > GROUPS_MAX {
             return bad(format!("{} groups; give 1 to {GROUPS_MAX}", spec.groups.len()));
         }
-        for (index, GroupMemory { group, memory }) in memories.iter().enumerate() {
-            let Some(geometry) = spec.groups.iter().find(|geometry| geometry.group == *group) else {
-                return bad(format!("there is memory for group {group}, which the geometry does not have"));
-            };
-            if memory.layout().block_bytes() != geometry.block_bytes {
-                return bad(format!(
-                    "the memory of group {group} has blocks of {} bytes, the geometry {}",
-                    memory.layout().block_bytes(),
-                    geometry.block_bytes
-                ));
-            }
-            if memories.iter().take(index).any(|earlier| earlier.group == *group) {
-                return bad(format!("there are two memories for group {group}; give one"));
-            }
+        let block_bytes = memory.layout().block_bytes();
+        if let Some(geometry) = spec.groups.iter().find(|geometry| geometry.block_bytes != block_bytes) {
+            return bad(format!(
+                "the memory has blocks of {block_bytes} bytes, group {} has {}; start a client for each block size",
+                geometry.group, geometry.block_bytes
+            ));
         }
-        Ok(Self { spec, memories })
-    }
-
-    pub(super) fn memory(&self, group: u16) -> Option<&Arc<HostMemory>> {
-        self.memories.iter().find(|memory| memory.group == group).map(|memory| &memory.memory)
+        Ok(Self { spec, memory })
     }
 
     /// Whether the other one says the same of the same memory.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        let key = |r: &Self| -> Vec<_> { r.memories.iter().map(|m| (m.group, Arc::as_ptr(&m.memory))).collect() };
         let (a, b) = (&self.spec, &other.spec);
         (&a.instance, &a.namespace, &a.groups, a.shard) == (&b.instance, &b.namespace, &b.groups, b.shard)
-            && key(self) == key(other)
+            && Arc::ptr_eq(&self.memory, &other.memory)
     }
 
-    /// The slot sizes that staging memory is needed for, with the number of slots that `bytes` in all allow: each size
-    /// gets an equal share, at least one slot, and no more slots than there are blocks.
-    pub(super) fn staging(&self, bytes: u64) -> Vec<(u64, u32)> {
-        let mut sizes: Vec<(u64, u64)> = Vec::new();
-        for GroupMemory { memory, .. } in &self.memories {
-            let (size, blocks) = (memory.layout().block_bytes(), u64::from(memory.layout().blocks()));
-            match sizes.iter_mut().find(|(known, _)| *known == size) {
-                Some((_, sum)) => *sum += blocks,
-                None => sizes.push((size, blocks)),
-            }
-        }
-        let share = bytes / (sizes.len() as u64).max(1);
-        let slots = |size: u64, blocks: u64| u32::try_from((share / size).clamp(1, blocks)).unwrap_or(u32::MAX);
-        sizes.iter().map(|&(size, blocks)| (size, slots(size, blocks))).collect()
+    /// The size of a staging slot and how many `bytes` allow: at least one, and no more than there are blocks.
+    pub(super) fn staging(&self, bytes: u64) -> (u64, u32) {
+        let layout = self.memory.layout();
+        let slots = (bytes / layout.block_bytes()).clamp(1, layout.blocks().into());
+        (layout.block_bytes(), u32::try_from(slots).unwrap_or(u32::MAX))
     }
 }

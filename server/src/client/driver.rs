@@ -56,7 +56,7 @@ pub(super) struct Driver {
     connecting: Option<BoxFuture<'static, Result<Link>>>,
     backoff: Duration,
     registration: Option<Registration>,
-    registering: Option<BoxFuture<'static, Result<Vec<Pool>>>>,
+    registering: Option<BoxFuture<'static, Result<Pool>>>,
     /// Who waits for the registration.
     waiting: Vec<crossbeam_channel::Sender<Result<()>>>,
     rpcs: FuturesUnordered<BoxFuture<'static, Answered>>,
@@ -108,7 +108,7 @@ impl Driver {
                 Some(answered) = self.rpcs.next(), if !self.rpcs.is_empty() => self.answered(answered),
                 event = next_event(&mut self.link), if self.link.is_some() => self.event(event),
                 linked = poll_option(&mut self.connecting), if self.connecting.is_some() => self.connected(linked),
-                pools = poll_option(&mut self.registering), if self.registering.is_some() => self.registered(pools),
+                pool = poll_option(&mut self.registering), if self.registering.is_some() => self.registered(pool),
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {
                     self.tick();
                 }
@@ -187,12 +187,12 @@ impl Driver {
         }));
     }
 
-    fn registered(&mut self, pools: Result<Vec<Pool>>) {
+    fn registered(&mut self, pool: Result<Pool>) {
         self.registering = None;
-        let answer = match pools {
-            Ok(pools) => {
+        let answer = match pool {
+            Ok(pool) => {
                 let Some(link) = &self.link else { return };
-                self.transfers.session_ready(link.session, pools);
+                self.transfers.session_ready(link.session, pool);
                 self.backoff = BACKOFF_MIN;
                 self.shared.registered();
                 tracing::info!(client = self.config.name, "registered with the server at {}", self.config.endpoint);

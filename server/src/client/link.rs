@@ -154,35 +154,31 @@ pub(super) async fn register(
     session: u64,
     registration: Registration,
     config: ClientConfig,
-) -> Result<Vec<Pool>> {
+) -> Result<Pool> {
     let timeout = config.rpc_timeout;
     let request = wire::register_request(session, &registration.spec);
     within(timeout, "registering", async {
         rpc.register(request).await.map(drop).map_err(|status| from_status(&status))
     })
     .await?;
-    let mut pools = Vec::new();
-    for (slot_bytes, slots) in registration.staging(config.staging_bytes) {
-        let Endpoint::Unix(socket) = &config.endpoint else {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "loads and saves need shared memory, which TCP cannot pass; use the server's Unix socket",
-            ));
-        };
-        let request = ShareMemoryRequest { session, slot_bytes, slots };
-        let shared = within(timeout, "sharing memory", async {
-            rpc.share_memory(request).await.map_err(|status| from_status(&status))
-        })
-        .await?
-        .into_inner();
-        if shared.token.len() != TOKEN_BYTES {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("a token of {} bytes", shared.token.len())));
-        }
-        let fd = memory_socket::fetch(&memory_socket_path(socket), &shared.token, timeout).await?;
-        let memory = shared_memory::open(&fd, slot_bytes, slots)?;
-        pools.push(Pool::new(shared.memory, memory));
+    let Endpoint::Unix(socket) = &config.endpoint else {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "loads and saves need shared memory, which TCP cannot pass; use the server's Unix socket",
+        ));
+    };
+    let (slot_bytes, slots) = registration.staging(config.staging_bytes);
+    let request = ShareMemoryRequest { session, slot_bytes, slots };
+    let shared = within(timeout, "sharing memory", async {
+        rpc.share_memory(request).await.map_err(|status| from_status(&status))
+    })
+    .await?
+    .into_inner();
+    if shared.token.len() != TOKEN_BYTES {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("a token of {} bytes", shared.token.len())));
     }
-    Ok(pools)
+    let fd = memory_socket::fetch(&memory_socket_path(socket), &shared.token, timeout).await?;
+    Ok(Pool::new(shared.memory, shared_memory::open(&fd, slot_bytes, slots)?))
 }
 
 /// Whether a server that refused a registration would refuse it again: then there is no point in repeating it.
@@ -193,8 +189,8 @@ pub(super) fn is_refusal(kind: ErrorKind) -> bool {
     )
 }
 
-/// Whether the session cannot be used any more after this answer: the answer does not come from the server's service but
-/// from the transport, or names the session as unknown.
+/// Whether the session cannot be used any more after this answer: it does not come from the server's service but from the
+/// transport, so nobody knows whether the server acts on the request.
 pub(super) fn is_link_broken(status: &Status) -> bool {
     crate::status::kind_of(status).is_none() && status.code() != tonic::Code::OutOfRange
 }

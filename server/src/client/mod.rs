@@ -25,8 +25,8 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-pub use completions::{Completion, OUTSTANDING_MAX, Outcome};
-pub use config::{ClientConfig, Endpoint, GroupMemory};
+pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
+pub use config::{ClientConfig, Endpoint};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
 use crate::proto::{FlushRequest, StatsReply, StatsRequest};
@@ -107,15 +107,15 @@ impl Client {
         self.inner.shared.epoch()
     }
 
-    /// Makes this client a worker with the memory of its groups. Remembered, and repeated by itself with every new server.
-    /// With no server there it returns at once; otherwise when the server has answered. A client is one worker: repeating
-    /// it with the same memory is allowed. Groups without memory cannot be loaded or saved.
+    /// Makes this client a worker with the memory of its groups, all of one block size. Remembered, and repeated by itself
+    /// with every new server. With no server there it returns at once; otherwise when the server has answered. A client is
+    /// one worker: repeating it with the same memory is allowed.
     ///
     /// # Errors
     /// `InvalidInput` for memory that does not fit the geometry or for a second worker, `GeometryMismatch` and other
     /// lasting refusals of the server; passing ones are tried again in the background.
-    pub fn register(&self, spec: InstanceSpec, memories: Vec<GroupMemory>) -> Result<()> {
-        let registration = Registration::new(spec, memories)?;
+    pub fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
+        let registration = Registration::new(spec, memory)?;
         let earlier = self.inner.registration.lock().replace(registration.clone());
         let (answer, answered) = crossbeam_channel::bounded(1);
         let sent = self.send(Command::Register(registration, answer));
@@ -151,7 +151,7 @@ impl Client {
         let _best_effort = self.inner.commands.try_send(Command::Release(lease));
     }
 
-    /// Starts a load of leased blocks into the memory of `group`. Ends in a [`Completion`] if this returns `Ok`, and in
+    /// Starts a load of leased blocks into the worker's memory. Ends in a [`Completion`] if this returns `Ok`, and in
     /// none otherwise.
     ///
     /// # Errors
@@ -160,16 +160,15 @@ impl Client {
         &self,
         operation: OperationId,
         lease: LeaseId,
-        group: u16,
         shard: u16,
         blocks: Vec<LoadBlock>,
     ) -> Result<()> {
-        let kv = self.memory(group)?;
+        let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
         self.submit(operation, Work::Load { lease, shard, blocks }, kv)
     }
 
-    /// Starts a save of blocks out of the memory of `group`, ancestors first. Ends in a [`Completion`] if this returns
+    /// Starts a save of blocks of `group` out of the worker's memory, ancestors first. Ends in a [`Completion`] if this returns
     /// `Ok`, and in none otherwise. Saves reach the server in the order of these calls.
     ///
     /// # Errors
@@ -182,7 +181,7 @@ impl Client {
         shard: u16,
         blocks: Vec<BlockSave>,
     ) -> Result<()> {
-        let kv = self.memory(group)?;
+        let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
         self.submit(operation, Work::Save { instance, group, shard, blocks }, kv)
     }
@@ -256,13 +255,11 @@ impl Client {
         let _late = answered.recv_deadline(deadline);
     }
 
-    fn memory(&self, group: u16) -> Result<Arc<HostMemory>> {
+    fn memory(&self) -> Result<Arc<HostMemory>> {
         self.inner.shared.check_working()?;
         let registration = self.inner.registration.lock();
-        let memory = registration.as_ref().and_then(|registration| registration.memory(group)).cloned();
-        memory.ok_or_else(|| {
-            Error::new(ErrorKind::InvalidInput, format!("no memory is registered for group {group}; call register first"))
-        })
+        let memory = registration.as_ref().map(|registration| Arc::clone(&registration.memory));
+        memory.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no memory is registered; call register first"))
     }
 
     fn submit(&self, operation: OperationId, work: Work, kv: Arc<HostMemory>) -> Result<()> {

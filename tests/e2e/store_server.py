@@ -1,0 +1,82 @@
+"""The `pegaflow-server` of the story: its command line, its readiness, and what its metrics say of loads."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from processes import Process, free_port, wait_until
+
+_START_SECONDS = 60.0
+_LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{[^}]*tier="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Which binary, where its store and its socket lie. A socket's path can have 107 bytes at most."""
+
+    binary: Path
+    store: Path
+    socket: Path
+    logs: Path
+
+    def connector(self) -> dict[str, Any]:
+        """The JSON that points a vLLM at this server."""
+        return {
+            "kv_connector": "PegaKVConnector",
+            "kv_connector_module_path": "pegaflow",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "mode": "server",
+                "socket": str(self.socket),
+                # A tiny model computes faster than any drive reads; the story is about loading.
+                "load_policy": "always",
+            },
+        }
+
+
+class StoreServer:
+    """A running server; `__init__` returns when it says that it is ready."""
+
+    def __init__(self, name: str, settings: ServerSettings) -> None:
+        self._port = free_port()
+        command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{self._port}"]
+        command += ["--dram", "256MiB", "--nvme", settings.store, "--nvme-capacity", "1GiB"]
+        self.process = Process(
+            "pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ
+        )
+        try:
+            wait_until(f"{self.process.name}: start", _START_SECONDS, self._is_ready)
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+    def _is_ready(self) -> bool:
+        self.process.check_running()
+        try:
+            return self._get("/ready")[0] == 200
+        except OSError:
+            return False
+
+    def loaded_blocks(self) -> dict[str, int]:
+        """How many blocks were loaded since start, by the tier that held them."""
+        status, text = self._get("/metrics")
+        if status != 200:
+            raise self.process.failure(f"/metrics answered {status}")
+        loaded: dict[str, int] = {}
+        for tier, value in _LOADED_BLOCKS.findall(text):
+            loaded[tier] = loaded.get(tier, 0) + int(float(value))
+        return loaded
