@@ -111,8 +111,12 @@ impl ServerProcess {
             match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains("\"ready\":true") => return Ok(()),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => bail!("the server was not ready after {timeout:?}: {}", self.log_tail()),
-                Err(RecvTimeoutError::Disconnected) => bail!("the server ended before it was ready: {}", self.log_tail()),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("the server was not ready after {timeout:?}: {}", self.log_tail())
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("the server ended before it was ready: {}", self.log_tail())
+                }
             }
         }
     }

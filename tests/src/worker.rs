@@ -86,7 +86,9 @@ impl TestWorker {
     fn spec(&self) -> InstanceSpec {
         InstanceSpec {
             instance: self.instance(),
-            namespace: NamespaceDescriptor::new().with("model", &self.options.model).with("block", self.options.block_bytes.to_string()),
+            namespace: NamespaceDescriptor::new()
+                .with("model", &self.options.model)
+                .with("block", self.options.block_bytes.to_string()),
             groups: vec![GroupGeometry { group: 0, block_bytes: self.options.block_bytes, shards: 1 }],
             shard: 0,
         }
@@ -107,7 +109,9 @@ impl TestWorker {
             fragments.push(RangeFragment { range: range as u32, fragment });
         }
         // SAFETY: the owner keeps the layers; this worker touches a block only while no operation on it runs.
-        let memory = unsafe { HostMemory::from_ranges(&ranges, fragments, self.options.blocks, Box::new(Arc::clone(&self.kv))) }?;
+        let memory = unsafe {
+            HostMemory::from_ranges(&ranges, fragments, self.options.blocks, Box::new(Arc::clone(&self.kv)))
+        }?;
         Ok(Arc::new(memory))
     }
 
@@ -149,7 +153,8 @@ impl TestWorker {
     /// # Errors
     /// If the server does not answer.
     pub fn lookup(&self, chain: &Chain, lease: Option<Duration>) -> Result<LookupReply> {
-        let request = LookupRequest { instance: self.instance(), group: 0, keys: chain.keys.clone(), lease, tag: chain.seed };
+        let request =
+            LookupRequest { instance: self.instance(), group: 0, keys: chain.keys.clone(), lease, tag: chain.seed };
         Ok(self.client.lookup(&request)?)
     }
 

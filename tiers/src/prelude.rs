@@ -11,5 +11,6 @@ pub use crate::gpu::{
 };
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
-    Location, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, Store, StoreConfig, StoreStats, Verified,
+    Location, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, Store, StoreConfig, StoreStats,
+    Verified,
 };

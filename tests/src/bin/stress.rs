@@ -111,7 +111,9 @@ fn gauges(socket: &Path, server: &ServerProcess) -> Result<Gauges> {
     let options = WorkerOptions { instance: "gauges".into(), model: "gauges".into(), block_bytes: 48, blocks: 1 };
     let worker = TestWorker::connect(socket, options, Duration::from_secs(30))?;
     let stats = worker.client.stats()?;
-    let number = |name: &str| stats.get(name).and_then(serde_json::Value::as_u64).with_context(|| format!("no {name} in {stats}"));
+    let number = |name: &str| {
+        stats.get(name).and_then(serde_json::Value::as_u64).with_context(|| format!("no {name} in {stats}"))
+    };
     let gauges = Gauges {
         leases: number("leases")?,
         operations: number("operations")?,
@@ -151,13 +153,17 @@ fn run(arguments: &Arguments) -> Result<serde_json::Value> {
     // Disconnected sessions end on their own; give them the bound that they have.
     let settled = Instant::now() + Duration::from_secs(30);
     let mut after = gauges(&socket, &server)?;
-    while (after.sessions, after.operations, after.leases) != (before.sessions, before.operations, before.leases) && Instant::now() < settled {
+    while (after.sessions, after.operations, after.leases) != (before.sessions, before.operations, before.leases)
+        && Instant::now() < settled
+    {
         std::thread::sleep(Duration::from_millis(200));
         after = gauges(&socket, &server)?;
     }
     // The server's own store opens further index files as it grows; those are bounded by its settings.
     let leaked_files = after.open_files.saturating_sub(before.open_files);
-    let leaks = after.leases + after.operations.saturating_sub(before.operations) + after.sessions.saturating_sub(before.sessions)
+    let leaks = after.leases
+        + after.operations.saturating_sub(before.operations)
+        + after.sessions.saturating_sub(before.sessions)
         + after.instances.saturating_sub(before.instances);
     let idle_percent = idle(&server, arguments.idle_seconds);
     let exit_code = server.terminate(Duration::from_secs(60))?;

@@ -67,8 +67,12 @@ impl Scenario {
     }
 
     fn worker(&self) -> Result<TestWorker> {
-        let options =
-            WorkerOptions { instance: "torture".into(), model: "torture".into(), block_bytes: 48 * 1024, blocks: CHAIN_BLOCKS_MAX as u32 };
+        let options = WorkerOptions {
+            instance: "torture".into(),
+            model: "torture".into(),
+            block_bytes: 48 * 1024,
+            blocks: CHAIN_BLOCKS_MAX as u32,
+        };
         TestWorker::connect(&self.options.socket(), options, START_TIMEOUT)
     }
 
@@ -113,7 +117,11 @@ impl Scenario {
             let chain = Chain::new(random.random(), random.random_range(1..=CHAIN_BLOCKS_MAX));
             let outcome = worker.save(&chain, 0, chain.keys.len());
             let is_saved = matches!(outcome, Ok(outcome) if outcome.saved as usize == chain.keys.len());
-            if is_saved { saved.push(chain) } else { self.other.push(chain) }
+            if is_saved {
+                saved.push(chain)
+            } else {
+                self.other.push(chain)
+            }
             if random.random_ratio(1, 4) && worker.client.flush(Duration::from_secs(10)).is_ok() {
                 self.durable.append(&mut saved);
             }
@@ -127,7 +135,8 @@ impl Scenario {
     /// Checks chains: `sample` of the durable ones (all if there are fewer), and some others.
     fn check(&self, worker: &mut TestWorker, sample: usize, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
         let skip = self.durable.len().saturating_sub(sample);
-        let old = (0..skip.min(sample)).map(|_| random.random_range(0..skip)).filter_map(|index| self.durable.get(index));
+        let old =
+            (0..skip.min(sample)).map(|_| random.random_range(0..skip)).filter_map(|index| self.durable.get(index));
         for chain in self.durable.iter().skip(skip).chain(old.collect::<Vec<_>>()) {
             let found = worker.check(chain)?;
             tally.wrong_bytes += found.wrong;
@@ -164,7 +173,8 @@ fn run(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
     let mut random = SmallRng::seed_from_u64(seed);
     let temporary = tempfile::Builder::new().prefix("pegaflow-torture-").tempdir_in(".")?;
     let directory = arguments.directory.clone().unwrap_or_else(|| temporary.path().to_owned());
-    let mut scenarios = [Scenario::new(&directory, "large", "4GiB", true)?, Scenario::new(&directory, "small", "48MiB", false)?];
+    let mut scenarios =
+        [Scenario::new(&directory, "large", "4GiB", true)?, Scenario::new(&directory, "small", "48MiB", false)?];
     let progress = ProgressBar::new(arguments.kills);
     progress.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} kills, {msg}")?);
     let mut tally = Tally::default();
@@ -172,13 +182,17 @@ fn run(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
         let scenario = &mut scenarios[(tally.kills % 2) as usize];
         scenario.round(&mut random, &mut tally).context("a round")?;
         progress.set_position(tally.kills);
-        progress.set_message(format!("{} blocks right, {} wrong, {} lost", tally.right, tally.wrong_bytes, tally.lost_durable));
+        progress.set_message(format!(
+            "{} blocks right, {} wrong, {} lost",
+            tally.right, tally.wrong_bytes, tally.lost_durable
+        ));
     }
     for scenario in &mut scenarios {
         scenario.finish(&mut random, &mut tally).context("the last check")?;
     }
     progress.finish();
-    let panics = scenarios.iter().map(|scenario| ServerProcess::panics(&scenario.options.directory.join("server.log"))).sum();
+    let panics =
+        scenarios.iter().map(|scenario| ServerProcess::panics(&scenario.options.directory.join("server.log"))).sum();
     Ok((tally, seed, panics))
 }
 
