@@ -146,7 +146,7 @@ impl Cache {
         let memory = memory_of(&ranges, &fragments, blocks, owner).map_err(|error| to_python(py, &error))?;
         detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.register(spec, memory),
-            Port::Remote(remote) => remote.register(spec, group, memory),
+            Port::Remote(remote) => remote.register(spec, memory),
         })
     }
 
@@ -180,14 +180,12 @@ impl Cache {
         });
     }
 
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
     /// Starts a load: `indices` are places among the keys of the lookup, `blocks` where they go.
     fn load(
         &self,
         py: Python<'_>,
         operation: u64,
         lease: u128,
-        group: u16,
         shard: u16,
         indices: Vec<u32>,
         blocks: Vec<u32>,
@@ -196,7 +194,7 @@ impl Cache {
         let blocks = indices.into_iter().zip(blocks).map(|(index, block)| LoadBlock { index, block }).collect();
         detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.load(OperationId(operation), LeaseId(lease), shard, blocks),
-            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), group, shard, blocks),
+            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), shard, blocks),
         })
     }
 

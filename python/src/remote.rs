@@ -13,7 +13,7 @@ use pegaflow_engine::{
     BlockSave, Error, ErrorKind, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply, LookupRequest,
     OperationId, Result,
 };
-use pegaflow_server::client::{Client, ClientConfig, Completion, Endpoint, GroupMemory, Outcome};
+use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
 use crate::embedded::Ended;
 
@@ -65,7 +65,7 @@ impl Remote {
         self.present().is_ok_and(|client| client.wait_connected(timeout).is_ok())
     }
 
-    pub(crate) fn register(&self, spec: InstanceSpec, group: u16, memory: Arc<HostMemory>) -> Result<()> {
+    pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
         let instance = spec.instance.clone();
         let earlier = {
             let clients = self.clients.lock();
@@ -78,7 +78,7 @@ impl Remote {
             self.clients.lock().push(Used::new(next));
         }
         let client = self.present()?;
-        client.register(spec, vec![GroupMemory { group, memory }])?;
+        client.register(spec, memory)?;
         if let Some(used) = self.clients.lock().last_mut() {
             used.instance = Some(instance);
         }
@@ -109,11 +109,10 @@ impl Remote {
         &self,
         operation: OperationId,
         lease: LeaseId,
-        group: u16,
         shard: u16,
         blocks: Vec<LoadBlock>,
     ) -> Result<()> {
-        self.start_operation(operation, |client| client.load(operation, lease, group, shard, blocks))
+        self.start_operation(operation, |client| client.load(operation, lease, shard, blocks))
     }
 
     pub(crate) fn save(
@@ -155,11 +154,11 @@ impl Remote {
         let mut clients = self.clients.lock();
         let mut ended = Vec::new();
         for used in clients.iter_mut() {
-            for Completion { operation, outcome } in used.client.poll() {
+            for Completion { operation, result } in used.client.poll() {
                 used.in_flight.remove(&operation);
-                ended.push(match outcome {
-                    Outcome::Load(outcome) => Ended::Load(operation, outcome),
-                    Outcome::Save(outcome) => Ended::Save(operation, outcome),
+                ended.push(match result {
+                    CompletionResult::Load(outcome) => Ended::Load(operation, outcome),
+                    CompletionResult::Save(outcome) => Ended::Save(operation, outcome),
                 });
             }
         }

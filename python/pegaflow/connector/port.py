@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.pegaflow")
 
-_RPC_TIMEOUT_S = 10.0
+_RPC_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
 
 
@@ -85,7 +85,7 @@ class CachePort(Protocol):
         """Gives a lease back."""
 
     def load(
-        self, operation: int, lease: int, group: int, shard: int, indices: Sequence[int], blocks: Sequence[int]
+        self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]
     ) -> None:
         """Starts a load."""
 

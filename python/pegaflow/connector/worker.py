@@ -202,7 +202,7 @@ class PegaWorker:
         for order in orders:
             self._loads[order.operation] = Loading(order)
             try:
-                self._cache.load(order.operation, order.lease, _GROUP, self._shard, order.indices, order.blocks)
+                self._cache.load(order.operation, order.lease, self._shard, order.indices, order.blocks)
             except PegaError as error:
                 logger.debug("PegaFlow: load for %s: %s", order.request_id, error)
                 self._load_ended(order.operation, 0, 0, order.blocks)
