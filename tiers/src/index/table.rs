@@ -33,7 +33,6 @@ impl Table {
     ///
     /// A fingerprint of 0 and a location outside its limits cannot be kept: they are not inserted, and later misses.
     pub fn insert(&self, fingerprint: u64, parent: u32, location: Location) -> Option<Location> {
-        debug_assert!(fingerprint != 0 && location.is_valid(), "not to be kept: {fingerprint} {location:?}");
         if fingerprint == 0 || !location.is_valid() {
             return None;
         }

@@ -163,11 +163,12 @@ impl Shard {
         let mut slot = self.home(spread);
         for _ in 0..self.entries.len() {
             let found = self.entries[slot].fingerprint;
-            if found == fingerprint {
-                return Probe::Found(slot);
-            }
+            // In this order: a search for the fingerprint 0 must not find a vacant entry.
             if found == EMPTY {
                 return Probe::Vacant(slot);
+            }
+            if found == fingerprint {
+                return Probe::Found(slot);
             }
             slot = self.after(slot);
         }
