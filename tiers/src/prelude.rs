@@ -7,4 +7,5 @@ pub use crate::block::{
 pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
+pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
