@@ -8,6 +8,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use parking_lot::{Mutex, RwLock};
+
 use super::page::{get, get_u16, get_u32, get_u64, is_sealed, put, seal};
 use super::record_header::DiskIdentity;
 use super::version::{FORMAT_VERSION, StoreUuid};
@@ -25,15 +27,25 @@ const NAMESPACES_MAX: usize = 65_536;
 /// The most groups of a namespace.
 const GROUPS_MAX: usize = 1024;
 
-/// All namespaces, and the file that they are kept in.
+/// All namespaces: in memory for everybody, and in the file for the next open.
 pub(super) struct Namespaces {
+    known: RwLock<Known>,
+    /// Held while a new one is written, by nobody else: lookups never wait for the file.
+    file: Mutex<NamespaceFile>,
+    objects: NamespaceId,
+}
+
+#[derive(Default)]
+struct Known {
+    by_handle: HashMap<NamespaceHandle, NamespaceRow>,
+    by_id: HashMap<NamespaceId, NamespaceHandle>,
+}
+
+struct NamespaceFile {
     file: File,
     store: StoreUuid,
     /// Where the next entry goes.
     end: u64,
-    by_handle: HashMap<NamespaceHandle, NamespaceRow>,
-    by_id: HashMap<NamespaceId, NamespaceHandle>,
-    objects: NamespaceId,
 }
 
 impl Namespaces {
@@ -47,21 +59,19 @@ impl Namespaces {
         let mut file = opened.map_err(failed)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(failed)?;
-        let objects = NamespaceDescriptor::objects().id();
-        let mut namespaces =
-            Self { file, store, end: 0, by_handle: HashMap::new(), by_id: HashMap::new(), objects };
-        let mut at = 0;
+        let (mut known, mut at, mut end) = (Known::default(), 0, 0);
         while at < bytes.len() {
             match decode(&bytes[at..], store) {
                 Some((row, length)) => {
-                    namespaces.insert(row);
+                    known.insert(row);
                     at += length;
-                    namespaces.end = at as u64;
+                    end = at as u64;
                 }
                 None => at += UNIT,
             }
         }
-        Ok(namespaces)
+        let file = Mutex::new(NamespaceFile { file, store, end });
+        Ok(Self { known: RwLock::new(known), file, objects: NamespaceDescriptor::objects().id() })
     }
 
     /// The number of a namespace, which is known afterwards, also after a power loss; with its row if it is new.
@@ -70,7 +80,7 @@ impl Namespaces {
     /// `GeometryMismatch` if it is known with other groups, `InvalidInput` for groups outside their limits, `Busy` when
     /// there are 65,536 already, otherwise what the file system reports.
     pub(super) fn register(
-        &mut self,
+        &self,
         descriptor: &NamespaceDescriptor,
         groups: &[GroupGeometry],
     ) -> Result<(NamespaceHandle, Option<NamespaceRow>)> {
@@ -79,20 +89,22 @@ impl Namespaces {
             return Ok((NamespaceHandle(0), None));
         }
         let groups = checked_groups(groups)?;
-        if let Some(handle) = self.by_id.get(&id).copied() {
-            return match self.by_handle.get(&handle).filter(|row| row.groups != groups) {
-                None => Ok((handle, None)),
-                Some(known) => Err(geometry_mismatch(id, &known.groups, &groups)),
-            };
-        }
-        if self.by_handle.len() >= NAMESPACES_MAX {
-            let message = format!("the store has {NAMESPACES_MAX} namespaces, the limit; give an empty directory");
-            return Err(Error::new(ErrorKind::Busy, message));
-        }
-        let handle = NamespaceHandle(self.by_handle.keys().map(|handle| handle.0).max().unwrap_or(0) + 1);
+        let mut file = self.file.lock();
+        let handle = {
+            let known = self.known.read();
+            if let Some(row) = known.by_id.get(&id).and_then(|handle| known.by_handle.get(handle)) {
+                let is_same = row.groups == groups;
+                return if is_same { Ok((row.handle, None)) } else { Err(geometry_mismatch(id, &row.groups, &groups)) };
+            }
+            if known.by_handle.len() >= NAMESPACES_MAX {
+                let message = format!("the store has {NAMESPACES_MAX} namespaces, the limit; give an empty directory");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
+            NamespaceHandle(known.by_handle.keys().map(|handle| handle.0).max().unwrap_or(0) + 1)
+        };
         let row = NamespaceRow { handle, id, descriptor: descriptor.clone(), groups };
-        self.append(&row)?;
-        self.insert(row.clone());
+        file.append(&row)?;
+        self.known.write().insert(row.clone());
         Ok((handle, Some(row)))
     }
 
@@ -100,45 +112,54 @@ impl Namespaces {
     ///
     /// # Errors
     /// What the file system reports.
-    pub(super) fn adopt(&mut self, row: NamespaceRow) -> Result<()> {
-        if self.by_id.contains_key(&row.id) || self.by_handle.contains_key(&row.handle) {
-            return Ok(());
+    pub(super) fn adopt(&self, row: NamespaceRow) -> Result<()> {
+        let mut file = self.file.lock();
+        let is_known = {
+            let known = self.known.read();
+            known.by_id.contains_key(&row.id) || known.by_handle.contains_key(&row.handle)
+        };
+        if !is_known {
+            tracing::warn!(namespace = %row.id, "a namespace was missing in its file; restored from the index");
+            file.append(&row)?;
+            self.known.write().insert(row);
         }
-        tracing::warn!(namespace = %row.id, "a namespace was missing in its file; restored from the index");
-        self.append(&row)?;
-        self.insert(row);
         Ok(())
     }
 
     /// All of them.
-    pub(super) fn rows(&self) -> impl Iterator<Item = &NamespaceRow> {
-        self.by_handle.values()
+    pub(super) fn rows(&self) -> Vec<NamespaceRow> {
+        self.known.read().by_handle.values().cloned().collect()
     }
 
     /// The number of a namespace, if it is known.
     pub(super) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
-        if *id == self.objects { Some(NamespaceHandle(0)) } else { self.by_id.get(id).copied() }
+        if *id == self.objects { Some(NamespaceHandle(0)) } else { self.known.read().by_id.get(id).copied() }
     }
 
     /// The geometry of a group; `None` for objects and for what is not known.
-    pub(super) fn group(&self, handle: NamespaceHandle, group: u16) -> Option<&GroupGeometry> {
-        self.by_handle.get(&handle)?.groups.iter().find(|geometry| geometry.group == group)
+    pub(super) fn group(&self, handle: NamespaceHandle, group: u16) -> Option<GroupGeometry> {
+        let known = self.known.read();
+        known.by_handle.get(&handle)?.groups.iter().find(|geometry| geometry.group == group).copied()
     }
 
     /// A record's identity in the terms of the disk; `None` if its namespace is not known.
     pub(super) fn identity(&self, id: &RecordId) -> Option<DiskIdentity> {
         let namespace = match id.namespace {
             NamespaceHandle(0) => self.objects,
-            handle => self.by_handle.get(&handle)?.id,
+            handle => self.known.read().by_handle.get(&handle)?.id,
         };
         Some(DiskIdentity { namespace, group: id.group, shard: id.shard, key: id.key })
     }
+}
 
+impl Known {
     fn insert(&mut self, row: NamespaceRow) {
         self.by_id.insert(row.id, row.handle);
         self.by_handle.insert(row.handle, row);
     }
+}
 
+impl NamespaceFile {
     fn append(&mut self, row: &NamespaceRow) -> Result<()> {
         let bytes = encode(row, self.store)?;
         let written = self
@@ -253,7 +274,7 @@ mod tests {
         (0..3).map(|group| GroupGeometry { group, block_bytes, shards: 2 }).collect()
     }
 
-    fn register(namespaces: &mut Namespaces, model: usize, block_bytes: u64) -> Result<u32> {
+    fn register(namespaces: &Namespaces, model: usize, block_bytes: u64) -> Result<u32> {
         namespaces.register(&descriptor(model), &groups(block_bytes)).map(|(handle, _)| handle.0)
     }
 
@@ -261,15 +282,15 @@ mod tests {
     fn numbers_are_kept_across_opens() {
         let at = tempfile::tempdir().expect("a directory");
         let path = at.path().join("namespaces");
-        let mut first = Namespaces::open(&path, STORE).expect("made");
-        let handles: Vec<u32> = (0..20).map(|model| register(&mut first, model, 4096).expect("new")).collect();
+        let first = Namespaces::open(&path, STORE).expect("made");
+        let handles: Vec<u32> = (0..20).map(|model| register(&first, model, 4096).expect("new")).collect();
         assert_eq!(handles, (1..=20).collect::<Vec<_>>());
         drop(first);
-        let mut again = Namespaces::open(&path, STORE).expect("opened");
+        let again = Namespaces::open(&path, STORE).expect("opened");
         for (model, handle) in handles.iter().enumerate() {
-            assert_eq!(register(&mut again, model, 4096).map_err(|e| e.to_string()), Ok(*handle));
+            assert_eq!(register(&again, model, 4096).map_err(|e| e.to_string()), Ok(*handle));
         }
-        let mismatch = register(&mut again, 3, 8192).expect_err("another geometry");
+        let mismatch = register(&again, 3, 8192).expect_err("another geometry");
         assert_eq!(mismatch.kind(), ErrorKind::GeometryMismatch);
         assert!(mismatch.message().contains("4096") && mismatch.message().contains("8192"), "{mismatch}");
         let id = RecordId { namespace: NamespaceHandle(5), group: 1, shard: 0, key: crate::BlockKey::ROOT };
@@ -281,20 +302,20 @@ mod tests {
     fn a_damaged_entry_costs_itself_and_a_torn_one_is_overwritten() {
         let at = tempfile::tempdir().expect("a directory");
         let path = at.path().join("namespaces");
-        let mut first = Namespaces::open(&path, STORE).expect("made");
+        let first = Namespaces::open(&path, STORE).expect("made");
         for model in 0..10 {
-            register(&mut first, model, 4096).expect("new");
+            register(&first, model, 4096).expect("new");
         }
         drop(first);
         let mut bytes = std::fs::read(&path).expect("there");
         bytes[600] ^= 1;
         bytes.extend_from_slice(b"PEGANAME torn");
         std::fs::write(&path, &bytes).expect("written");
-        let mut damaged = Namespaces::open(&path, STORE).expect("opened");
-        assert_eq!(damaged.rows().count(), 9);
-        assert_eq!(register(&mut damaged, 1, 4096).map_err(|e| e.to_string()), Ok(11), "a new number, never a reused one");
+        let damaged = Namespaces::open(&path, STORE).expect("opened");
+        assert_eq!(damaged.rows().len(), 9);
+        assert_eq!(register(&damaged, 1, 4096).map_err(|e| e.to_string()), Ok(11), "a new number, never a reused one");
         drop(damaged);
-        assert_eq!(Namespaces::open(&path, STORE).expect("opened").rows().count(), 10);
+        assert_eq!(Namespaces::open(&path, STORE).expect("opened").rows().len(), 10);
     }
 
     #[test]
@@ -313,8 +334,8 @@ mod tests {
     #[test]
     fn bad_groups_are_refused() {
         let at = tempfile::tempdir().expect("a directory");
-        let mut namespaces = Namespaces::open(&at.path().join("namespaces"), STORE).expect("made");
-        let mut kind =
+        let namespaces = Namespaces::open(&at.path().join("namespaces"), STORE).expect("made");
+        let kind =
             |groups: &[GroupGeometry]| namespaces.register(&descriptor(1), groups).err().map(|error| error.kind());
         let good = groups(4096);
         assert_eq!(kind(&[]), Some(ErrorKind::InvalidInput));

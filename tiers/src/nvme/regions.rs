@@ -145,8 +145,16 @@ impl Regions {
     pub(super) fn restore(&self, number: u32, generation: u64, first_sequence: u64, hides: bool) {
         let mut regions = self.regions.lock();
         let region = &mut regions[number as usize];
-        *region =
-            Region { state: RegionState::Sealed, generation, first_sequence, hides, ..region.clone() };
+        *region = Region {
+            state: RegionState::Sealed,
+            generation,
+            first_sequence,
+            hides,
+            records: 0,
+            live_bytes: 0,
+            used_pages: 0,
+            pins: 0,
+        };
         self.publish(number, generation);
     }
 
