@@ -7,4 +7,9 @@ pub use crate::block::{
 pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
-pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+pub use crate::nvme::{
+    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
+    open_engine,
+};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

@@ -3,4 +3,9 @@
 
 mod io;
 
-pub use io::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+pub use io::{
+    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
+    open_engine,
+};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use io::{Fault, FaultAction, FaultPlan, Faulty};
