@@ -1,6 +1,7 @@
 //! The one seam through which bytes reach a drive. Engines (io_uring, pread/pwrite) and wrappers (faults) stand
 //! behind [`BlockIo`]. A request owns its buffer until its completion runs: dropping whoever asked for it never
 //! frees memory that the kernel may still write.
+#![expect(clippy::result_large_err, reason = "a refused request comes back whole to its caller")]
 
 mod blocking;
 mod buffer;

@@ -3,6 +3,8 @@
 //! by `submit`, wait in [`Queues`], move into the ring while fewer than `depth` are in flight, and leave by `done` on
 //! the ring's thread. [`ring`] is that thread, [`registered`] the arena as the kernel knows it.
 
+#[cfg(test)]
+mod breakdown;
 mod in_flight;
 mod registered;
 mod ring;
@@ -50,6 +52,9 @@ pub(super) struct UringIo {
     depth: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
     thread_id: ThreadId,
+    /// The descriptor of the ring, for the test that breaks it.
+    #[cfg(test)]
+    ring_descriptor: std::os::fd::RawFd,
 }
 
 /// What callers and the ring's thread share.
@@ -88,8 +93,16 @@ impl UringIo {
             })
             .map_err(|source| Error::from_io("starting the I/O thread (see ulimit -u)", source))?;
         let thread_id = thread.thread().id();
-        started.recv().unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the I/O thread ended while starting")))?;
-        Ok(Self { shared, depth, thread: Mutex::new(Some(thread)), thread_id })
+        let ended = |_| Err(Error::new(ErrorKind::Io, "the I/O thread ended while starting"));
+        let _ring_descriptor = started.recv().unwrap_or_else(ended)?;
+        Ok(Self {
+            shared,
+            depth,
+            thread: Mutex::new(Some(thread)),
+            thread_id,
+            #[cfg(test)]
+            ring_descriptor: _ring_descriptor,
+        })
     }
 }
 

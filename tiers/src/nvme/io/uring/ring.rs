@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "hands memory and descriptors to the kernel through the ring")]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,13 +32,13 @@ const WAKE_RETRIES: u32 = 16;
 /// `IORING_ENTER_GETEVENTS` of the kernel's interface.
 const ENTER_GETEVENTS: u32 = 1;
 
-/// The body of the thread. Says through `ready` whether there is a ring; then serves until the engine is closed.
-pub(super) fn serve(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions, ready: &Sender<Result<()>>) {
+/// The body of the thread. Says through `ready` whether there is a ring, and its descriptor; then serves until the engine is closed.
+pub(super) fn serve(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions, ready: &Sender<Result<RawFd>>) {
     let mut ring = match Ring::new(Arc::clone(&shared), arena, options) {
         Ok(ring) => ring,
         Err(error) => return drop(ready.try_send(Err(error))),
     };
-    let _ = ready.try_send(Ok(()));
+    let _ = ready.try_send(Ok(ring.ring.as_raw_fd()));
     let outcome = catch_unwind(AssertUnwindSafe(|| ring.run()));
     let error = match outcome {
         Ok(Ok(())) => return,
