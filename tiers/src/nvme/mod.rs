@@ -29,7 +29,12 @@ mod writer;
 
 pub use append::{Append, AppendDone};
 pub use config::StoreConfig;
-pub use io::{BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+pub use io::{
+    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
+    open_engine,
+};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use io::{Fault, FaultAction, FaultPlan, Faulty};
 pub use policy::{ReclaimPolicy, RegionInfo, RegionState};
 pub use read::{ReadDone, Verified};
 pub use recovery::RecoveryReport;
