@@ -144,7 +144,17 @@ impl Engine {
     /// # Errors
     /// `NotFound` for a lease that is over, `Busy` for a full queue, `InvalidInput` for a block outside lease or memory.
     pub fn load(&self, request: LoadRequest, done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
-        let job = LoadJob::new(self.inner()?, request, done)?;
+        let job = LoadJob::new(self.inner()?, request, false, done)?;
+        self.shared.workers.read().load(job)
+    }
+
+    /// As [`Engine::load`], but the lease stays: more loads of it follow. For a load that is cut in parts because the
+    /// memory that it goes through is smaller than the load; the last part is an [`Engine::load`].
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_part(&self, request: LoadRequest, done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
+        let job = LoadJob::new(self.inner()?, request, true, done)?;
         self.shared.workers.read().load(job)
     }
 

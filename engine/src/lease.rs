@@ -133,6 +133,18 @@ impl Leases {
         Ok(taken)
     }
 
+    /// One shard's share, which stays in the lease.
+    ///
+    /// # Errors
+    /// As [`Leases::consume`].
+    pub(crate) fn borrow(&self, id: LeaseId, shard: u16) -> Result<ShardLease> {
+        let over = || Error::new(ErrorKind::NotFound, "the lease is over; look the blocks up again");
+        let state = self.state.lock();
+        let lease = state.leases.get(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
+        let hits = lease.shards.get(&shard).cloned().ok_or_else(over)?;
+        Ok(ShardLease { hits, pins: lease.pins.clone() })
+    }
+
     /// Ends a lease; whether there was one.
     pub(crate) fn release(&self, id: LeaseId) -> bool {
         let ended = self.state.lock().take(id);

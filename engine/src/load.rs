@@ -52,17 +52,21 @@ struct ReadEnd {
 }
 
 impl LoadJob {
-    /// Checks a request against lease and memory, and consumes the lease.
+    /// Checks a request against lease and memory, and consumes the lease, unless `is_part` says that more will follow.
     ///
     /// # Errors
     /// `NotFound` for a lease that is over, `InvalidInput`.
-    pub(crate) fn new(inner: &Arc<Inner>, request: LoadRequest, done: LoadDone) -> Result<Self> {
+    pub(crate) fn new(inner: &Arc<Inner>, request: LoadRequest, is_part: bool, done: LoadDone) -> Result<Self> {
         let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
         let layout = request.memory.layout();
         if let Some(outside) = request.blocks.iter().find(|block| block.block >= layout.blocks()) {
             return bad(format!("block {} is not below the memory's {}", outside.block, layout.blocks()));
         }
-        let (_, lease) = inner.leases.consume(request.lease, request.shard)?;
+        let lease = if is_part {
+            inner.leases.borrow(request.lease, request.shard)?
+        } else {
+            inner.leases.consume(request.lease, request.shard)?.1
+        };
         if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }

@@ -1,1 +1,31 @@
-//! server.
+//! The server around one [`pegaflow_engine::Engine`]: gRPC over a Unix socket, sessions, memory shared with workers,
+//! HTTP health and metrics; and [`client`], the other end of the same protocol, which the Python package uses.
+//! Policy and block storage live in the engine. No byte of a block crosses gRPC.
+#![deny(unsafe_code)]
+
+pub mod client;
+mod exit;
+mod http;
+pub mod limits;
+mod memory_socket;
+mod metrics;
+mod serve;
+mod service;
+mod session;
+mod shared_memory;
+mod status;
+mod transport;
+mod wire;
+
+/// The protocol as generated from `proto/pegaflow.proto`, where every field is described.
+pub mod proto {
+    #![expect(missing_docs, reason = "generated code; the fields are described in pegaflow.proto")]
+    tonic::include_proto!("pegaflow.v1");
+}
+
+pub use exit::ExitStatus;
+pub use http::{HttpServer, Readiness};
+pub use metrics::Metrics;
+pub use serve::{Server, ServerConfig};
+pub use status::ERROR_KIND;
+pub use transport::{Listeners, default_socket_path, memory_socket_path};

@@ -92,6 +92,55 @@ impl HostMemory {
         Ok(Self { places, layout: MemoryLayout::new(flat, blocks, total)?, _owner: owner })
     }
 
+    /// Copies one block to a block of another host memory, fragments of both in order, whatever their cut. The copy
+    /// has ended when this returns.
+    ///
+    /// # Errors
+    /// `InvalidInput` if a block is outside its memory, or the two memories have blocks of different length.
+    pub fn copy_block_to(&self, block: u32, target: &HostMemory, target_block: u32) -> Result<()> {
+        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
+        let (from_bytes, to_bytes) = (self.layout.block_bytes(), target.layout.block_bytes());
+        if from_bytes != to_bytes {
+            return Err(bad(format!("a block of {from_bytes} bytes cannot be copied to one of {to_bytes} bytes")));
+        }
+        let outside =
+            |block: u32, blocks: u32| bad(format!("block {block} is outside the registered {blocks}; give a lower one"));
+        let mut sources = self.pieces_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
+        let targets = target.pieces_of(target_block).ok_or_else(|| outside(target_block, target.layout.blocks()))?;
+        let mut source: (*mut u8, usize) = (std::ptr::null_mut(), 0);
+        for (mut to, mut wanted) in targets {
+            while wanted > 0 {
+                if source.1 == 0 {
+                    // Both blocks have the same length, so the source cannot run out first.
+                    let Some(next) = sources.next() else { break };
+                    source = next;
+                }
+                let (from, left) = source;
+                let step = wanted.min(left);
+                // SAFETY: `step` stays inside one piece of each block, and the owners of both memories live during this
+                // call. The two may be the same memory, so this is a move that allows overlap. Writers at the same time
+                // are the caller's, see `HostMemory::new`.
+                unsafe {
+                    std::ptr::copy(from, to, step);
+                    source = (from.add(step), left - step);
+                    to = to.add(step);
+                }
+                wanted -= step;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the pieces of a block lie, and how long each is; `None` if there is no such block. The layout has checked
+    /// that every piece lies in its range.
+    fn pieces_of(&self, block: u32) -> Option<impl Iterator<Item = (*mut u8, usize)> + '_> {
+        let fragments = self.layout.fragments_of(block)?;
+        Some(fragments.zip(&self.places).map(|((offset, bytes), (start, base))| {
+            // SAFETY: `MemoryLayout` has checked that the fragment lies in its range.
+            (unsafe { start.as_ptr().add((offset - base) as usize) }, bytes as usize)
+        }))
+    }
+
     fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
         let outside = || {
             Error::new(
@@ -99,15 +148,11 @@ impl HostMemory {
                 format!("block {} is outside the registered {}", copy.block, self.layout.blocks()),
             )
         };
-        let fragments = self.layout.fragments_of(copy.block).ok_or_else(outside)?;
         let mut at = HEADER_BYTES;
-        for ((offset, bytes), (start, base)) in fragments.zip(&self.places) {
-            let (offset, bytes) = ((offset - base) as usize, bytes as usize);
-            // SAFETY: `MemoryLayout` has checked that the fragment lies in its range, `HostDevice::copy` that the slot
-            // is large enough; the slot and the owner of the memory are held by the caller during this call. The two do
-            // not overlap: a slot lies in the arena's own mapping.
+        for (device, bytes) in self.pieces_of(copy.block).ok_or_else(outside)? {
+            // SAFETY: `HostDevice::copy` has checked that the slot is large enough; the slot and the owner of the memory
+            // are held by the caller during this call. The two do not overlap: a slot lies in the arena's own mapping.
             unsafe {
-                let device = start.as_ptr().add(offset);
                 let slot = copy.slot.as_ptr().as_ptr().add(at);
                 match direction {
                     CopyDirection::ToSlots => std::ptr::copy_nonoverlapping(device, slot, bytes),
@@ -234,5 +279,36 @@ mod tests {
             assert_eq!(layer[224..], before[32..64]);
             assert_eq!(layer[..224], before[..224]);
         }
+    }
+
+    #[test]
+    fn blocks_cut_differently_are_copied_between_memories() {
+        let mut bytes: Vec<u8> = (0..4096u32).map(|i| (i * 13 % 251) as u8).collect();
+        let mut staging = vec![0u8; 4 * 96];
+        let fragments =
+            vec![Fragment { offset: 0, stride: 64, bytes: 64 }, Fragment { offset: 2048, stride: 128, bytes: 32 }];
+        let other = vec![
+            Fragment { offset: 0, stride: 96, bytes: 16 },
+            Fragment { offset: 16, stride: 96, bytes: 64 },
+            Fragment { offset: 80, stride: 96, bytes: 16 },
+        ];
+        let memory = |bytes: &mut Vec<u8>, fragments: Vec<Fragment>, blocks| {
+            let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
+            // SAFETY: the vectors outlive the memories and are not touched while copies run.
+            unsafe { HostMemory::new(start, bytes.len() as u64, fragments, blocks, Box::new(())) }.expect("fits")
+        };
+        let kv = memory(&mut bytes, fragments, 16);
+        let slots = memory(&mut staging, other, 4);
+        kv.copy_block_to(3, &slots, 1).expect("in range");
+        slots.copy_block_to(1, &kv, 9).expect("in range");
+        assert_eq!(kv.copy_block_to(16, &slots, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        assert_eq!(kv.copy_block_to(0, &slots, 4).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        let (head, tail) = (bytes[3 * 64..4 * 64].to_vec(), bytes[2048 + 3 * 128..2048 + 3 * 128 + 32].to_vec());
+        assert_eq!(staging[96..192], [head.clone(), tail.clone()].concat());
+        assert_eq!(staging[..96], [0; 96]);
+        assert_eq!((&bytes[9 * 64..10 * 64], &bytes[2048 + 9 * 128..2048 + 9 * 128 + 32]), (&head[..], &tail[..]));
+        let mut short = vec![0u8; 64];
+        let short = memory(&mut short, vec![Fragment { offset: 0, stride: 64, bytes: 64 }], 1);
+        assert_eq!(kv.copy_block_to(0, &short, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
     }
 }

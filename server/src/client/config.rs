@@ -1,0 +1,123 @@
+//! How a client finds its server and how long it waits.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pegaflow_engine::{DeviceMemory, Error, ErrorKind, HostMemory, InstanceSpec, Result};
+
+use crate::limits::{GROUPS_MAX, NAME_BYTES_MAX};
+
+/// Where the server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A Unix socket; the server must run as the same user or as root.
+    Unix(PathBuf),
+    /// A loopback TCP address: lookups and counters only, no loads and saves.
+    Tcp(SocketAddr),
+}
+
+impl Default for Endpoint {
+    fn default() -> Self {
+        Self::Unix(crate::default_socket_path())
+    }
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+/// How a client works. Start from `ClientConfig::new`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientConfig {
+    /// The server. Default: the default Unix socket.
+    pub endpoint: Endpoint,
+    /// The client's name in the server's log. At most 256 bytes.
+    pub name: String,
+    /// The longest wait for a lookup; it stands in the way of the model. Default: 50 ms.
+    pub lookup_timeout: Duration,
+    /// The longest wait for any other answer. Default: 5 s.
+    pub rpc_timeout: Duration,
+    /// The longest life of a load or a save; then it is cancelled and its blocks fail. Default: 60 s.
+    pub operation_timeout: Duration,
+    /// Bytes of memory shared with the server, for workers only; at least one block is taken.
+    /// Default: 256 MiB. The server's limit is 1 GiB by default.
+    pub staging_bytes: u64,
+}
+
+impl ClientConfig {
+    /// The defaults, for a client of that name.
+    pub fn new(endpoint: Endpoint, name: impl Into<String>) -> Self {
+        Self {
+            endpoint,
+            name: name.into(),
+            lookup_timeout: Duration::from_millis(50),
+            rpc_timeout: Duration::from_secs(5),
+            operation_timeout: Duration::from_secs(60),
+            staging_bytes: 256 << 20,
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        if self.name.len() > NAME_BYTES_MAX {
+            return bad(format!("the client's name has {} bytes; give at most {NAME_BYTES_MAX}", self.name.len()));
+        }
+        for (name, timeout) in [
+            ("lookup_timeout", self.lookup_timeout),
+            ("rpc_timeout", self.rpc_timeout),
+            ("operation_timeout", self.operation_timeout),
+        ] {
+            if timeout.is_zero() || timeout > Duration::from_secs(3600) {
+                return bad(format!("{name} is {timeout:?}; give more than zero, at most an hour"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A worker: what it says of itself, and its memory. Repeated to every new server.
+#[derive(Clone)]
+pub(super) struct Registration {
+    pub(super) spec: InstanceSpec,
+    pub(super) memory: Arc<HostMemory>,
+}
+
+impl Registration {
+    /// # Errors
+    /// `InvalidInput` if the memory does not fit the groups.
+    pub(super) fn new(spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<Self> {
+        let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        if spec.groups.is_empty() || spec.groups.len() > GROUPS_MAX {
+            return bad(format!("{} groups; give 1 to {GROUPS_MAX}", spec.groups.len()));
+        }
+        let block_bytes = memory.layout().block_bytes();
+        if let Some(geometry) = spec.groups.iter().find(|geometry| geometry.block_bytes != block_bytes) {
+            return bad(format!(
+                "the memory has blocks of {block_bytes} bytes, group {} has {}; start a client for each block size",
+                geometry.group, geometry.block_bytes
+            ));
+        }
+        Ok(Self { spec, memory })
+    }
+
+    /// Whether the other one says the same of the same memory.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let (a, b) = (&self.spec, &other.spec);
+        (&a.instance, &a.namespace, &a.groups, a.shard) == (&b.instance, &b.namespace, &b.groups, b.shard)
+            && Arc::ptr_eq(&self.memory, &other.memory)
+    }
+
+    /// The size of a staging slot and how many `bytes` allow: at least one, and no more than there are blocks.
+    pub(super) fn staging(&self, bytes: u64) -> (u64, u32) {
+        let layout = self.memory.layout();
+        let slots = (bytes / layout.block_bytes()).clamp(1, layout.blocks().into());
+        (layout.block_bytes(), u32::try_from(slots).unwrap_or(u32::MAX))
+    }
+}

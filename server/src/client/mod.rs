@@ -1,0 +1,320 @@
+//! The client of the server, for callers that block: a scheduler looks up, a worker loads and saves its own memory through
+//! memory shared with the server. It keeps a session open by itself, registers again after every restart of the server,
+//! and never makes a caller wait longer than the call's timeout; without a server everything fails at once with `Closed`.
+//!
+//! Fencing: an accepted operation ends in exactly one [`Completion`], and only when none of its copies into or out of the
+//! worker's memory can happen any more, whatever became of the server. Start it after a fork, not before.
+
+mod completions;
+mod config;
+mod copies;
+mod driver;
+mod link;
+mod shared;
+mod transfers;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use pegaflow_engine::{
+    BlockSave, DeviceMemory, Error, ErrorKind, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
+    LookupRequest, OperationId, Result,
+};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
+pub use config::{ClientConfig, Endpoint};
+
+use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
+use crate::proto::{FlushRequest, StatsReply, StatsRequest};
+use crate::status::from_status;
+use crate::wire;
+use config::Registration;
+use copies::CopyThreads;
+use driver::{Command, Driver};
+use shared::Shared;
+use transfers::Work;
+
+/// Calls waiting for the client's task; more are refused with `Busy`.
+const COMMANDS_MAX: usize = 4096;
+
+/// A client. Cloning gives another handle; the last one ends the session.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: ClientConfig,
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    registration: Mutex<Option<Registration>>,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Not waited for: the last handle may go away anywhere. Copies hold their memories and end by themselves.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Client {
+    /// Starts a client; it connects in the background and goes on trying until it is closed.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a bad configuration, `Io` if the system refuses a thread.
+    pub fn start(config: ClientConfig) -> Result<Self> {
+        config.validate()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(2)
+            .thread_name("pegaflow-client")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::from_io("cannot start the client's thread", error))?;
+        let shared = Arc::new(Shared::default());
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let driver = {
+            let _entered = runtime.enter();
+            Driver::new(config.clone(), Arc::clone(&shared), receiver, CopyThreads::start()?)
+        };
+        runtime.spawn(driver.run());
+        let inner = Inner { config, shared, commands, registration: Mutex::default(), runtime: Some(runtime) };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Whether there is a session now and, for a worker, it is registered.
+    pub fn is_connected(&self) -> bool {
+        self.inner.shared.is_connected()
+    }
+
+    /// Waits until [`Client::is_connected`].
+    ///
+    /// # Errors
+    /// `Timeout` with the reason, the server's refusal of the registration, or `Closed`.
+    pub fn wait_connected(&self, timeout: Duration) -> Result<()> {
+        self.inner.shared.wait_connected(timeout)
+    }
+
+    /// How many sessions there have been; raised at each new one, when all leases are gone.
+    pub fn epoch(&self) -> u64 {
+        self.inner.shared.epoch()
+    }
+
+    /// Makes this client a worker with the memory of its groups, all of one block size. Remembered, and repeated by itself
+    /// with every new server. With no server there it returns at once; otherwise when the server has answered. A client is
+    /// one worker: repeating it with the same memory is allowed.
+    ///
+    /// # Errors
+    /// `InvalidInput` for memory that does not fit the geometry or for a second worker, `GeometryMismatch` and other
+    /// lasting refusals of the server; passing ones are tried again in the background.
+    pub fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
+        let registration = Registration::new(spec, memory)?;
+        let earlier = self.inner.registration.lock().replace(registration.clone());
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        let sent = self.send(Command::Register(registration, answer));
+        let result = sent.and_then(|()| {
+            // Three round trips, each with the timeout of one; after that it goes on in the background.
+            answered.recv_timeout(self.inner.config.rpc_timeout * 3).unwrap_or(Ok(()))
+        });
+        if result.is_err() {
+            *self.inner.registration.lock() = earlier;
+        }
+        result
+    }
+
+    /// The longest prefix of the keys that is there, with a lease if asked for.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout` after the lookup timeout, and what the engine gives.
+    pub fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
+        if request.keys.len() > BLOCKS_MAX {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{} keys; give at most {BLOCKS_MAX} in one lookup", request.keys.len()),
+            ));
+        }
+        let (mut rpc, session) = self.inner.shared.session()?;
+        let request = wire::lookup_to_wire(session, request);
+        let found = self.call(self.inner.config.lookup_timeout, async move { rpc.lookup(request).await })?;
+        wire::lookup_reply(&found)
+    }
+
+    /// Gives a lease back; best effort, it runs out by itself.
+    pub fn release(&self, lease: LeaseId) {
+        let _best_effort = self.inner.commands.try_send(Command::Release(lease));
+    }
+
+    /// Starts a load of leased blocks into the worker's memory. Ends in a [`Completion`] if this returns `Ok`, and in
+    /// none otherwise.
+    ///
+    /// # Errors
+    /// `Closed` without a registered session, `InvalidInput` for a block outside the memory, `Busy` at a bound.
+    pub fn load(
+        &self,
+        operation: OperationId,
+        lease: LeaseId,
+        shard: u16,
+        blocks: Vec<LoadBlock>,
+    ) -> Result<()> {
+        let kv = self.memory()?;
+        check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
+        self.submit(operation, Work::Load { lease, shard, blocks }, kv)
+    }
+
+    /// Starts a save of blocks of `group` out of the worker's memory, ancestors first. Ends in a [`Completion`] if this returns
+    /// `Ok`, and in none otherwise. Saves reach the server in the order of these calls.
+    ///
+    /// # Errors
+    /// As [`Client::load`].
+    pub fn save(
+        &self,
+        operation: OperationId,
+        instance: InstanceId,
+        group: u16,
+        shard: u16,
+        blocks: Vec<BlockSave>,
+    ) -> Result<()> {
+        let kv = self.memory()?;
+        check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
+        self.submit(operation, Work::Save { instance, group, shard, blocks }, kv)
+    }
+
+    /// Asks for an operation to end early; its completion still comes, soon. Unknown ones are ignored.
+    pub fn cancel(&self, operation: OperationId) {
+        if self.inner.commands.try_send(Command::Cancel(operation)).is_err() {
+            tracing::warn!(operation = operation.0, "not cancelled: the client is closed or its queue is full");
+        }
+    }
+
+    /// What has ended since the last call. Never waits.
+    pub fn poll(&self) -> Vec<Completion> {
+        self.inner.shared.completions.fetch()
+    }
+
+    /// Waits until [`Client::poll`] has something to return; whether it has.
+    pub fn wait_completion(&self, timeout: Duration) -> bool {
+        self.inner.shared.completions.wait(timeout)
+    }
+
+    /// Makes everything durable whose save has completed before.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout`, and what the engine gives.
+    pub fn flush(&self, timeout: Duration) -> Result<()> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let timeout = timeout.clamp(Duration::from_millis(1), FLUSH_TIMEOUT_MAX);
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        // The server keeps to the timeout itself; the answer still has to travel.
+        let patience = timeout + self.inner.config.rpc_timeout;
+        self.call(patience, async move { rpc.flush(FlushRequest { timeout_ms }).await }).map(drop)
+    }
+
+    /// The server's counters and gauges: the engine's under `engine`, the server's own beside it.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout`.
+    pub fn stats(&self) -> Result<serde_json::Value> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.stats(StatsRequest {}).await })?;
+        let StatsReply { engine_json, server_version, uptime_ms, sessions, shared_bytes, operations } = reply;
+        let engine: serde_json::Value = serde_json::from_str(&engine_json)
+            .map_err(|error| Error::new(ErrorKind::Corrupt, format!("the server's counters are no JSON: {error}")))?;
+        Ok(serde_json::json!({
+            "engine": engine,
+            "server_version": server_version,
+            "uptime_ms": uptime_ms,
+            "sessions": sessions,
+            "shared_bytes": shared_bytes,
+            "operations": operations,
+        }))
+    }
+
+    /// Ends the session: operations in flight complete as failed or dropped, as soon as their copies have ended. Waits for
+    /// that, at most `timeout`. Completions can still be polled; everything else fails with `Closed`.
+    pub fn close(&self, timeout: Duration) {
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        let deadline = Instant::now() + timeout;
+        let mut command = Command::Close(answer);
+        while let Err(error) = self.inner.commands.try_send(command) {
+            match error {
+                // The queue is full of calls that the client's task is working off.
+                mpsc::error::TrySendError::Full(back) if Instant::now() < deadline => {
+                    command = back;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                _ => return,
+            }
+        }
+        let _late = answered.recv_deadline(deadline);
+    }
+
+    fn memory(&self) -> Result<Arc<HostMemory>> {
+        self.inner.shared.check_working()?;
+        let registration = self.inner.registration.lock();
+        let memory = registration.as_ref().map(|registration| Arc::clone(&registration.memory));
+        memory.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no memory is registered; call register first"))
+    }
+
+    fn submit(&self, operation: OperationId, work: Work, kv: Arc<HostMemory>) -> Result<()> {
+        self.inner.shared.completions.accept(operation)?;
+        self.send(Command::Submit { operation, work, kv })
+            .inspect_err(|_| self.inner.shared.completions.retract(operation))
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        if self.inner.shared.is_closed() {
+            return Err(Error::new(ErrorKind::Closed, "the client is closed; start another"));
+        }
+        self.inner.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Error::new(
+                ErrorKind::Busy,
+                format!("{COMMANDS_MAX} calls are waiting, which is the limit; try again later"),
+            ),
+            mpsc::error::TrySendError::Closed(_) => Error::new(ErrorKind::Closed, "the client is closed; start another"),
+        })
+    }
+
+    /// Runs an RPC on the client's thread and waits for its answer, at most `timeout`.
+    fn call<T: Send + 'static>(
+        &self,
+        timeout: Duration,
+        rpc: impl Future<Output = Result<tonic::Response<T>, Status>> + Send + 'static,
+    ) -> Result<T> {
+        let late = || Error::new(ErrorKind::Timeout, format!("no answer from the server within {timeout:?}"));
+        let Some(runtime) = &self.inner.runtime else {
+            return Err(Error::new(ErrorKind::Closed, "the client is closed; start another"));
+        };
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        runtime.spawn(async move {
+            if let Ok(result) = tokio::time::timeout(timeout, rpc).await {
+                let _gone = answer.try_send(result);
+            }
+        });
+        let result = answered.recv_timeout(timeout).map_err(|_| late())?;
+        result.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
+    }
+}
+
+fn check_blocks(kv: &HostMemory, count: usize, mut blocks: impl Iterator<Item = u32>) -> Result<()> {
+    let limit = kv.layout().blocks();
+    if count > BLOCKS_MAX {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("{count} blocks; give at most {BLOCKS_MAX} in one operation"),
+        ));
+    }
+    match blocks.find(|block| *block >= limit) {
+        Some(block) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("block {block} is outside the registered memory of {limit} blocks"),
+        )),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,161 @@
+//! Prometheus metrics. The engine keeps its own counters; they are read when somebody scrapes, so that an idle server
+//! does nothing. Names begin with `pegaflow_`; counters end with `_total`; units are in the names.
+
+use std::sync::Arc;
+
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use pegaflow_engine::Stats;
+
+/// The counters and gauges of one server as Prometheus text.
+#[derive(Clone)]
+pub struct Metrics {
+    recorder: Arc<PrometheusRecorder>,
+    handle: PrometheusHandle,
+}
+
+/// What only the server knows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ServerGauges {
+    pub(crate) sessions: usize,
+    pub(crate) shared_bytes: u64,
+    pub(crate) operations: usize,
+    pub(crate) is_ready: bool,
+}
+
+impl Metrics {
+    /// A recorder of its own.
+    pub fn new() -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        let metrics = Self { recorder: Arc::new(recorder), handle };
+        metrics::with_local_recorder(&*metrics.recorder, describe);
+        metrics
+    }
+
+    /// Makes this the recorder of everything that the process measures with the `metrics` crate. Ignored if there is
+    /// one already.
+    pub fn install(&self) {
+        if metrics::set_global_recorder(Arc::clone(&self.recorder)).is_err() {
+            tracing::warn!("a metrics recorder is installed already; measurements of the engine go there");
+        }
+    }
+
+    pub(crate) fn render(&self, stats: &Stats, server: ServerGauges) -> String {
+        self.handle.run_upkeep();
+        metrics::with_local_recorder(&*self.recorder, || record(stats, server));
+        self.handle.render()
+    }
+
+    /// The text while there is no engine yet.
+    pub(crate) fn render_starting(&self) -> String {
+        metrics::with_local_recorder(&*self.recorder, || metrics::gauge!("pegaflow_ready").set(0.0));
+        self.handle.render()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One table for names, help texts and where the values come from: gauges first, counters after them.
+macro_rules! table {
+    (gauges { $($gauge:literal, $gauge_field:ident, $gauge_help:literal;)* }
+     counters { $($counter:literal, $counter_field:ident, $counter_help:literal;)* }) => {
+        fn describe_engine() {
+            $(metrics::describe_gauge!($gauge, $gauge_help);)*
+            $(metrics::describe_counter!($counter, $counter_help);)*
+        }
+        fn record_engine(stats: &Stats) {
+            $(metrics::gauge!($gauge).set(stats.$gauge_field as f64);)*
+            $(metrics::counter!($counter).absolute(stats.$counter_field);)*
+        }
+    };
+}
+
+table! {
+    gauges {
+        "pegaflow_dram_capacity_bytes", dram_capacity_bytes, "Bytes of DRAM for blocks.";
+        "pegaflow_dram_used_bytes", dram_used_bytes, "Bytes of DRAM slots in use.";
+        "pegaflow_dram_dirty_bytes", dram_dirty_bytes, "Bytes in DRAM that are not yet durable.";
+        "pegaflow_dram_blocks", dram_blocks, "Blocks in DRAM.";
+        "pegaflow_nvme_capacity_bytes", nvme_capacity_bytes, "Bytes of the store's regions; 0 without a store.";
+        "pegaflow_nvme_used_bytes", nvme_used_bytes, "Bytes of regions in use.";
+        "pegaflow_nvme_records", nvme_records, "Records that lookups find.";
+        "pegaflow_index_bytes", index_bytes, "Bytes of memory that the in-memory index takes.";
+        "pegaflow_instances", instances, "Registered inference engines.";
+        "pegaflow_leases", leases, "Live leases.";
+        "pegaflow_engine_sessions", sessions, "Sessions of the engine, those that are ending included.";
+        "pegaflow_engine_operations", operations, "Loads and saves in flight in the engine.";
+    }
+    counters {
+        "pegaflow_lookup_blocks_total", lookup_blocks, "Blocks asked for in lookups.";
+        "pegaflow_lookup_hit_blocks_total", lookup_hit_blocks, "Blocks found in lookups.";
+        "pegaflow_load_failed_blocks_total", load_failed_blocks, "Blocks whose load failed; they were recomputed.";
+        "pegaflow_saved_blocks_total", saved_blocks, "Blocks saved.";
+        "pegaflow_save_present_blocks_total", save_present_blocks, "Blocks whose save found them present.";
+        "pegaflow_save_dropped_blocks_total", save_dropped_blocks, "Blocks not saved for want of DRAM or of queue.";
+        "pegaflow_save_orphan_blocks_total", save_orphan_blocks, "Blocks not saved because an ancestor is missing.";
+        "pegaflow_dram_evicted_blocks_total", dram_evicted_blocks, "Blocks evicted from DRAM.";
+        "pegaflow_durable_records_total", durable_records, "Records made durable.";
+        "pegaflow_write_failed_records_total", write_failed_records, "Records whose write failed.";
+        "pegaflow_quarantined_records_total", quarantined_records, "Records that failed their checks when read.";
+        "pegaflow_reclaimed_regions_total", reclaimed_regions, "Regions reclaimed.";
+        "pegaflow_recovered_records_total", recovered_records, "Records found by the scan at open.";
+    }
+}
+
+fn describe() {
+    describe_engine();
+    metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
+    metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
+    metrics::describe_gauge!("pegaflow_shared_memory_bytes", "Bytes of memory shared with clients.");
+    metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
+    metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
+    metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
+    metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
+}
+
+fn record(stats: &Stats, server: ServerGauges) {
+    record_engine(stats);
+    metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "dram").absolute(stats.loaded_dram_blocks);
+    metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "nvme").absolute(stats.loaded_nvme_blocks);
+    metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
+    metrics::gauge!("pegaflow_shared_memory_bytes").set(server.shared_bytes as f64);
+    metrics::gauge!("pegaflow_operations").set(server.operations as f64);
+    metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
+    metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));
+    let io_engine = stats.io_engine.clone();
+    metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_has_help_type_and_value_of_every_metric() {
+        let metrics = Metrics::new();
+        let stats = Stats { saved_blocks: 7, dram_blocks: 3, io_engine: "psync".into(), ..Stats::default() };
+        let text = metrics.render(&stats, ServerGauges { sessions: 2, ..ServerGauges::default() });
+        for line in [
+            "# HELP pegaflow_saved_blocks_total Blocks saved.",
+            "# TYPE pegaflow_saved_blocks_total counter",
+            "pegaflow_saved_blocks_total 7",
+            "# TYPE pegaflow_dram_blocks gauge",
+            "pegaflow_dram_blocks 3",
+            "pegaflow_loaded_blocks_total{tier=\"nvme\"} 0",
+            "pegaflow_sessions 2",
+            "pegaflow_ready 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
+        }
+        assert!(text.contains("io_engine=\"psync\""));
+        let names: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+        let helps = text.lines().filter(|line| line.starts_with("# HELP")).count();
+        assert_eq!(names.len(), helps, "every metric is described");
+        let later = metrics.render(&Stats { saved_blocks: 9, ..stats }, ServerGauges::default());
+        assert!(later.contains("pegaflow_saved_blocks_total 9"));
+    }
+}

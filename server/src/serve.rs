@@ -1,0 +1,168 @@
+//! The running server: listeners, RPC service and sessions around one engine, and their orderly end. Data enters through
+//! the sockets and goes to the engine; this module only starts and stops.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pegaflow_engine::{ByteSize, Engine, Error, ErrorKind, Result};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tonic::transport::Server as Transport;
+
+use crate::http::Readiness;
+use crate::limits::{CONNECTION_REQUESTS_MAX, MESSAGE_BYTES_MAX};
+use crate::memory_socket;
+use crate::proto::pega_flow_server::PegaFlowServer;
+use crate::service::Service;
+use crate::session::Sessions;
+use crate::transport::{Listeners, SocketFiles, tcp_connections, unix_connections};
+
+/// HTTP/2 windows: a full message goes out without waiting for the other side.
+const STREAM_WINDOW_BYTES: u32 = MESSAGE_BYTES_MAX as u32;
+const CONNECTION_WINDOW_BYTES: u32 = 4 * STREAM_WINDOW_BYTES;
+/// A client that answers no ping for this long is gone.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long connections get to close after everything else is done.
+const GRACE_MIN: Duration = Duration::from_millis(200);
+const GRACE_MAX: Duration = Duration::from_secs(2);
+
+/// How a server serves. The engine has its own configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// The most bytes of memory shared with one session. Default: 1 GiB.
+    pub session_shared_memory: ByteSize,
+    /// The most bytes of memory shared with all sessions. Default: 4 GiB.
+    pub shared_memory: ByteSize,
+    /// How long a client of the second socket may take to send its token. Default: 2 s.
+    pub memory_socket_timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            session_shared_memory: ByteSize::gib(1),
+            shared_memory: ByteSize::gib(4),
+            memory_socket_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Checks every field against its limits.
+    ///
+    /// # Errors
+    /// `InvalidInput` that names all problems at once.
+    pub fn validate(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        if self.session_shared_memory.0 > self.shared_memory.0 {
+            problems.push(format!(
+                "session_shared_memory is {}, more than the {} of shared_memory; lower it or raise the other",
+                self.session_shared_memory, self.shared_memory
+            ));
+        }
+        if self.memory_socket_timeout.is_zero() {
+            problems.push("memory_socket_timeout is 0; give more".into());
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+    }
+}
+
+/// A server that serves.
+pub struct Server {
+    sessions: Arc<Sessions>,
+    stop: watch::Sender<bool>,
+    rpc: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
+    memory: JoinHandle<()>,
+    files: SocketFiles,
+}
+
+impl Server {
+    /// Serves `engine` on `listeners` until [`Server::stop`]. To be called inside a tokio runtime.
+    pub fn start(engine: Engine, listeners: Listeners, config: &ServerConfig, readiness: &Readiness) -> Self {
+        let sessions = Sessions::new(engine, config.session_shared_memory.0, config.shared_memory.0);
+        let service = Arc::new(Service::new(Arc::clone(&sessions)));
+        let (stop, stopped) = watch::channel(false);
+        let router = || {
+            let service = PegaFlowServer::from_arc(Arc::clone(&service))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            Transport::builder()
+                .concurrency_limit_per_connection(CONNECTION_REQUESTS_MAX)
+                .max_concurrent_streams(CONNECTION_REQUESTS_MAX as u32)
+                .initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+                .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+                .add_service(service)
+        };
+        let stopped = || {
+            let mut stopped = stopped.clone();
+            async move {
+                let _ended = stopped.wait_for(|stop| *stop).await;
+            }
+        };
+        let Listeners { rpc, memory, tcp, files } = listeners;
+        let mut tasks =
+            vec![tokio::spawn(router().serve_with_incoming_shutdown(unix_connections(rpc), stopped()))];
+        if let Some(tcp) = tcp {
+            let serve = router().serve_with_incoming_shutdown(tcp_connections(tcp), stopped());
+            tasks.push(tokio::spawn(serve));
+        }
+        let memory = tokio::spawn(memory_socket::serve(memory, sessions.tokens(), config.memory_socket_timeout));
+        readiness.serving(&sessions);
+        Self { sessions, stop, rpc: tasks, memory, files }
+    }
+
+    /// The sockets' path.
+    pub fn socket(&self) -> PathBuf {
+        self.files.path().to_owned()
+    }
+
+    /// Open sessions.
+    pub fn sessions(&self) -> usize {
+        self.sessions.count()
+    }
+
+    /// Bytes of memory shared with sessions, those that are ending included.
+    pub fn shared_bytes(&self) -> u64 {
+        self.sessions.shared_bytes()
+    }
+
+    /// Stops in order: no new connections and sessions, operations in flight end, the engine flushes and closes, clients
+    /// see the end of their streams. At most `timeout`, after which what is left is cut off.
+    ///
+    /// # Errors
+    /// What the engine's close gives: what was reported durable is durable all the same.
+    ///
+    /// # Cancel safety
+    /// Dropping it cuts everything off.
+    pub async fn stop(self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        self.sessions.refuse_new();
+        let Self { sessions, stop, rpc, memory, files } = self;
+        // A client that looks for a server now finds none instead of one that refuses.
+        drop(files);
+        memory.abort();
+        stop.send_replace(true);
+        if tokio::time::timeout(timeout / 2, sessions.drained()).await.is_err() {
+            tracing::warn!(operations = sessions.operations(), "operations still in flight; they are cut off");
+        }
+        let engine = sessions.engine().clone();
+        let closed = tokio::task::spawn_blocking(move || engine.close(deadline)).await;
+        sessions.end_streams();
+        let grace = deadline.saturating_duration_since(Instant::now()).clamp(GRACE_MIN, GRACE_MAX);
+        for mut task in rpc {
+            match tokio::time::timeout(grace, &mut task).await {
+                Ok(Ok(Err(error))) => tracing::warn!(%error, "a listener ended badly"),
+                Ok(_) => {}
+                Err(_) => task.abort(),
+            }
+        }
+        closed.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Io, "closing the engine panicked; see the log"))
+        })
+    }
+}

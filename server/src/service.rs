@@ -1,0 +1,215 @@
+//! The RPCs: each checks its request, finds its session and calls the engine. What may wait runs on the blocking pool;
+//! lookups of usual size, loads and saves only touch memory and run where they arrive.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::Stream;
+use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
+use tokio::sync::Semaphore;
+use tonic::{Request, Response, Status};
+
+use crate::limits::{BLOCKS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
+use crate::proto;
+use crate::proto::pega_flow_server::PegaFlow;
+use crate::session::Sessions;
+use crate::status::to_status;
+use crate::wire;
+
+/// Lookups of more keys than this go to the blocking pool.
+const INLINE_KEYS_MAX: usize = 4096;
+
+pub(crate) struct Service {
+    sessions: Arc<Sessions>,
+    flushes: Arc<Semaphore>,
+    started: Instant,
+}
+
+impl Service {
+    pub(crate) fn new(sessions: Arc<Sessions>) -> Self {
+        Self { sessions, flushes: Arc::new(Semaphore::new(FLUSHES_MAX)), started: Instant::now() }
+    }
+}
+
+fn reply<T>(result: Result<T>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(|error| to_status(&error))
+}
+
+/// Runs what may wait on the blocking pool.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Response<T>, Status> {
+    let result = tokio::task::spawn_blocking(work).await;
+    reply(result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))))
+}
+
+#[tonic::async_trait]
+impl PegaFlow for Service {
+    type OpenSessionStream = Pin<Box<dyn Stream<Item = Result<proto::SessionEvent, Status>> + Send>>;
+
+    async fn open_session(
+        &self,
+        request: Request<proto::OpenSessionRequest>,
+    ) -> Result<Response<Self::OpenSessionStream>, Status> {
+        let request = request.into_inner();
+        let open = || {
+            wire::check_name("the client's name", &request.client_name, NAME_BYTES_MAX)?;
+            wire::check_name("the client's version", &request.client_version, 64)?;
+            wire::check_name("the client's kind", &request.client_kind, 64)?;
+            let name = format!("{} {} {}", request.client_kind, request.client_name, request.client_version);
+            self.sessions.open(name.trim())
+        };
+        reply(open().map(|events| Box::pin(events) as Self::OpenSessionStream))
+    }
+
+    async fn register(
+        &self,
+        request: Request<proto::RegisterRequest>,
+    ) -> Result<Response<proto::RegisterReply>, Status> {
+        let request = request.into_inner();
+        let sessions = Arc::clone(&self.sessions);
+        blocking(move || {
+            let session = sessions.get(request.session)?;
+            let spec = wire::instance_spec(request)?;
+            sessions.engine().register(session.engine_id, spec)?;
+            Ok(proto::RegisterReply {})
+        })
+        .await
+    }
+
+    async fn share_memory(
+        &self,
+        request: Request<proto::ShareMemoryRequest>,
+    ) -> Result<Response<proto::ShareMemoryReply>, Status> {
+        let proto::ShareMemoryRequest { session, slot_bytes, slots } = request.into_inner();
+        let sessions = Arc::clone(&self.sessions);
+        blocking(move || {
+            let shared = sessions.share_memory(session, slot_bytes, slots)?;
+            Ok(proto::ShareMemoryReply {
+                memory: shared.number,
+                token: shared.token.to_vec().into(),
+                bytes: shared.bytes,
+            })
+        })
+        .await
+    }
+
+    async fn lookup(&self, request: Request<proto::LookupRequest>) -> Result<Response<proto::LookupReply>, Status> {
+        let request = request.into_inner();
+        let sessions = Arc::clone(&self.sessions);
+        let is_small = request.keys.len() <= INLINE_KEYS_MAX * KEY_BYTES;
+        let look = move || {
+            let session = sessions.get(request.session)?;
+            let request = wire::lookup_request(&request)?;
+            sessions.engine().lookup(session.engine_id, &request).map(|found| wire::lookup_reply_to_wire(&found))
+        };
+        if is_small { reply(look()) } else { blocking(look).await }
+    }
+
+    async fn load(&self, request: Request<proto::LoadRequest>) -> Result<Response<proto::LoadReply>, Status> {
+        let request = request.into_inner();
+        let load = || {
+            let session = self.sessions.get(request.session)?;
+            let (lease, shard, blocks) = wire::load_blocks(&request)?;
+            let memory = session.memory(request.memory)?;
+            let operation = session.begin(request.operation)?;
+            let is_part = request.is_part;
+            let request = LoadRequest {
+                session: session.engine_id,
+                operation: OperationId(request.operation),
+                lease,
+                shard,
+                memory,
+                blocks,
+            };
+            let (engine, done) = (self.sessions.engine(), Box::new(move |outcome| operation.load_ended(outcome)));
+            if is_part { engine.load_part(request, done)? } else { engine.load(request, done)? }
+            Ok(proto::LoadReply {})
+        };
+        reply(load())
+    }
+
+    async fn save(&self, request: Request<proto::SaveRequest>) -> Result<Response<proto::SaveReply>, Status> {
+        let request = request.into_inner();
+        let save = || {
+            let session = self.sessions.get(request.session)?;
+            let (instance, group, shard, blocks) = wire::save_blocks(&request)?;
+            let memory = session.memory(request.memory)?;
+            let operation = session.begin(request.operation)?;
+            let request = SaveRequest {
+                session: session.engine_id,
+                operation: OperationId(request.operation),
+                instance,
+                group,
+                shard,
+                memory,
+                blocks,
+            };
+            self.sessions.engine().save(request, Box::new(move |outcome| operation.save_ended(outcome)))?;
+            Ok(proto::SaveReply {})
+        };
+        reply(save())
+    }
+
+    async fn cancel(&self, request: Request<proto::CancelRequest>) -> Result<Response<proto::CancelReply>, Status> {
+        let request = request.into_inner();
+        let cancel = || {
+            let session = self.sessions.get(request.session)?;
+            if request.operations.len() > BLOCKS_MAX {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{} operations; give at most {BLOCKS_MAX} in one request", request.operations.len()),
+                ));
+            }
+            for &operation in &request.operations {
+                self.sessions.engine().cancel(session.engine_id, OperationId(operation));
+            }
+            Ok(proto::CancelReply {})
+        };
+        reply(cancel())
+    }
+
+    async fn release(&self, request: Request<proto::ReleaseRequest>) -> Result<Response<proto::ReleaseReply>, Status> {
+        let request = request.into_inner();
+        let release = || {
+            self.sessions.get(request.session)?;
+            for lease in wire::leases(&request.leases)? {
+                self.sessions.engine().release(lease);
+            }
+            Ok(proto::ReleaseReply {})
+        };
+        reply(release())
+    }
+
+    async fn flush(&self, request: Request<proto::FlushRequest>) -> Result<Response<proto::FlushReply>, Status> {
+        let timeout = wire::flush_timeout(request.into_inner().timeout_ms).map_err(|error| to_status(&error))?;
+        let place = Arc::clone(&self.flushes).try_acquire_owned().map_err(|_| {
+            let message = format!("{FLUSHES_MAX} flushes are waiting, which is the limit; try again");
+            to_status(&Error::new(ErrorKind::Busy, message))
+        })?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            engine.flush(Instant::now() + timeout)?;
+            Ok(proto::FlushReply {})
+        })
+        .await
+    }
+
+    async fn stats(&self, _request: Request<proto::StatsRequest>) -> Result<Response<proto::StatsReply>, Status> {
+        let sessions = Arc::clone(&self.sessions);
+        let started = self.started;
+        blocking(move || {
+            let engine_json = serde_json::to_string(&sessions.engine().stats())
+                .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the counters as JSON: {error}")))?;
+            Ok(proto::StatsReply {
+                engine_json,
+                server_version: env!("CARGO_PKG_VERSION").into(),
+                uptime_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                sessions: u32::try_from(sessions.count()).unwrap_or(u32::MAX),
+                shared_bytes: sessions.shared_bytes(),
+                operations: u32::try_from(sessions.operations()).unwrap_or(u32::MAX),
+            })
+        })
+        .await
+    }
+}

@@ -1,0 +1,243 @@
+//! Requests on the wire and their values: every limit is checked here, before anything is allocated, so that the engine
+//! sees only what is well-formed.
+
+use std::time::Duration;
+
+use pegaflow_engine::{
+    BlockKey, BlockSave, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
+    LookupRequest, NamespaceDescriptor, Result,
+};
+use prost::bytes::Bytes;
+
+use crate::limits::{
+    BLOCKS_MAX, FLUSH_TIMEOUT_MAX, GROUPS_MAX, KEY_BYTES, LEASE_BYTES, LEASE_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX,
+    SHARDS_MAX,
+};
+use crate::proto;
+
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
+}
+
+/// Checks a client's name and the like.
+pub(crate) fn check_name(what: &str, name: &str, bytes_max: usize) -> Result<()> {
+    if name.len() > bytes_max {
+        return Err(invalid(format!("{what} has {} bytes; give at most {bytes_max}", name.len())));
+    }
+    Ok(())
+}
+
+fn instance(name: &str) -> Result<InstanceId> {
+    if name.is_empty() {
+        return Err(invalid(format!("the instance is empty; give 1 to {NAME_BYTES_MAX} bytes")));
+    }
+    check_name("the instance", name, NAME_BYTES_MAX)?;
+    Ok(InstanceId(name.into()))
+}
+
+fn group(value: u32) -> Result<u16> {
+    u16::try_from(value).map_err(|_| invalid(format!("group {value} is above {}", u16::MAX)))
+}
+
+fn shard(value: u32) -> Result<u16> {
+    match u16::try_from(value) {
+        Ok(shard) if value < SHARDS_MAX => Ok(shard),
+        _ => Err(invalid(format!("shard {value} is above {}", SHARDS_MAX - 1))),
+    }
+}
+
+fn check_count(what: &str, count: usize) -> Result<()> {
+    if count == 0 || count > BLOCKS_MAX {
+        return Err(invalid(format!("{count} {what}; give 1 to {BLOCKS_MAX} in one request")));
+    }
+    Ok(())
+}
+
+fn check_equal(what: &str, count: usize, expected: usize) -> Result<()> {
+    if count != expected {
+        return Err(invalid(format!("{count} {what} for {expected} blocks; give as many as blocks")));
+    }
+    Ok(())
+}
+
+/// Cuts a field of keys into keys; 0 to 65,536 of them.
+fn keys(what: &str, bytes: &[u8]) -> Result<Vec<BlockKey>> {
+    let (keys, rest) = bytes.as_chunks::<KEY_BYTES>();
+    if !rest.is_empty() {
+        return Err(invalid(format!("{what} has {} bytes, which is no multiple of {KEY_BYTES}", bytes.len())));
+    }
+    if keys.len() > BLOCKS_MAX {
+        return Err(invalid(format!("{} {what}; give at most {BLOCKS_MAX} in one request", keys.len())));
+    }
+    Ok(keys.iter().copied().map(BlockKey::from_bytes).collect())
+}
+
+/// Joins keys to a field.
+pub(crate) fn join_keys<'a>(keys: impl ExactSizeIterator<Item = &'a BlockKey>) -> Bytes {
+    let mut bytes = Vec::with_capacity(keys.len() * KEY_BYTES);
+    keys.for_each(|key| bytes.extend_from_slice(key.as_bytes()));
+    bytes.into()
+}
+
+/// A lease from its 16 bytes.
+pub(crate) fn lease(bytes: &[u8]) -> Result<LeaseId> {
+    <[u8; LEASE_BYTES]>::try_from(bytes)
+        .map(|bytes| LeaseId(u128::from_le_bytes(bytes)))
+        .map_err(|_| invalid(format!("a lease of {} bytes; a lease has {LEASE_BYTES}", bytes.len())))
+}
+
+/// The bytes of a lease.
+pub(crate) fn lease_bytes(lease: LeaseId) -> [u8; LEASE_BYTES] {
+    lease.0.to_le_bytes()
+}
+
+/// The leases of a release.
+pub(crate) fn leases(bytes: &[u8]) -> Result<Vec<LeaseId>> {
+    let (leases, rest) = bytes.as_chunks::<LEASE_BYTES>();
+    if !rest.is_empty() || leases.len() > BLOCKS_MAX {
+        return Err(invalid(format!(
+            "leases have {} bytes; give a multiple of {LEASE_BYTES}, at most {BLOCKS_MAX} leases",
+            bytes.len()
+        )));
+    }
+    Ok(leases.iter().map(|bytes| LeaseId(u128::from_le_bytes(*bytes))).collect())
+}
+
+/// What a worker says of itself.
+pub(crate) fn instance_spec(request: proto::RegisterRequest) -> Result<InstanceSpec> {
+    let instance = instance(&request.instance)?;
+    if request.groups.is_empty() || request.groups.len() > GROUPS_MAX {
+        return Err(invalid(format!("{} groups; give 1 to {GROUPS_MAX}", request.groups.len())));
+    }
+    let bytes: usize = request.namespace.iter().map(|(name, value)| name.len() + value.len() + 6).sum();
+    if request.namespace.is_empty() || bytes > NAMESPACE_BYTES_MAX {
+        return Err(invalid(format!(
+            "the namespace has {} fields of {bytes} bytes; give at least one field, at most {NAMESPACE_BYTES_MAX} bytes",
+            request.namespace.len()
+        )));
+    }
+    let namespace = request
+        .namespace
+        .into_iter()
+        .fold(NamespaceDescriptor::new(), |namespace, (name, value)| namespace.with(name, value));
+    let groups = request
+        .groups
+        .iter()
+        .map(|wire| {
+            let shards = u16::try_from(wire.shards).unwrap_or(u16::MAX);
+            let geometry = GroupGeometry { group: group(wire.group)?, block_bytes: wire.block_bytes, shards };
+            geometry.validate().map(|()| geometry)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let shard = shard(request.shard)?;
+    if let Some(geometry) = groups.iter().find(|geometry| shard >= geometry.shards) {
+        return Err(invalid(format!(
+            "shard {shard} of group {}, which has {} shards; shards are numbered from 0",
+            geometry.group, geometry.shards
+        )));
+    }
+    Ok(InstanceSpec { instance, namespace, groups, shard })
+}
+
+/// The wire form of [`instance_spec`].
+pub(crate) fn register_request(session: u64, spec: &InstanceSpec) -> proto::RegisterRequest {
+    proto::RegisterRequest {
+        session,
+        instance: spec.instance.to_string(),
+        namespace: spec.namespace.fields().clone().into_iter().collect(),
+        groups: spec
+            .groups
+            .iter()
+            .map(|geometry| proto::Group {
+                group: geometry.group.into(),
+                block_bytes: geometry.block_bytes,
+                shards: geometry.shards.into(),
+            })
+            .collect(),
+        shard: spec.shard.into(),
+    }
+}
+
+/// A lookup.
+pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupRequest> {
+    let lease = Duration::from_millis(request.lease_ms.into());
+    if lease > LEASE_MAX {
+        return Err(invalid(format!("a lease of {} ms; give at most {}", request.lease_ms, LEASE_MAX.as_millis())));
+    }
+    Ok(LookupRequest {
+        instance: instance(&request.instance)?,
+        group: group(request.group)?,
+        keys: keys("keys", &request.keys)?,
+        lease: (!lease.is_zero()).then_some(lease),
+        tag: request.tag,
+    })
+}
+
+/// The wire form of [`lookup_request`].
+pub(crate) fn lookup_to_wire(session: u64, request: &LookupRequest) -> proto::LookupRequest {
+    let lease_ms = request.lease.map_or(0, |lease| u32::try_from(lease.as_millis().max(1)).unwrap_or(u32::MAX));
+    proto::LookupRequest {
+        session,
+        instance: request.instance.to_string(),
+        group: request.group.into(),
+        keys: join_keys(request.keys.iter()),
+        lease_ms,
+        tag: request.tag,
+    }
+}
+
+/// The wire form of a lookup's reply.
+pub(crate) fn lookup_reply_to_wire(reply: &LookupReply) -> proto::LookupReply {
+    proto::LookupReply {
+        hit_blocks: reply.hit_blocks,
+        dram_blocks: reply.dram_blocks,
+        lease: reply.lease.map(|lease| Bytes::copy_from_slice(&lease_bytes(lease))).unwrap_or_default(),
+    }
+}
+
+/// A lookup's reply.
+pub(crate) fn lookup_reply(reply: &proto::LookupReply) -> Result<LookupReply> {
+    let lease = if reply.lease.is_empty() { None } else { Some(lease(&reply.lease)?) };
+    Ok(LookupReply { hit_blocks: reply.hit_blocks, dram_blocks: reply.dram_blocks, lease })
+}
+
+/// A load's lease, shard and blocks.
+pub(crate) fn load_blocks(request: &proto::LoadRequest) -> Result<(LeaseId, u16, Vec<LoadBlock>)> {
+    check_count("indexes", request.indexes.len())?;
+    check_equal("slots", request.slots.len(), request.indexes.len())?;
+    let blocks =
+        request.indexes.iter().zip(&request.slots).map(|(&index, &block)| LoadBlock { index, block }).collect();
+    Ok((lease(&request.lease)?, shard(request.shard)?, blocks))
+}
+
+/// A save's instance, group, shard and blocks.
+pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(InstanceId, u16, u16, Vec<BlockSave>)> {
+    let keys = keys("keys", &request.keys)?;
+    check_count("keys", keys.len())?;
+    let parents = self::keys("parents", &request.parents)?;
+    check_equal("parents", parents.len(), keys.len())?;
+    check_equal("depths", request.depths.len(), keys.len())?;
+    check_equal("slots", request.slots.len(), keys.len())?;
+    let blocks = keys
+        .into_iter()
+        .zip(parents)
+        .zip(request.depths.iter().zip(&request.slots))
+        .map(|((key, parent), (&depth, &block))| BlockSave { key, parent, depth, block })
+        .collect();
+    Ok((instance(&request.instance)?, group(request.group)?, shard(request.shard)?, blocks))
+}
+
+/// How long a flush may wait.
+pub(crate) fn flush_timeout(timeout_ms: u32) -> Result<Duration> {
+    let timeout = Duration::from_millis(timeout_ms.into());
+    if timeout.is_zero() || timeout > FLUSH_TIMEOUT_MAX {
+        return Err(invalid(format!(
+            "a flush timeout of {timeout_ms} ms; give 1 to {}",
+            FLUSH_TIMEOUT_MAX.as_millis()
+        )));
+    }
+    Ok(timeout)
+}
+
+#[cfg(test)]
+mod tests;
