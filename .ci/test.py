@@ -136,7 +136,7 @@ def python(version: str) -> Count:
 
 
 def story(version: str) -> Count:
-    """The story with a real vLLM, and the same with loaded bytes flipped, which must be seen. Each claim is one test."""
+    """The story with a real vLLM, and with loaded bytes flipped, which must be seen. Each claim is one test."""
     code, output = shown(["make", "run", f"VERSION={version}", "CHECK_FLIP=1"], 2400)
     try:
         # Make says something after it when the story failed.
@@ -161,6 +161,7 @@ STAGES: Mapping[str, Callable[[str], Count]] = {
 
 
 def main() -> int:
+    """Runs the stages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--version", required=True, help="the vLLM to test with")
     parser.add_argument(
