@@ -1,24 +1,43 @@
 //! The engine: one open cache, shared by everybody in the process.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{Error, ErrorKind, Result};
+use parking_lot::{Mutex, RwLock};
+use pegaflow_tiers::{
+    Arena, ArenaConfig, Error, ErrorKind, GroupGeometry, HostDevice, HugePages, IoChoice, NamespaceDescriptor,
+    NamespaceHandle, Result, Slot, Store, StoreConfig,
+};
 
 use crate::api::{
     InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest, OperationId, SaveOutcome,
     SaveRequest, SessionId, Stats,
 };
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
+use crate::counters::Counters;
+use crate::inner::{Inner, Workers};
+use crate::lease::Leases;
+use crate::load::LoadJob;
+use crate::operations::Operations;
+use crate::reclaim::LeastRecentlyUsed;
+use crate::registry::Registry;
+use crate::residency::{Residency, Resident};
+use crate::save::SaveJob;
+use crate::{lookup, objects};
 
-/// One open cache. Cloning gives another handle to the same one; the last handle closes it.
+/// A group commit happens at the latest after this many bytes.
+const COMMIT_BYTES: u64 = 64 << 20;
+
+/// One open cache. Cloning gives another handle to the same one; [`Engine::close`] or the last handle closes it.
 #[derive(Clone)]
 pub struct Engine {
-    _inner: Arc<()>,
+    shared: Arc<Shared>,
 }
 
-fn stub<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::Closed, "not built yet"))
+struct Shared {
+    inner: Arc<Inner>,
+    workers: RwLock<Workers>,
 }
 
 impl Engine {
@@ -26,13 +45,48 @@ impl Engine {
     ///
     /// # Errors
     /// `InvalidInput`, `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` or `Io`.
-    pub fn open(_config: EngineConfig) -> Result<Self> {
-        stub()
+    pub fn open(config: EngineConfig) -> Result<Self> {
+        config.validate()?;
+        let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
+        let arena = Arena::new(ArenaConfig { huge_pages, ..ArenaConfig::new(config.dram.0) })?;
+        let mut recovered_records = 0;
+        let store = match &config.nvme {
+            None => None,
+            Some(nvme) => {
+                let (store, report) =
+                    Store::open(store_config(&config, nvme, &arena), Arc::clone(&arena), Arc::new(LeastRecentlyUsed))?;
+                tracing::info!(?report, path = %nvme.path.display(), "the store is open");
+                recovered_records = report.recovered_records;
+                Some(store)
+            }
+        };
+        let inner = Arc::new(Inner {
+            residency: Residency::new(Arc::clone(&arena)),
+            arena,
+            device: Arc::new(HostDevice),
+            store,
+            leases: Leases::new(),
+            operations: Operations::default(),
+            registry: Registry::default(),
+            counters: Counters::default(),
+            object_order: Mutex::new(()),
+            volatile_namespaces: Mutex::new(vec![NamespaceDescriptor::objects()]),
+            recovered_records,
+            is_closed: AtomicBool::new(false),
+            config,
+        });
+        let workers = RwLock::new(Workers::start(&inner)?);
+        Ok(Self { shared: Arc::new(Shared { inner, workers }) })
+    }
+
+    fn inner(&self) -> Result<&Arc<Inner>> {
+        let inner = &self.shared.inner;
+        if inner.is_closed() { Err(Error::new(ErrorKind::Closed, "the engine is closed")) } else { Ok(inner) }
     }
 
     /// A new session; it lives until [`Engine::end_session`].
     pub fn start_session(&self) -> SessionId {
-        SessionId(0)
+        self.shared.inner.registry.start_session()
     }
 
     /// Ends a session: its leases go, its queued operations are cancelled, its instances are forgotten when their last
@@ -40,93 +94,153 @@ impl Engine {
     ///
     /// # Errors
     /// `Timeout` if copies were still running; the session's memory must then stay mapped.
-    pub fn end_session(&self, _session: SessionId, _timeout: Duration) -> Result<()> {
-        stub()
+    pub fn end_session(&self, session: SessionId, timeout: Duration) -> Result<()> {
+        let inner = &self.shared.inner;
+        inner.registry.end_session(session);
+        inner.leases.end_session(session);
+        inner.residency.notify_room();
+        inner.operations.cancel(session, None);
+        inner.operations.wait_ended(Some(session), Instant::now() + timeout)
     }
 
-    /// Registers a worker of an instance: afterwards the instance can be looked up, and this session may load and save.
-    /// Registering the same again is allowed.
+    /// Registers a worker of an instance: once all shards of an instance have registered it can be looked up, and this
+    /// session may load and save. Registering the same again is allowed.
     ///
     /// # Errors
-    /// `GeometryMismatch` if the namespace or the instance is known with another geometry or descriptor, `InvalidInput`.
-    pub fn register(&self, _session: SessionId, _spec: InstanceSpec) -> Result<()> {
-        stub()
+    /// `GeometryMismatch` if the namespace or the instance is known with another geometry or descriptor, `InvalidInput`,
+    /// `NotFound` for an unknown session.
+    pub fn register(&self, session: SessionId, spec: InstanceSpec) -> Result<()> {
+        let inner = self.inner()?;
+        inner.registry.check(session, &spec)?;
+        let namespace = match &inner.store {
+            Some(store) => store.namespace(&spec.namespace, &spec.groups)?,
+            None => volatile_namespace(inner, &spec.namespace, &spec.groups),
+        };
+        inner.registry.add_worker(session, &spec, namespace);
+        Ok(())
     }
 
     /// The longest prefix of the keys that is there in all shards, with a lease on it if asked for. In-memory only.
     /// An instance of which not all shards have registered finds nothing.
     ///
     /// # Errors
-    /// `NotFound` for an unknown instance, `InvalidInput` for too many keys or an unknown group.
-    pub fn lookup(&self, _session: SessionId, _request: &LookupRequest) -> Result<LookupReply> {
-        stub()
+    /// `NotFound` for an unknown session, instance or group, `InvalidInput` for too many keys or too long a lease, `Busy`
+    /// at the most leases.
+    pub fn lookup(&self, session: SessionId, request: &LookupRequest) -> Result<LookupReply> {
+        lookup::lookup(self.inner()?, session, request)
     }
 
     /// Gives a lease back. Unknown leases are ignored: they may have run out.
-    pub fn release(&self, _lease: LeaseId) {}
+    pub fn release(&self, lease: LeaseId) {
+        let inner = &self.shared.inner;
+        if inner.leases.release(lease) {
+            inner.residency.notify_room();
+        }
+    }
 
     /// Starts a load. `done` is called exactly once, on a thread of the engine, when no copy of the load can write any
-    /// more, whatever happened; also for an error that is returned here it is not called.
+    /// more, whatever happened. For an error that is returned here it is not called.
     ///
     /// # Errors
-    /// `NotFound` for a lease that ran out, `Busy` for a full queue, `InvalidInput` for a block outside lease or memory.
-    pub fn load(&self, _request: LoadRequest, _done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
-        stub()
+    /// `NotFound` for a lease that is over, `Busy` for a full queue, `InvalidInput` for a block outside lease or memory.
+    pub fn load(&self, request: LoadRequest, done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
+        let job = LoadJob::new(self.inner()?, request, done)?;
+        self.shared.workers.read().load(job)
     }
 
     /// Starts a save. `done` is called exactly once, on a thread of the engine, when the device's blocks are no longer
-    /// read. A save that was accepted is visible when `done` is called, durable after at most the commit interval.
+    /// read. A block that was saved is visible when `done` is called, durable after at most the commit interval.
     ///
     /// # Errors
-    /// `NotFound` for an unknown instance, `Busy` for a full queue (the blocks are counted as dropped), `InvalidInput`.
-    pub fn save(&self, _request: SaveRequest, _done: Box<dyn FnOnce(SaveOutcome) + Send>) -> Result<()> {
-        stub()
+    /// `NotFound` for an unknown instance, `Busy` for a full queue (the blocks are counted as dropped), `InvalidInput`,
+    /// `GeometryMismatch`. `done` is not called then.
+    pub fn save(&self, request: SaveRequest, done: Box<dyn FnOnce(SaveOutcome) + Send>) -> Result<()> {
+        let session = request.session;
+        let job = SaveJob::new(self.inner()?, request, done)?;
+        self.shared.workers.read().save(session, job)
     }
 
     /// Asks for a load or a save to end early: blocks not yet copied are skipped (a load reports them as failed). Its
     /// `done` is still called, after its copies have ended. Unknown operations are ignored.
-    pub fn cancel(&self, _session: SessionId, _operation: OperationId) {}
-
-    /// Stores a named object and returns when it is visible; durable as any save. Replaces what has the name.
-    ///
-    /// # Errors
-    /// `InvalidInput` for an object that is empty or larger than the limit, `Busy` if DRAM is full of bytes not yet durable.
-    pub fn put(&self, _name: &[u8], _bytes: &[u8]) -> Result<()> {
-        stub()
+    pub fn cancel(&self, session: SessionId, operation: OperationId) {
+        self.shared.inner.operations.cancel(session, Some(operation));
     }
 
-    /// The bytes of a named object, or `None`.
+    /// Stores a named object and returns when it is visible; durable as any save. Replaces what has the name. Waits up to
+    /// 30 s for room.
     ///
     /// # Errors
-    /// `Closed`. A read that fails its checks is a miss.
-    pub fn get(&self, _name: &[u8]) -> Result<Option<ObjectBytes>> {
-        stub()
+    /// `InvalidInput` for an object that is empty, larger than a quarter of DRAM or larger than half a region of the
+    /// store, `Busy` if DRAM stays full of bytes not yet durable, `Closed`.
+    pub fn put(&self, name: &[u8], bytes: &[u8]) -> Result<()> {
+        objects::put(self.inner()?, name, bytes)
+    }
+
+    /// The bytes of a named object, or `None`. A read that fails its checks is a miss.
+    ///
+    /// # Errors
+    /// `Closed`, `Busy` if DRAM has no room for it, `Timeout` if the drive does not answer.
+    pub fn get(&self, name: &[u8]) -> Result<Option<ObjectBytes>> {
+        objects::get(self.inner()?, name)
     }
 
     /// Removes a named object; whether it was there. Durable after the next commit or [`Engine::flush`].
     ///
     /// # Errors
-    /// `Closed`, `Busy`.
-    pub fn remove(&self, _name: &[u8]) -> Result<bool> {
-        stub()
+    /// `Closed`, `Busy`, `Poisoned`.
+    pub fn remove(&self, name: &[u8]) -> Result<bool> {
+        objects::remove(self.inner()?, name)
     }
 
     /// Whether a named object is there.
-    pub fn contains(&self, _name: &[u8]) -> bool {
-        false
+    pub fn contains(&self, name: &[u8]) -> bool {
+        objects::contains(&self.shared.inner, name)
     }
 
     /// Makes everything saved before durable.
     ///
     /// # Errors
     /// `Timeout` at `deadline`, `Poisoned` or `Io` if the store no longer takes writes. Without a store: nothing to do.
-    pub fn flush(&self, _deadline: Instant) -> Result<()> {
-        stub()
+    pub fn flush(&self, deadline: Instant) -> Result<()> {
+        let inner = self.inner()?;
+        inner.operations.wait_saves(deadline)?;
+        inner.store.as_ref().map_or(Ok(()), |store| store.flush(deadline))
     }
 
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        let inner = &self.shared.inner;
+        let (dram_blocks, dram_dirty_bytes, dram_evicted_blocks) = inner.residency.gauges();
+        let (sessions, instances) = inner.registry.counts();
+        let counters = &inner.counters;
+        let mut stats = Stats {
+            dram_capacity_bytes: inner.arena.capacity_bytes(),
+            dram_used_bytes: inner.arena.used_bytes(),
+            dram_dirty_bytes,
+            dram_blocks,
+            io_engine: "none".into(),
+            sessions,
+            instances,
+            leases: inner.leases.len() as u64,
+            operations: inner.operations.len() as u64,
+            lookup_blocks: counters.lookup_blocks.get(),
+            lookup_hit_blocks: counters.lookup_hit_blocks.get(),
+            loaded_dram_blocks: counters.loaded_dram_blocks.get(),
+            loaded_nvme_blocks: counters.loaded_nvme_blocks.get(),
+            load_failed_blocks: counters.load_failed_blocks.get(),
+            saved_blocks: counters.saved_blocks.get(),
+            save_present_blocks: counters.save_present_blocks.get(),
+            save_dropped_blocks: counters.save_dropped_blocks.get(),
+            save_orphan_blocks: counters.save_orphan_blocks.get(),
+            dram_evicted_blocks,
+            write_failed_records: counters.write_failed_records.get(),
+            recovered_records: inner.recovered_records,
+            ..Stats::default()
+        };
+        if let Some(store) = &inner.store {
+            add_store(&mut stats, store);
+        }
+        stats
     }
 
     /// Whether it is fit to serve: `Ok`, or why it is degraded (for readiness).
@@ -134,28 +248,109 @@ impl Engine {
     /// # Errors
     /// `Poisoned` when the store takes no more writes, `Closed` after [`Engine::close`].
     pub fn ready(&self) -> Result<()> {
-        stub()
+        self.inner()?.store.as_ref().and_then(|store| store.poisoned()).map_or(Ok(()), Err)
     }
 
     /// Whether an instance has registered all of its shards.
-    pub fn is_registered(&self, _instance: &InstanceId) -> bool {
-        false
+    pub fn is_registered(&self, instance: &InstanceId) -> bool {
+        self.shared.inner.registry.is_complete(instance)
     }
 
     /// Flushes, ends every operation and closes the store; at most until `deadline`. Later calls get `Closed`.
     ///
     /// # Errors
     /// `Timeout` if something had not ended; what was reported durable is durable all the same.
-    pub fn close(&self, _deadline: Instant) -> Result<()> {
-        stub()
+    pub fn close(&self, deadline: Instant) -> Result<()> {
+        let flushed = match self.flush(deadline) {
+            Err(error) if error.kind() == ErrorKind::Closed => return Ok(()),
+            flushed => flushed,
+        };
+        let stopped = self.shared.stop(deadline);
+        flushed.and(stopped)
     }
+}
+
+impl Shared {
+    fn stop(&self, deadline: Instant) -> Result<()> {
+        let inner = &self.inner;
+        if inner.is_closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        inner.operations.cancel_all();
+        let threads = self.workers.write().stop();
+        inner.leases.close();
+        inner.operations.wait_ended(None, deadline)?;
+        for thread in threads {
+            // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
+            let _ = thread.join();
+        }
+        inner.store.as_ref().map_or(Ok(()), |store| store.close(deadline))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop(Instant::now() + Duration::from_secs(10)) {
+            tracing::warn!(%error, "closing the engine");
+        }
+    }
+}
+
+fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) -> StoreConfig {
+    StoreConfig {
+        path: nvme.path.clone(),
+        capacity_bytes: nvme.capacity.0,
+        region_bytes: nvme.region_bytes(),
+        io: match nvme.io_engine {
+            IoEngineChoice::Auto => IoChoice::Auto,
+            IoEngineChoice::IoUring => IoChoice::IoUring,
+            IoEngineChoice::Psync => IoChoice::Psync,
+        },
+        queue_depth: nvme.queue_depth as usize,
+        commit_interval: Duration::from_millis(config.commit_interval_ms),
+        commit_bytes: COMMIT_BYTES,
+        // DRAM bounds what can be waiting: see the share of dirty bytes in `residency`.
+        write_queue_bytes: arena.capacity_bytes(),
+    }
+}
+
+fn add_store(stats: &mut Stats, store: &Store) {
+    let of_store = store.stats();
+    stats.nvme_capacity_bytes = of_store.capacity_bytes;
+    stats.nvme_used_bytes = of_store.used_bytes;
+    stats.nvme_records = of_store.records;
+    stats.index_bytes = of_store.index_bytes;
+    stats.io_engine = of_store.io_engine.into();
+    stats.nvme_poisoned = store.poisoned().is_some();
+    stats.durable_records = of_store.durable_records;
+    stats.quarantined_records = of_store.quarantined_records;
+    stats.reclaimed_regions = of_store.reclaimed_regions;
+}
+
+fn volatile_namespace(inner: &Inner, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry]) -> NamespaceHandle {
+    // Without a store nothing outlives the engine, so the geometry may be part of the name.
+    let named = groups
+        .iter()
+        .fold(descriptor.clone(), |named, group| named.with(format!("geometry.{}", group.group), format!("{group:?}")));
+    let mut known = inner.volatile_namespaces.lock();
+    let index = known.iter().position(|other| *other == named).unwrap_or_else(|| {
+        known.push(named);
+        known.len() - 1
+    });
+    NamespaceHandle(index as u32)
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.
 #[derive(Clone)]
 pub struct ObjectBytes {
-    slot: Arc<pegaflow_tiers::Slot>,
+    slot: Arc<Slot>,
     length: usize,
+}
+
+impl ObjectBytes {
+    pub(crate) fn new(resident: &Resident) -> Self {
+        Self { slot: Arc::clone(&resident.slot), length: resident.payload_bytes as usize }
+    }
 }
 
 impl std::ops::Deref for ObjectBytes {

@@ -5,7 +5,19 @@
 
 mod api;
 mod config;
+mod counters;
 mod engine;
+mod inner;
+mod lease;
+mod load;
+mod lookup;
+mod objects;
+mod operations;
 mod prelude;
+mod reclaim;
+mod registry;
+mod residency;
+mod save;
+mod spill;
 
 pub use prelude::*;

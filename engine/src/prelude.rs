@@ -7,6 +7,6 @@ pub use crate::api::{
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use pegaflow_tiers::{
-    BlockKey, Error, ErrorKind, Fragment, GroupGeometry, KEY_CHAIN_VERSION, KeyChain, MemoryLayout,
-    NamespaceDescriptor, NamespaceId, Result,
+    BlockKey, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain,
+    MemoryLayout, NamespaceDescriptor, NamespaceId, RangeFragment, Result,
 };

@@ -6,5 +6,11 @@ pub use crate::block::{
 };
 pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
-pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
-pub use crate::nvme::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+pub use crate::gpu::{
+    BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory, RangeFragment,
+};
+pub use crate::nvme::{
+    Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
+    Location, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, Store, StoreConfig, StoreStats,
+    Verified,
+};

@@ -7,13 +7,25 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory};
-use crate::block::MemoryLayout;
+use crate::block::{Fragment, MemoryLayout};
 use crate::dram::HEADER_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Host memory that somebody else allocated, kept alive by `owner`.
+/// A fragment of every block in one of several allocations: vLLM on CPU has one for each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RangeFragment {
+    /// Which of the ranges it lies in, from 0.
+    pub range: u32,
+    /// Where it lies; the offset counts from the start of the range.
+    pub fragment: Fragment,
+}
+
+/// Host memory that somebody else allocated, in one or more ranges, kept alive by `owner`.
+///
+/// The layout numbers the bytes of all ranges one after the other, as if they were one memory.
 pub struct HostMemory {
-    start: NonNull<u8>,
+    /// For every fragment of the layout: where its range starts, and the number of that byte in the layout.
+    places: Vec<(NonNull<u8>, u64)>,
     layout: MemoryLayout,
     _owner: Box<dyn std::any::Any + Send + Sync>,
 }
@@ -36,11 +48,48 @@ impl HostMemory {
     pub unsafe fn new(
         start: NonNull<u8>,
         bytes: u64,
-        fragments: Vec<crate::block::Fragment>,
+        fragments: Vec<Fragment>,
         blocks: u32,
         owner: Box<dyn std::any::Any + Send + Sync>,
     ) -> Result<Self> {
-        Ok(Self { start, layout: MemoryLayout::new(fragments, blocks, bytes)?, _owner: owner })
+        let fragments = fragments.into_iter().map(|fragment| RangeFragment { range: 0, fragment }).collect();
+        // SAFETY: the caller's promise, for one range.
+        unsafe { Self::from_ranges(&[(start, bytes)], fragments, blocks, owner) }
+    }
+
+    /// Describes several memories, each with its start and its number of bytes, as one.
+    ///
+    /// # Errors
+    /// `InvalidInput` if a fragment leaves its range or names none.
+    ///
+    /// # Safety
+    /// As [`HostMemory::new`], for every range.
+    pub unsafe fn from_ranges(
+        ranges: &[(NonNull<u8>, u64)],
+        fragments: Vec<RangeFragment>,
+        blocks: u32,
+        owner: Box<dyn std::any::Any + Send + Sync>,
+    ) -> Result<Self> {
+        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
+        let mut numbered = Vec::with_capacity(ranges.len());
+        let mut total = 0u64;
+        for (start, bytes) in ranges {
+            numbered.push((*start, total, *bytes));
+            total = total.checked_add(*bytes).ok_or_else(|| bad("the ranges are larger than 2^64 bytes".into()))?;
+        }
+        let mut places = Vec::with_capacity(fragments.len());
+        let mut flat = Vec::with_capacity(fragments.len());
+        for RangeFragment { range, fragment } in fragments {
+            let (start, base, bytes) = *usize::try_from(range)
+                .ok()
+                .and_then(|range| numbered.get(range))
+                .ok_or_else(|| bad(format!("a fragment names range {range}; there are {}", ranges.len())))?;
+            // Inside its own range, not only inside the sum of them.
+            MemoryLayout::new(vec![fragment], blocks, bytes)?;
+            places.push((start, base));
+            flat.push(Fragment { offset: base + fragment.offset, ..fragment });
+        }
+        Ok(Self { places, layout: MemoryLayout::new(flat, blocks, total)?, _owner: owner })
     }
 
     fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
@@ -52,13 +101,13 @@ impl HostMemory {
         };
         let fragments = self.layout.fragments_of(copy.block).ok_or_else(outside)?;
         let mut at = HEADER_BYTES;
-        for (offset, bytes) in fragments {
-            let (offset, bytes) = (offset as usize, bytes as usize);
-            // SAFETY: `MemoryLayout` has checked that the fragment lies in the memory, `HostDevice::copy` that the slot
+        for ((offset, bytes), (start, base)) in fragments.zip(&self.places) {
+            let (offset, bytes) = ((offset - base) as usize, bytes as usize);
+            // SAFETY: `MemoryLayout` has checked that the fragment lies in its range, `HostDevice::copy` that the slot
             // is large enough; the slot and the owner of the memory are held by the caller during this call. The two do
             // not overlap: a slot lies in the arena's own mapping.
             unsafe {
-                let device = self.start.as_ptr().add(offset);
+                let device = start.as_ptr().add(offset);
                 let slot = copy.slot.as_ptr().as_ptr().add(at);
                 match direction {
                     CopyDirection::ToSlots => std::ptr::copy_nonoverlapping(device, slot, bytes),
@@ -130,7 +179,6 @@ impl Device for HostDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Fragment;
     use crate::dram::{Arena, ArenaConfig};
 
     #[test]
@@ -157,5 +205,34 @@ mod tests {
         assert_eq!(bytes[5 * 64..6 * 64], original[3 * 64..4 * 64]);
         assert_eq!(bytes[2048 + 5 * 128..2048 + 5 * 128 + 32], original[2048 + 3 * 128..2048 + 3 * 128 + 32]);
         assert_eq!(bytes[..5 * 64], original[..5 * 64]);
+    }
+
+    #[test]
+    fn a_block_in_several_ranges_stays_in_them() {
+        let mut layers: Vec<Vec<u8>> = (0..3u8).map(|layer| (0..=255).map(|i| i ^ (layer * 85)).collect()).collect();
+        let original = layers.clone();
+        let ranges: Vec<_> =
+            layers.iter_mut().map(|l| (NonNull::new(l.as_mut_ptr()).expect("not null"), l.len() as u64)).collect();
+        let fragments = |bytes, range_of_last| {
+            [0, 1, range_of_last]
+                .map(|range| RangeFragment { range, fragment: Fragment { offset: 0, stride: 32, bytes } })
+                .to_vec()
+        };
+        // SAFETY: `layers` outlive the memory and are not touched while copies run.
+        let make = |fragments| unsafe { HostMemory::from_ranges(&ranges, fragments, 8, Box::new(())) };
+        for refused in [make(fragments(48, 2)), make(fragments(32, 3))] {
+            assert_eq!(refused.map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+        }
+        let memory: Arc<dyn DeviceMemory> = Arc::new(make(fragments(32, 2)).expect("fits"));
+        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
+        let slot = Arc::new(arena.alloc(96).expect("room"));
+        for (direction, block) in [(CopyDirection::ToSlots, 1), (CopyDirection::ToDevice, 7)] {
+            let copies = vec![BlockCopy { block, slot: Arc::clone(&slot) }];
+            HostDevice.copy(&memory, direction, copies).map(|_| ()).expect("in range");
+        }
+        for (layer, before) in layers.iter().zip(&original) {
+            assert_eq!(layer[224..], before[32..64]);
+            assert_eq!(layer[..224], before[..224]);
+        }
     }
 }

@@ -7,7 +7,7 @@ mod host;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use host::{HostDevice, HostMemory};
+pub use host::{HostDevice, HostMemory, RangeFragment};
 
 use crate::block::MemoryLayout;
 use crate::dram::Slot;

@@ -4,3 +4,5 @@
 mod io;
 
 pub use io::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
+mod store_stub;
+pub use store_stub::*;

@@ -1,0 +1,152 @@
+//! What the threads of an engine share, and the threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+use pegaflow_tiers::{Arena, CopyBatch, Device, Error, ErrorKind, NamespaceDescriptor, RecordId, Result, Store};
+
+use crate::api::SessionId;
+use crate::config::EngineConfig;
+use crate::counters::Counters;
+use crate::lease::Leases;
+use crate::load::LoadJob;
+use crate::operations::Operations;
+use crate::registry::Registry;
+use crate::residency::Residency;
+use crate::save::SaveJob;
+
+/// How long one wait for copies lasts before the log says that it goes on.
+const COPY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The shared state. Locks inside are never held across I/O or callbacks, and never two at a time but for
+/// `object_order`, which comes first.
+pub(crate) struct Inner {
+    pub(crate) config: EngineConfig,
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) residency: Residency,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) store: Option<Arc<Store>>,
+    pub(crate) leases: Leases,
+    pub(crate) operations: Operations,
+    pub(crate) registry: Registry,
+    pub(crate) counters: Counters,
+    pub(crate) object_order: Mutex<()>,
+    /// Namespaces of an engine without a store.
+    pub(crate) volatile_namespaces: Mutex<Vec<NamespaceDescriptor>>,
+    pub(crate) recovered_records: u64,
+    pub(crate) is_closed: AtomicBool,
+}
+
+impl Inner {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+
+    /// Whether a record is in DRAM or in the store.
+    pub(crate) fn is_present(&self, id: &RecordId) -> bool {
+        self.residency.contains(id) || self.store.as_ref().is_some_and(|store| store.locate(id).is_some())
+    }
+
+    pub(crate) fn object_bytes_max(&self) -> u64 {
+        let region = self.config.nvme.as_ref().map_or(u64::MAX, |nvme| nvme.region_bytes() / 2);
+        region.min(self.arena.capacity_bytes() / 4)
+    }
+}
+
+/// Waits until copies have ended. Memory that a copy may still write is never given back, so this has no deadline of
+/// its own: it says in the log that it goes on waiting.
+pub(crate) fn wait_copies(running: &mut dyn CopyBatch) -> Result<()> {
+    loop {
+        match running.wait(Instant::now() + COPY_PATIENCE) {
+            Err(error) if error.kind() == ErrorKind::Timeout => {
+                tracing::warn!(%error, "copies have not ended; waiting on")
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// The engine's threads and their queues.
+pub(crate) struct Workers {
+    loads: Option<Sender<LoadJob>>,
+    saves: Vec<Sender<SaveJob>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    pub(crate) fn start(inner: &Arc<Inner>) -> Result<Self> {
+        let bound = inner.config.queue_operations as usize;
+        let mut workers = Self { loads: None, saves: Vec::new(), threads: Vec::new() };
+        let (loads, load_jobs) = bounded::<LoadJob>(bound);
+        for number in 0..inner.config.load_threads {
+            let jobs = load_jobs.clone();
+            workers.spawn(format!("pega-load-{number}"), move || serve(&jobs, LoadJob::run))?;
+        }
+        workers.loads = Some(loads);
+        for number in 0..inner.config.save_threads {
+            let (saves, jobs) = bounded::<SaveJob>(bound.div_ceil(inner.config.save_threads as usize));
+            workers.spawn(format!("pega-save-{number}"), move || serve(&jobs, SaveJob::run))?;
+            workers.saves.push(saves);
+        }
+        let keeper = Arc::clone(inner);
+        workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        Ok(workers)
+    }
+
+    fn spawn(&mut self, name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(work)
+            .map_err(|source| Error::from_io("starting a thread", source))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// # Errors
+    /// `Busy` for a full queue, `Closed`. The job's callback is not called then.
+    pub(crate) fn load(&self, job: LoadJob) -> Result<()> {
+        let queue = self.loads.as_ref().ok_or_else(closed)?;
+        queue.try_send(job).map_err(|refused| {
+            refused.into_inner().forget();
+            busy("loads")
+        })
+    }
+
+    /// As `load`. The saves of one session stay in order: ancestors come before their descendants.
+    pub(crate) fn save(&self, session: SessionId, job: SaveJob) -> Result<()> {
+        let index = session.0.checked_rem(self.saves.len() as u64).unwrap_or(0) as usize;
+        let queue = self.saves.get(index).ok_or_else(closed)?;
+        queue.try_send(job).map_err(|refused| {
+            refused.into_inner().forget();
+            busy("saves")
+        })
+    }
+
+    /// Lets the threads end; those of them.
+    pub(crate) fn stop(&mut self) -> Vec<JoinHandle<()>> {
+        self.loads = None;
+        self.saves.clear();
+        std::mem::take(&mut self.threads)
+    }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the engine is closed")
+}
+
+fn busy(what: &str) -> Error {
+    Error::new(ErrorKind::Busy, format!("the queue of {what} is full; nothing was queued"))
+}
+
+/// Runs jobs until the queue is gone. A job that panics settles itself in its `drop`; the thread goes on.
+fn serve<J>(jobs: &Receiver<J>, run: impl Fn(J)) {
+    for job in jobs {
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(job))).is_err() {
+            tracing::error!("a load or save failed by a defect of the engine; its blocks were given up");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Loads: leased blocks into a device. Blocks on the drive are read with a deep queue while blocks in DRAM are copied;
+//! each is checked before it can reach the device. Nothing is reported before the last copy has ended, and what has not
+//! arrived by then has failed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use pegaflow_tiers::{
+    Arena, BlockCopy, CopyDirection, Error, ErrorKind, IoPriority, Location, RecordId, Result, Slot, Verified,
+};
+
+use crate::api::{LoadOutcome, LoadRequest};
+use crate::inner::{Inner, wait_copies};
+use crate::lease::{Hit, ShardLease};
+use crate::operations::Operation;
+use crate::residency::Resident;
+
+/// How many reads of one load are in flight at the most.
+const READS_MAX: usize = 64;
+/// How many bytes of reads of one load are in flight at the most (but always one read).
+const READ_BYTES_MAX: usize = 128 << 20;
+/// How much is copied to the device in one batch.
+const BATCH_BYTES: u64 = 16 << 20;
+/// How long a load waits for a slot before it gives a block up.
+const SLOT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the client is told at the end.
+pub(crate) type LoadDone = Box<dyn FnOnce(LoadOutcome) + Send>;
+
+/// A load in the queue.
+pub(crate) struct LoadJob {
+    inner: Arc<Inner>,
+    request: LoadRequest,
+    lease: ShardLease,
+    block_bytes: u64,
+    operation: Arc<Operation>,
+    /// By position in the request: whether the block is in the device.
+    arrived: Vec<bool>,
+    outcome: LoadOutcome,
+    done: Option<LoadDone>,
+}
+
+/// A block of the load by its position in the request, and its record on the drive.
+type OnDrive = (usize, RecordId, Location);
+
+struct ReadEnd {
+    position: usize,
+    id: RecordId,
+    slot: Arc<Slot>,
+    result: Result<Verified>,
+}
+
+impl LoadJob {
+    /// Checks a request against lease and memory, and consumes the lease.
+    ///
+    /// # Errors
+    /// `NotFound` for a lease that is over, `InvalidInput`.
+    pub(crate) fn new(inner: &Arc<Inner>, request: LoadRequest, done: LoadDone) -> Result<Self> {
+        let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        let layout = request.memory.layout();
+        if let Some(outside) = request.blocks.iter().find(|block| block.block >= layout.blocks()) {
+            return bad(format!("block {} is not below the memory's {}", outside.block, layout.blocks()));
+        }
+        let (_, lease) = inner.leases.consume(request.lease, request.shard)?;
+        if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
+            return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
+        }
+        let block_bytes = layout.block_bytes();
+        let operation = inner.operations.start(request.session, request.operation, false);
+        let arrived = vec![false; request.blocks.len()];
+        let outcome = LoadOutcome::default();
+        Ok(Self {
+            inner: Arc::clone(inner),
+            request,
+            lease,
+            block_bytes,
+            operation,
+            arrived,
+            outcome,
+            done: Some(done),
+        })
+    }
+
+    /// Does it, on a load thread.
+    pub(crate) fn run(mut self) {
+        let deadline = Instant::now() + self.inner.config.load_timeout();
+        let hits = std::mem::take(&mut self.lease.hits);
+        let mut in_dram = Vec::new();
+        let mut on_drive: Vec<OnDrive> = Vec::new();
+        let mut used = Vec::with_capacity(self.request.blocks.len());
+        for (position, block) in self.request.blocks.iter().enumerate() {
+            match hits.get(block.index as usize) {
+                Some(Hit::Dram(resident)) => in_dram.push((position, Arc::clone(resident))),
+                // Somebody else may have read it since the lookup.
+                Some(Hit::Nvme(id, location)) => match self.inner.residency.get(id) {
+                    Some(resident) => in_dram.push((position, resident)),
+                    None => on_drive.push((position, *id, *location)),
+                },
+                None => continue,
+            }
+            used.extend(hits.get(block.index as usize).map(Hit::id));
+        }
+        drop(hits);
+        let window = READS_MAX.min(READ_BYTES_MAX / self.block_bytes.max(1) as usize).max(1);
+        let (sender, receiver) = bounded(window);
+        let mut waiting = on_drive.into_iter();
+        let mut running = self.start_reads(&mut waiting, window, &sender, deadline);
+        self.outcome.loaded_dram += self.copy(&in_dram);
+        drop(in_dram);
+        while running > 0 {
+            let ended = self.finish_reads(&receiver, deadline);
+            if ended == 0 {
+                // The drive does not answer. Its reads own their slots and touch nothing of the device.
+                tracing::warn!(running, "reads did not end in time; their blocks are recomputed");
+                break;
+            }
+            running = running - ended + self.start_reads(&mut waiting, window - (running - ended), &sender, deadline);
+        }
+        let slot_bytes = Arena::slot_bytes(self.block_bytes as usize);
+        self.inner.residency.touch_chain(used.iter().map(|id| (id, slot_bytes)));
+    }
+
+    /// Starts up to `free` reads; returns how many were started.
+    fn start_reads(
+        &self,
+        waiting: &mut impl Iterator<Item = OnDrive>,
+        free: usize,
+        sender: &Sender<ReadEnd>,
+        deadline: Instant,
+    ) -> usize {
+        let mut started = 0;
+        while started < free && !self.is_stopped() {
+            let Some((position, id, location)) = waiting.next() else { break };
+            match self.start_read(position, id, location, sender, deadline) {
+                Ok(()) => started += 1,
+                Err(error) => tracing::debug!(%error, "a block could not be read"),
+            }
+        }
+        started
+    }
+
+    fn start_read(
+        &self,
+        position: usize,
+        id: RecordId,
+        location: Location,
+        sender: &Sender<ReadEnd>,
+        deadline: Instant,
+    ) -> Result<()> {
+        let store = self.inner.store.as_ref().ok_or_else(|| Error::new(ErrorKind::Closed, "there is no store"))?;
+        let patience = deadline.min(Instant::now() + SLOT_PATIENCE);
+        let slot = self.inner.residency.alloc_until(self.block_bytes as usize, false, patience);
+        let slot = Arc::new(slot.ok_or_else(|| Error::new(ErrorKind::Busy, "all of DRAM is in use"))?);
+        let (sender, kept) = (sender.clone(), Arc::clone(&slot));
+        let done = Box::new(move |result| {
+            // The channel holds as many as there are reads in flight; a receiver that has gone needs no answer.
+            let _ = sender.try_send(ReadEnd { position, id, slot: kept, result });
+        });
+        store.read(id, location, slot, IoPriority::Demand, done)
+    }
+
+    /// Waits for at least one read to end; what came well goes to DRAM and to the device. Returns how many ended, 0 at
+    /// the deadline.
+    fn finish_reads(&mut self, receiver: &Receiver<ReadEnd>, deadline: Instant) -> usize {
+        let Ok(first) = receiver.recv_deadline(deadline) else { return 0 };
+        let ends: Vec<ReadEnd> = std::iter::once(first).chain(receiver.try_iter()).collect();
+        let ended = ends.len();
+        let mut good = Vec::new();
+        for ReadEnd { position, id, slot, result } in ends {
+            match result {
+                Ok(verified) if verified.payload_bytes == self.block_bytes => {
+                    let block = Resident::new(id, verified.parent, slot, verified.payload_bytes, false);
+                    good.push((position, self.inner.residency.insert(block, false)));
+                }
+                Ok(verified) => {
+                    tracing::warn!(bytes = verified.payload_bytes, "a record of another size; it is not loaded")
+                }
+                Err(error) => tracing::debug!(%error, "a block did not come back from the drive"),
+            }
+        }
+        self.outcome.loaded_nvme += self.copy(&good);
+        ended
+    }
+
+    /// Copies blocks to the device; returns how many arrived.
+    fn copy(&mut self, blocks: &[(usize, Arc<Resident>)]) -> u32 {
+        let per_batch = (BATCH_BYTES / self.block_bytes.max(1)).max(1) as usize;
+        let mut arrived = 0;
+        for batch in blocks.chunks(per_batch) {
+            if self.is_stopped() || batch.iter().any(|(_, resident)| resident.payload_bytes != self.block_bytes) {
+                continue;
+            }
+            match self.copy_batch(batch) {
+                Ok(()) => {
+                    batch
+                        .iter()
+                        .filter_map(|(position, _)| self.arrived.get_mut(*position).map(|flag| *flag = true))
+                        .for_each(drop);
+                    arrived += batch.len() as u32;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, blocks = batch.len(), "copying blocks to the device failed; they are recomputed")
+                }
+            }
+        }
+        arrived
+    }
+
+    fn copy_batch(&self, batch: &[(usize, Arc<Resident>)]) -> Result<()> {
+        let to = |position: usize| self.request.blocks.get(position).map(|block| block.block);
+        let copies = batch
+            .iter()
+            .filter_map(|(position, resident)| {
+                to(*position).map(|block| BlockCopy { block, slot: Arc::clone(&resident.slot) })
+            })
+            .collect();
+        let mut running = self.inner.device.copy(&self.request.memory, CopyDirection::ToDevice, copies)?;
+        wait_copies(running.as_mut())
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.operation.is_cancelled() || self.inner.is_closed()
+    }
+
+    /// Takes the callback back, for a job that could not be queued.
+    pub(crate) fn forget(mut self) {
+        self.done = None;
+    }
+}
+
+impl Drop for LoadJob {
+    /// Also when a thread panicked or the engine closed: the client is told exactly once, and all that did not arrive
+    /// has failed.
+    fn drop(&mut self) {
+        let missing = self.request.blocks.iter().zip(&self.arrived).filter(|(_, arrived)| !**arrived);
+        self.outcome.failed = missing.map(|(block, _)| block.block).collect();
+        let counters = &self.inner.counters;
+        counters.loaded_dram_blocks.add(self.outcome.loaded_dram.into());
+        counters.loaded_nvme_blocks.add(self.outcome.loaded_nvme.into());
+        counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
+        self.lease.hits.clear();
+        self.lease.pins = None;
+        self.inner.residency.notify_room();
+        self.inner.operations.end(&self.operation);
+        if let Some(done) = self.done.take() {
+            done(std::mem::take(&mut self.outcome));
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! Which blocks are in DRAM: the map that lookups ask, and the order in which blocks leave.
+//!
+//! A block is *dirty* until the store has it (then it cannot leave), and *held* while a lease, a load or a reader has it.
+//! Blocks leave least recently used first, leaves of a chain before their ancestors: a block without its ancestors is
+//! worthless. This module moves no bytes; it gives and takes slots.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
+
+use lru::LruCache;
+use parking_lot::{Condvar, Mutex};
+use pegaflow_tiers::{Arena, BlockKey, RecordId, Slot};
+
+/// How many blocks one search for a victim looks at before it takes the oldest that may leave.
+const VICTIM_TRIES: usize = 1024;
+/// Dirty bytes may take this share of DRAM (in percent); beyond it saves are dropped, so that loads always find room.
+const DIRTY_PERCENT_MAX: u64 = 75;
+
+/// A block in DRAM. Its payload does not change any more.
+pub(crate) struct Resident {
+    pub(crate) id: RecordId,
+    pub(crate) parent: BlockKey,
+    pub(crate) slot: Arc<Slot>,
+    pub(crate) payload_bytes: u64,
+    dirty: AtomicBool,
+    children: AtomicU32,
+}
+
+impl Resident {
+    pub(crate) fn new(id: RecordId, parent: BlockKey, slot: Arc<Slot>, payload_bytes: u64, dirty: bool) -> Arc<Self> {
+        let children = AtomicU32::new(0);
+        Arc::new(Self { id, parent, slot, payload_bytes, dirty: AtomicBool::new(dirty), children })
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire)
+    }
+}
+
+/// Takes the key's own bits: keys are hashes already.
+#[derive(Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(tail) = bytes.last_chunk::<8>() {
+            self.write_u64(u64::from_le_bytes(*tail));
+        } else {
+            bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(value.into());
+    }
+
+    fn write_u16(&mut self, value: u16) {
+        self.write_u64(value.into());
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.write_u64(value as u64);
+    }
+}
+
+type Build = BuildHasherDefault<KeyHasher>;
+
+#[derive(Default)]
+struct State {
+    blocks: HashMap<RecordId, Arc<Resident>, Build>,
+    /// By slot size: who leaves next, with the tick of the last use.
+    order: BTreeMap<usize, LruCache<RecordId, u64, Build>>,
+    /// Named objects whose removal is not durable yet, by the number of the removal: the store may still know them.
+    removed: HashMap<RecordId, u64, Build>,
+    removals: u64,
+    tick: u64,
+    dirty_bytes: u64,
+    evicted: u64,
+}
+
+/// All blocks in DRAM.
+pub(crate) struct Residency {
+    arena: Arc<Arena>,
+    state: Mutex<State>,
+    room: Condvar,
+}
+
+impl Residency {
+    pub(crate) fn new(arena: Arc<Arena>) -> Self {
+        Self { arena, state: Mutex::new(State::default()), room: Condvar::new() }
+    }
+
+    /// The block, if it is here. Does not count as a use.
+    pub(crate) fn get(&self, id: &RecordId) -> Option<Arc<Resident>> {
+        self.state.lock().blocks.get(id).cloned()
+    }
+
+    pub(crate) fn contains(&self, id: &RecordId) -> bool {
+        self.state.lock().blocks.contains_key(id)
+    }
+
+    /// For each id the block, if it is here; one lock for all.
+    pub(crate) fn get_many(&self, ids: impl Iterator<Item = RecordId>, found: &mut Vec<Option<Arc<Resident>>>) {
+        let state = self.state.lock();
+        found.extend(ids.map(|id| state.blocks.get(&id).cloned()));
+    }
+
+    /// Counts as a use of the chain: the first block becomes the most recent, so that the last one leaves first.
+    pub(crate) fn touch_chain<'a>(&self, ids: impl DoubleEndedIterator<Item = (&'a RecordId, usize)>) {
+        let mut state = self.state.lock();
+        for (id, slot_bytes) in ids.rev() {
+            state.touch(id, slot_bytes);
+        }
+    }
+
+    /// A free slot, made by letting others leave if need be; `None` when everything is dirty or held.
+    pub(crate) fn alloc(&self, payload_bytes: usize) -> Option<Slot> {
+        loop {
+            if let Some(slot) = self.arena.alloc(payload_bytes) {
+                return Some(slot);
+            }
+            let victims = self.state.lock().take_victims(Arena::slot_bytes(payload_bytes));
+            if victims.is_empty() {
+                return None;
+            }
+            // Slots go back to the arena here, outside of the lock.
+            drop(victims);
+        }
+    }
+
+    /// A free slot for bytes that the store does not have yet; `None` also when too much of DRAM is dirty already.
+    pub(crate) fn alloc_dirty(&self, payload_bytes: usize) -> Option<Slot> {
+        let limit = self.arena.capacity_bytes() / 100 * DIRTY_PERCENT_MAX;
+        let slot_bytes = Arena::slot_bytes(payload_bytes) as u64;
+        if self.state.lock().dirty_bytes + slot_bytes > limit {
+            return None;
+        }
+        self.alloc(payload_bytes)
+    }
+
+    /// As `alloc` (or `alloc_dirty`), waiting for room until `deadline`.
+    pub(crate) fn alloc_until(&self, payload_bytes: usize, dirty: bool, deadline: Instant) -> Option<Slot> {
+        let attempt = || if dirty { self.alloc_dirty(payload_bytes) } else { self.alloc(payload_bytes) };
+        loop {
+            if let Some(slot) = attempt() {
+                return Some(slot);
+            }
+            let mut state = self.state.lock();
+            if self.room.wait_until(&mut state, deadline).timed_out() {
+                drop(state);
+                return attempt();
+            }
+        }
+    }
+
+    /// Makes a block visible. If the id is here already, `replace` decides whether the new one takes its place; the one
+    /// that is here afterwards is returned.
+    pub(crate) fn insert(&self, block: Arc<Resident>, replace: bool) -> Arc<Resident> {
+        let mut state = self.state.lock();
+        state.removed.remove(&block.id);
+        if let Some(present) = state.blocks.get(&block.id) {
+            if !replace {
+                return Arc::clone(present);
+            }
+            let id = block.id;
+            drop(state.detach(&id));
+        }
+        if block.is_dirty() {
+            state.dirty_bytes += block.slot.bytes() as u64;
+        }
+        if let Some(parent) = state.blocks.get(&block.id.with_key(block.parent)) {
+            parent.children.fetch_add(1, Ordering::Relaxed);
+        }
+        let (id, slot_bytes) = (block.id, block.slot.bytes());
+        state.blocks.insert(id, Arc::clone(&block));
+        state.touch(&id, slot_bytes);
+        block
+    }
+
+    /// The store has the block (or never will): it may leave.
+    pub(crate) fn mark_clean(&self, block: &Resident) {
+        if block.dirty.swap(false, Ordering::AcqRel) {
+            self.state.lock().dirty_bytes -= block.slot.bytes() as u64;
+            self.room.notify_all();
+        }
+    }
+
+    /// Tells those who wait that a lease or a reader has gone.
+    pub(crate) fn notify_room(&self) {
+        self.room.notify_all();
+    }
+
+    /// Takes a named object out; whatever the store still has of it is hidden until [`Residency::end_removal`].
+    pub(crate) fn remove(&self, id: &RecordId) -> (Option<Arc<Resident>>, u64) {
+        let mut state = self.state.lock();
+        state.removals += 1;
+        let removal = state.removals;
+        state.removed.insert(*id, removal);
+        (state.detach(id), removal)
+    }
+
+    /// The removal is durable: the store itself no longer finds the object.
+    pub(crate) fn end_removal(&self, id: &RecordId, removal: u64) {
+        let mut state = self.state.lock();
+        if state.removed.get(id) == Some(&removal) {
+            state.removed.remove(id);
+        }
+    }
+
+    pub(crate) fn is_removed(&self, id: &RecordId) -> bool {
+        self.state.lock().removed.contains_key(id)
+    }
+
+    /// (blocks, dirty bytes, evicted so far)
+    pub(crate) fn gauges(&self) -> (u64, u64, u64) {
+        let state = self.state.lock();
+        (state.blocks.len() as u64, state.dirty_bytes, state.evicted)
+    }
+}
+
+impl State {
+    fn touch(&mut self, id: &RecordId, slot_bytes: usize) {
+        self.tick += 1;
+        let tick = self.tick;
+        if self.blocks.contains_key(id) {
+            self.order
+                .entry(slot_bytes)
+                .or_insert_with(|| LruCache::unbounded_with_hasher(Build::default()))
+                .put(*id, tick);
+        }
+    }
+
+    fn detach(&mut self, id: &RecordId) -> Option<Arc<Resident>> {
+        let block = self.blocks.remove(id)?;
+        let slot_bytes = block.slot.bytes();
+        if let Some(order) = self.order.get_mut(&slot_bytes) {
+            order.pop(id);
+            if order.is_empty() {
+                self.order.remove(&slot_bytes);
+            }
+        }
+        if let Some(parent) = self.blocks.get(&id.with_key(block.parent)) {
+            let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        }
+        Some(block)
+    }
+
+    fn may_leave(&self, id: &RecordId) -> bool {
+        // One count is the map's own: more means that somebody reads it.
+        self.blocks.get(id).is_some_and(|block| {
+            !block.is_dirty() && Arc::strong_count(block) == 1 && Arc::strong_count(&block.slot) == 1
+        })
+    }
+
+    /// Takes out whoever must leave so that a slot of `wanted` bytes may become free: the oldest of its own size, or a
+    /// whole chunk of another size whose oldest block is older still. Empty if nobody may leave.
+    fn take_victims(&mut self, wanted: usize) -> Vec<Arc<Resident>> {
+        let oldest = |order: &LruCache<RecordId, u64, Build>| order.peek_lru().map_or(u64::MAX, |(_, &tick)| tick);
+        let own = self.order.get(&wanted).map_or(u64::MAX, oldest);
+        let other = self
+            .order
+            .iter()
+            .filter(|(bytes, _)| **bytes != wanted)
+            .map(|(bytes, order)| (oldest(order), *bytes))
+            .min();
+        let mut victims = Vec::new();
+        if let Some((age, bytes)) = other
+            && age < own
+        {
+            victims = self.take_chunk(bytes);
+        }
+        if victims.is_empty() {
+            victims.extend(self.take_oldest(wanted));
+        }
+        if victims.is_empty() {
+            let sizes: Vec<usize> = self.order.keys().copied().filter(|bytes| *bytes != wanted).collect();
+            victims = sizes
+                .into_iter()
+                .map(|bytes| self.take_chunk(bytes))
+                .find(|taken| !taken.is_empty())
+                .unwrap_or_default();
+        }
+        self.evicted += victims.len() as u64;
+        victims
+    }
+
+    /// The oldest block of a size that may leave, leaves of chains first.
+    fn take_oldest(&mut self, slot_bytes: usize) -> Option<Arc<Resident>> {
+        let mut parent_that_may_leave = None;
+        for _ in 0..VICTIM_TRIES.min(self.order.get(&slot_bytes)?.len()) {
+            let id = *self.order.get(&slot_bytes)?.peek_lru()?.0;
+            if self.may_leave(&id) {
+                let is_parent = self.blocks.get(&id).is_some_and(|block| block.children.load(Ordering::Relaxed) > 0);
+                if !is_parent {
+                    return self.detach(&id);
+                }
+                parent_that_may_leave.get_or_insert(id);
+            }
+            self.touch(&id, slot_bytes);
+        }
+        parent_that_may_leave.and_then(|id| self.detach(&id))
+    }
+
+    /// All blocks of one chunk, if all may leave: the chunk of the oldest block for which that holds.
+    fn take_chunk(&mut self, slot_bytes: usize) -> Vec<Arc<Resident>> {
+        let Some(order) = self.order.get(&slot_bytes) else { return Vec::new() };
+        let mut chunks: HashMap<u32, (u64, bool, Vec<RecordId>)> = HashMap::new();
+        for (id, &tick) in order {
+            let Some(block) = self.blocks.get(id) else { continue };
+            let (age, free, ids) = chunks.entry(block.slot.chunk()).or_insert((u64::MAX, true, Vec::new()));
+            *age = tick.min(*age);
+            *free &= self.may_leave(id);
+            ids.push(*id);
+        }
+        let coldest = chunks.into_values().filter(|(_, free, _)| *free).min_by_key(|(age, ..)| *age);
+        coldest.map_or_else(Vec::new, |(_, _, ids)| ids.iter().filter_map(|id| self.detach(id)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pegaflow_tiers::{ArenaConfig, KeyChain, NamespaceHandle};
+
+    const BLOCK: usize = 60 * 1024;
+
+    fn residency() -> Residency {
+        Residency::new(Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(4 << 20) }).expect("memory"))
+    }
+
+    fn chain(residency: &Residency, first: u32, length: u32, payload: usize, dirty: bool) -> Vec<RecordId> {
+        let mut keys = KeyChain::new();
+        let mut ids = Vec::new();
+        for depth in 0..length {
+            let parent = keys.parent();
+            let key = keys.next(&[first, depth], b"");
+            let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
+            let Some(slot) = residency.alloc(payload) else { break };
+            drop(residency.insert(Resident::new(id, parent, Arc::new(slot), payload as u64, dirty), false));
+            ids.push(id);
+        }
+        ids
+    }
+
+    #[test]
+    fn leaves_leave_before_their_ancestors() {
+        let residency = residency();
+        let ids = chain(&residency, 1, 64, BLOCK, false);
+        assert_eq!(ids.len(), 64);
+        drop(chain(&residency, 2, 16, BLOCK, false));
+        let here: Vec<bool> = ids.iter().map(|id| residency.contains(id)).collect();
+        let kept = here.iter().take_while(|here| **here).count();
+        assert!(kept > 0 && here[kept..].iter().all(|here| !here), "a hole in the chain: {here:?}");
+    }
+
+    #[test]
+    fn dirty_and_held_blocks_stay() {
+        let residency = residency();
+        let dirty = chain(&residency, 1, 32, BLOCK, true);
+        let clean = chain(&residency, 2, 32, BLOCK, false);
+        let held: Vec<_> = clean.iter().filter_map(|id| residency.get(id)).collect();
+        assert!(residency.alloc(BLOCK).is_none());
+        drop(held);
+        assert!(residency.alloc(BLOCK).is_some());
+        assert!(dirty.iter().all(|id| residency.contains(id)));
+        dirty.iter().filter_map(|id| residency.get(id)).for_each(|block| residency.mark_clean(&block));
+        assert_eq!(residency.gauges().1, 0);
+    }
+
+    #[test]
+    fn another_size_gets_room_from_the_coldest_chunk() {
+        let residency = residency();
+        let small = chain(&residency, 1, 64, BLOCK, false);
+        assert_eq!(small.len(), 64);
+        let large = chain(&residency, 2, 1, 1 << 20, false);
+        assert_eq!(large.len(), 1);
+        assert!(small.iter().filter(|id| residency.contains(id)).count() >= 32);
+    }
+
+    #[test]
+    fn saves_leave_room_for_loads() {
+        let residency = residency();
+        let mut accepted = 0;
+        while let Some(slot) = residency.alloc_dirty(BLOCK) {
+            let key = BlockKey::from_name(&[accepted]);
+            let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
+            residency.insert(Resident::new(id, BlockKey::ROOT, Arc::new(slot), 1, true), false);
+            accepted += 1;
+        }
+        assert!((40..64).contains(&accepted), "{accepted}");
+        assert!(residency.alloc(BLOCK).is_some());
+    }
+
+    #[test]
+    fn a_removal_hides_until_it_ends_and_a_newer_insert_wins() {
+        let residency = residency();
+        let id = chain(&residency, 1, 1, BLOCK, false)[0];
+        let (taken, removal) = residency.remove(&id);
+        assert!(taken.is_some() && residency.is_removed(&id));
+        chain(&residency, 1, 1, BLOCK, false);
+        assert!(!residency.is_removed(&id));
+        let (_, newer) = residency.remove(&id);
+        residency.end_removal(&id, removal);
+        assert!(residency.is_removed(&id));
+        residency.end_removal(&id, newer);
+        assert!(!residency.is_removed(&id));
+    }
+}

@@ -1,0 +1,124 @@
+//! A worker of a made-up engine, with KV memory of its own.
+#![expect(unsafe_code, reason = "registers memory of the test as a device's")]
+#![allow(
+    dead_code,
+    clippy::expect_used,
+    clippy::allow_attributes,
+    reason = "a test that cannot go on panics; each test uses its part"
+)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+use pegaflow_engine::*;
+
+pub(crate) const BLOCK: u64 = 4096 + 64;
+pub(crate) const BLOCKS: u32 = 64;
+
+pub(crate) struct Memory {
+    bytes: Box<[u8]>,
+    pub(crate) device: Arc<dyn DeviceMemory>,
+}
+
+pub(crate) fn memory() -> Memory {
+    let mut bytes = vec![0u8; (BLOCK * u64::from(BLOCKS)) as usize].into_boxed_slice();
+    let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
+    let fragments = vec![Fragment { offset: 0, stride: BLOCK, bytes: BLOCK }];
+    // SAFETY: `Memory` keeps the bytes; tests touch them only when no copy runs.
+    let device = unsafe { HostMemory::new(start, bytes.len() as u64, fragments, BLOCKS, Box::new(())) }.expect("fits");
+    Memory { bytes, device: Arc::new(device) }
+}
+
+impl Memory {
+    pub(crate) fn block(&mut self, block: u32) -> &mut [u8] {
+        let at = (u64::from(block) * BLOCK) as usize;
+        &mut self.bytes[at..at + BLOCK as usize]
+    }
+}
+
+pub(crate) struct Worker {
+    pub(crate) engine: Engine,
+    pub(crate) session: SessionId,
+    pub(crate) instance: InstanceId,
+    pub(crate) memory: Memory,
+    next: u64,
+}
+
+impl Worker {
+    pub(crate) fn new(config: EngineConfig) -> Self {
+        let engine = Engine::open(config).expect("opens");
+        let session = engine.start_session();
+        let instance = InstanceId("test".into());
+        engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("registered");
+        Self { engine, session, instance, memory: memory(), next: 0 }
+    }
+
+    pub(crate) fn fill(&mut self, block: u32, seed: u8) {
+        self.memory.block(block).iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u8).wrapping_mul(31) ^ seed);
+    }
+
+    pub(crate) fn save(&mut self, keys: &[BlockKey], first_parent: BlockKey) -> SaveOutcome {
+        let mut parent = first_parent;
+        let blocks = keys.iter().enumerate().map(|(i, key)| {
+            let block = BlockSave { key: *key, parent, depth: i as u32, block: i as u32 };
+            parent = *key;
+            block
+        });
+        let blocks = blocks.collect();
+        self.next += 1;
+        let (sender, receiver) = bounded(1);
+        let request = SaveRequest {
+            session: self.session,
+            operation: OperationId(self.next),
+            instance: self.instance.clone(),
+            group: 0,
+            shard: 0,
+            memory: Arc::clone(&self.memory.device),
+            blocks,
+        };
+        self.engine.save(request, Box::new(move |outcome| sender.send(outcome).expect("waiting"))).expect("accepted");
+        receiver.recv_timeout(Duration::from_secs(30)).expect("ended")
+    }
+
+    pub(crate) fn lookup(&self, keys: &[BlockKey]) -> LookupReply {
+        let request = LookupRequest {
+            instance: self.instance.clone(),
+            group: 0,
+            keys: keys.to_vec(),
+            lease: Some(Duration::from_secs(60)),
+            tag: 1,
+        };
+        self.engine.lookup(self.session, &request).expect("looked up")
+    }
+
+    pub(crate) fn load(&mut self, lease: LeaseId, blocks: Vec<LoadBlock>) -> LoadOutcome {
+        self.next += 1;
+        let (sender, receiver) = bounded(1);
+        let request = LoadRequest {
+            session: self.session,
+            operation: OperationId(self.next),
+            lease,
+            shard: 0,
+            memory: Arc::clone(&self.memory.device),
+            blocks,
+        };
+        self.engine.load(request, Box::new(move |outcome| sender.send(outcome).expect("waiting"))).expect("accepted");
+        receiver.recv_timeout(Duration::from_secs(30)).expect("ended")
+    }
+}
+
+pub(crate) fn spec(instance: &InstanceId, block_bytes: u64, shards: u16, shard: u16) -> InstanceSpec {
+    InstanceSpec {
+        instance: instance.clone(),
+        namespace: NamespaceDescriptor::new().with("model", "test"),
+        groups: vec![GroupGeometry { group: 0, block_bytes, shards }],
+        shard,
+    }
+}
+
+pub(crate) fn keys(count: u32, seed: u32) -> Vec<BlockKey> {
+    let mut chain = KeyChain::new();
+    (0..count).map(|i| chain.next(&[seed, i], b"")).collect()
+}

@@ -1,0 +1,192 @@
+//! The engine over a store: what is durable is there after a restart, from the drive, bit for bit; bounds hold; nothing
+//! that fails a check reaches a device.
+
+#![expect(clippy::expect_used, reason = "a test that cannot go on panics")]
+
+mod support;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pegaflow_engine::*;
+use support::{BLOCK, BLOCKS, Worker, keys};
+
+const MIB: u64 = 1 << 20;
+
+fn config(path: &Path, capacity_mib: u64, io_engine: IoEngineChoice) -> EngineConfig {
+    let nvme = NvmeConfig {
+        region: Some(ByteSize::mib(4)),
+        io_engine,
+        ..NvmeConfig::new(path.join("store"), ByteSize::mib(capacity_mib))
+    };
+    EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), ..EngineConfig::default() }
+}
+
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+/// Fills the worker's blocks with bytes that depend on key and place.
+fn write(worker: &mut Worker, keys: &[BlockKey]) {
+    for (block, key) in keys.iter().enumerate() {
+        let pattern = expected(key);
+        worker.memory.block(block as u32).copy_from_slice(&pattern);
+    }
+}
+
+fn expected(key: &BlockKey) -> Vec<u8> {
+    key.as_bytes()
+        .iter()
+        .copied()
+        .cycle()
+        .enumerate()
+        .map(|(i, byte)| byte ^ (i / 32) as u8)
+        .take(BLOCK as usize)
+        .collect()
+}
+
+/// Looks the keys up, loads what is found, compares; returns (from DRAM, from the drive, failed).
+fn read(worker: &mut Worker, keys: &[BlockKey]) -> (u32, u32, usize) {
+    let reply = worker.lookup(keys);
+    let Some(lease) = reply.lease else { return (0, 0, 0) };
+    (0..BLOCKS).for_each(|block| worker.memory.block(block).fill(0xa5));
+    let blocks = (0..reply.hit_blocks).map(|index| LoadBlock { index, block: index }).collect();
+    let outcome = worker.load(lease, blocks);
+    for (index, key) in keys.iter().enumerate().take(reply.hit_blocks as usize) {
+        if !outcome.failed.contains(&(index as u32)) {
+            assert!(worker.memory.block(index as u32) == expected(key), "wrong bytes in block {index}");
+        }
+    }
+    (outcome.loaded_dram, outcome.loaded_nvme, outcome.failed.len())
+}
+
+fn survives_a_restart(io_engine: IoEngineChoice) {
+    let directory = directory();
+    let chains: Vec<Vec<BlockKey>> = (0..8).map(|seed| keys(BLOCKS / 2, seed)).collect();
+    let mut worker = Worker::new(config(directory.path(), 64, io_engine));
+    for chain in &chains {
+        write(&mut worker, chain);
+        assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS / 2);
+    }
+    worker.engine.flush(soon()).expect("durable");
+    assert_eq!(worker.engine.stats().dram_dirty_bytes, 0);
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    let mut worker = Worker::new(config(directory.path(), 64, io_engine));
+    for chain in &chains {
+        assert_eq!(read(&mut worker, chain), (0, BLOCKS / 2, 0));
+        assert_eq!(read(&mut worker, chain), (BLOCKS / 2, 0, 0));
+    }
+    let stats = worker.engine.stats();
+    assert_eq!((stats.leases, stats.operations, stats.quarantined_records), (0, 0, 0));
+}
+
+#[test]
+fn what_is_durable_is_there_after_a_restart_io_uring() {
+    survives_a_restart(IoEngineChoice::Auto);
+}
+
+#[test]
+fn what_is_durable_is_there_after_a_restart_psync() {
+    survives_a_restart(IoEngineChoice::Psync);
+}
+
+#[test]
+fn the_bound_holds_and_what_is_left_is_right() {
+    let directory = directory();
+    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    let chains: Vec<Vec<BlockKey>> = (0..120).map(|seed| keys(BLOCKS, seed)).collect();
+    let mut left = 0;
+    for chain in &chains {
+        write(&mut worker, chain);
+        worker.save(chain, BlockKey::ROOT);
+        worker.engine.flush(soon()).expect("durable");
+    }
+    for chain in &chains {
+        let (dram, nvme, _) = read(&mut worker, chain);
+        left += dram + nvme;
+    }
+    let stats = worker.engine.stats();
+    assert!(stats.reclaimed_regions > 0, "{stats:?}");
+    assert!(stats.nvme_used_bytes <= 16 * MIB, "{stats:?}");
+    assert!(left > 0 && u64::from(left) * BLOCK <= 32 * MIB, "{left}");
+}
+
+#[test]
+fn a_store_is_opened_once_and_by_its_own_shape() {
+    let directory = directory();
+    let first = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("opens");
+    let kind = |config| Engine::open(config).map(|_| ()).map_err(|error| error.kind());
+    assert_eq!(kind(config(directory.path(), 64, IoEngineChoice::Auto)), Err(ErrorKind::Locked));
+    first.put(b"k", b"kept").expect("room");
+    first.close(soon()).expect("closed");
+    let mut other_region = config(directory.path(), 64, IoEngineChoice::Auto);
+    if let Some(nvme) = &mut other_region.nvme {
+        nvme.region = Some(ByteSize::mib(8));
+    }
+    assert_eq!(kind(other_region), Err(ErrorKind::InvalidInput));
+    let again = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("opens");
+    assert_eq!(again.get(b"k").expect("open").as_deref(), Some(&b"kept"[..]));
+}
+
+#[test]
+fn a_namespace_keeps_its_geometry_across_restarts() {
+    let directory = directory();
+    let worker = Worker::new(config(directory.path(), 64, IoEngineChoice::Auto));
+    worker.engine.close(soon()).expect("closed");
+    let engine = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("opens");
+    let session = engine.start_session();
+    let other = support::spec(&worker.instance, BLOCK * 2, 1, 0);
+    assert_eq!(engine.register(session, other).map_err(|error| error.kind()), Err(ErrorKind::GeometryMismatch));
+    engine.register(session, support::spec(&worker.instance, BLOCK, 1, 0)).expect("the same as before");
+}
+
+#[test]
+fn objects_keep_their_newest_version_and_their_removal_across_restarts() {
+    let directory = directory();
+    let engine = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("opens");
+    for version in 0..20u8 {
+        engine.put(b"versions", &[version; 10_000]).expect("room");
+        engine.put(format!("other-{version}").as_bytes(), &vec![version; 1 << 20]).expect("room");
+        if version == 10 {
+            engine.flush(soon()).expect("durable");
+        }
+    }
+    assert!(engine.remove(b"other-3").expect("open"));
+    assert!(engine.remove(b"other-19").expect("open"));
+    engine.close(soon()).expect("closed");
+    drop(engine);
+    let engine = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("opens");
+    assert_eq!(engine.get(b"versions").expect("open").as_deref(), Some(&[19; 10_000][..]));
+    assert!(engine.get(b"other-3").expect("open").is_none() && !engine.contains(b"other-19"));
+    for version in [0u8, 4, 18] {
+        let name = format!("other-{version}");
+        assert_eq!(engine.get(name.as_bytes()).expect("open").as_deref(), Some(&vec![version; 1 << 20][..]));
+    }
+}
+
+#[test]
+fn a_block_damaged_on_the_drive_is_a_miss_and_is_quarantined() {
+    let directory = directory();
+    let chain = keys(8, 1);
+    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    write(&mut worker, &chain);
+    worker.save(&chain, BlockKey::ROOT);
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    // Every byte of one payload's copy on the drive is turned over.
+    let regions = directory.path().join("store/regions.0");
+    let mut bytes = std::fs::read(&regions).expect("the region file");
+    let pattern = expected(&chain[5]);
+    let at = bytes.windows(64).position(|window| window == &pattern[..64]).expect("the payload is on the drive");
+    bytes[at..at + 64].iter_mut().for_each(|byte| *byte ^= 1);
+    std::fs::write(&regions, bytes).expect("written");
+    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    assert_eq!(read(&mut worker, &chain), (0, 7, 1));
+    assert_eq!(worker.lookup(&chain).hit_blocks, 5);
+    assert_eq!(worker.engine.stats().quarantined_records, 1);
+}

@@ -1,0 +1,255 @@
+//! A worker as vLLM's CPU engine has one: KV memory of its own, registered with the server through the client.
+#![expect(unsafe_code, reason = "registers this process's memory as KV memory")]
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use parking_lot::Mutex;
+use pegaflow_engine::{
+    BlockSave, Fragment, GroupGeometry, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome,
+    LookupReply, LookupRequest, NamespaceDescriptor, OperationId, RangeFragment, SaveOutcome,
+};
+use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
+
+use crate::oracle::{Chain, block_bytes, first_difference};
+
+/// What the worker looks like.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Its instance; workers with the same name are one engine.
+    pub instance: String,
+    /// The namespace's model field.
+    pub model: String,
+    /// Bytes of a block; a multiple of 48, it lies in three fragments.
+    pub block_bytes: u64,
+    /// Blocks of KV memory.
+    pub blocks: u32,
+}
+
+/// The worker.
+pub struct TestWorker {
+    /// Its connection.
+    pub client: Client,
+    options: WorkerOptions,
+    kv: Arc<Kv>,
+    next: u64,
+    ended: HashMap<OperationId, CompletionResult>,
+}
+
+/// KV memory in three parts ("layers"), each with a part of every block.
+struct Kv {
+    layers: [Mutex<Box<[u8]>>; 3],
+}
+
+/// Blocks that were to be there and are not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Not found by the lookup, or failed to load.
+    pub blocks: usize,
+    /// Loaded with other bytes than were saved.
+    pub wrong: usize,
+    /// Loaded and right.
+    pub right: usize,
+}
+
+impl TestWorker {
+    /// Connects to the server at `socket` and registers; waits until both is done.
+    ///
+    /// # Errors
+    /// If that has not happened after `timeout`.
+    pub fn connect(socket: &Path, options: WorkerOptions, timeout: Duration) -> Result<Self> {
+        let mut config = ClientConfig::new(Endpoint::Unix(socket.to_owned()), "test-worker");
+        config.staging_bytes = 8 << 20;
+        config.lookup_timeout = Duration::from_secs(5);
+        config.rpc_timeout = Duration::from_secs(10);
+        let client = Client::start(config)?;
+        client.wait_connected(timeout)?;
+        let part = (options.block_bytes / 3) as usize;
+        let layer = || Mutex::new(vec![0u8; part * options.blocks as usize].into_boxed_slice());
+        let kv = Arc::new(Kv { layers: [layer(), layer(), layer()] });
+        let worker = Self { client, options, kv, next: 0, ended: HashMap::new() };
+        worker.client.register(worker.spec(), worker.memory()?)?;
+        let deadline = Instant::now() + timeout;
+        while worker.lookup(&Chain::new(0, 1), None).is_err() {
+            if Instant::now() >= deadline {
+                bail!("the worker was not registered after {timeout:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(worker)
+    }
+
+    fn spec(&self) -> InstanceSpec {
+        InstanceSpec {
+            instance: self.instance(),
+            namespace: NamespaceDescriptor::new()
+                .with("model", &self.options.model)
+                .with("block", self.options.block_bytes.to_string()),
+            groups: vec![GroupGeometry { group: 0, block_bytes: self.options.block_bytes, shards: 1 }],
+            shard: 0,
+        }
+    }
+
+    fn instance(&self) -> InstanceId {
+        InstanceId(self.options.instance.as_str().into())
+    }
+
+    fn memory(&self) -> Result<Arc<HostMemory>> {
+        let part = self.options.block_bytes / 3;
+        let mut ranges = Vec::new();
+        let mut fragments = Vec::new();
+        for (range, layer) in self.kv.layers.iter().enumerate() {
+            let mut bytes = layer.lock();
+            ranges.push((NonNull::new(bytes.as_mut_ptr()).context("no memory")?, bytes.len() as u64));
+            let fragment = Fragment { offset: 0, stride: part, bytes: part };
+            fragments.push(RangeFragment { range: range as u32, fragment });
+        }
+        // SAFETY: the owner keeps the layers; this worker touches a block only while no operation on it runs.
+        let memory = unsafe {
+            HostMemory::from_ranges(&ranges, fragments, self.options.blocks, Box::new(Arc::clone(&self.kv)))
+        }?;
+        Ok(Arc::new(memory))
+    }
+
+    fn operation(&mut self) -> OperationId {
+        self.next += 1;
+        OperationId(self.next)
+    }
+
+    /// Writes what a chain's blocks must hold into KV blocks 0, 1, ... and starts a save of `from..to` of the chain.
+    ///
+    /// # Errors
+    /// If the client refuses it.
+    pub fn start_save(&mut self, chain: &Chain, from: usize, to: usize) -> Result<OperationId> {
+        let mut blocks = Vec::new();
+        for (block, index) in (from..to).enumerate() {
+            let key = *chain.keys.get(index).context("no such block")?;
+            self.fill(block as u32, |bytes| block_bytes(&key, bytes));
+            blocks.push(BlockSave { key, parent: chain.parent(index), depth: index as u32, block: block as u32 });
+        }
+        let operation = self.operation();
+        self.client.save(operation, self.instance(), 0, 0, blocks)?;
+        Ok(operation)
+    }
+
+    /// Saves `from..to` of a chain and waits for it.
+    ///
+    /// # Errors
+    /// If the client refuses it or it does not end in time.
+    pub fn save(&mut self, chain: &Chain, from: usize, to: usize) -> Result<SaveOutcome> {
+        let operation = self.start_save(chain, from, to)?;
+        match self.wait(operation, Duration::from_secs(60))? {
+            CompletionResult::Save(outcome) => Ok(outcome),
+            CompletionResult::Load(_) => bail!("a save ended as a load"),
+        }
+    }
+
+    /// Looks a chain up.
+    ///
+    /// # Errors
+    /// If the server does not answer.
+    pub fn lookup(&self, chain: &Chain, lease: Option<Duration>) -> Result<LookupReply> {
+        let request =
+            LookupRequest { instance: self.instance(), group: 0, keys: chain.keys.clone(), lease, tag: chain.seed };
+        Ok(self.client.lookup(&request)?)
+    }
+
+    /// Starts a load of the first `count` leased blocks into KV blocks 0, 1, ...
+    ///
+    /// # Errors
+    /// If the client refuses it.
+    pub fn start_load(&mut self, lease: LeaseId, count: u32) -> Result<OperationId> {
+        (0..count).for_each(|block| self.fill(block, |bytes| bytes.fill(0xa5)));
+        let operation = self.operation();
+        let blocks = (0..count).map(|index| LoadBlock { index, block: index }).collect();
+        self.client.load(operation, lease, 0, blocks)?;
+        Ok(operation)
+    }
+
+    /// Waits for a load.
+    ///
+    /// # Errors
+    /// If it does not end in time.
+    pub fn wait_load(&mut self, operation: OperationId) -> Result<LoadOutcome> {
+        match self.wait(operation, Duration::from_secs(60))? {
+            CompletionResult::Load(outcome) => Ok(outcome),
+            CompletionResult::Save(_) => bail!("a load ended as a save"),
+        }
+    }
+
+    /// Looks a chain up, loads what is found and compares every byte.
+    ///
+    /// # Errors
+    /// If the server does not answer.
+    pub fn check(&mut self, chain: &Chain) -> Result<Missing> {
+        let mut result = Missing { blocks: chain.keys.len(), ..Missing::default() };
+        let reply = self.lookup(chain, Some(Duration::from_secs(60)))?;
+        let Some(lease) = reply.lease else { return Ok(result) };
+        let count = reply.hit_blocks.min(self.options.blocks);
+        let operation = self.start_load(lease, count)?;
+        let outcome = self.wait_load(operation)?;
+        for (index, key) in chain.keys.iter().enumerate().take(count as usize) {
+            if outcome.failed.contains(&(index as u32)) {
+                continue;
+            }
+            match self.difference(index as u32, key) {
+                Some(at) => {
+                    eprintln!("wrong byte: chain {:#x} block {index} byte {at}", chain.seed);
+                    result.wrong += 1;
+                }
+                None => result.right += 1,
+            }
+            result.blocks -= 1;
+        }
+        Ok(result)
+    }
+
+    /// Where a KV block differs from what the key's block must hold.
+    pub fn difference(&self, block: u32, key: &pegaflow_engine::BlockKey) -> Option<usize> {
+        first_difference(key, &self.read(block))
+    }
+
+    /// Waits until an operation has ended.
+    ///
+    /// # Errors
+    /// If that has not happened after `timeout`.
+    pub fn wait(&mut self, operation: OperationId, timeout: Duration) -> Result<CompletionResult> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            for Completion { operation, result } in self.client.poll() {
+                if self.ended.insert(operation, result).is_some() {
+                    bail!("operation {} ended twice", operation.0);
+                }
+            }
+            if let Some(result) = self.ended.remove(&operation) {
+                return Ok(result);
+            }
+            if Instant::now() >= deadline {
+                bail!("operation {} had not ended after {timeout:?}", operation.0);
+            }
+            self.client.wait_completion(Duration::from_millis(100));
+        }
+    }
+
+    fn part(&self) -> usize {
+        (self.options.block_bytes / 3) as usize
+    }
+
+    fn fill(&self, block: u32, fill: impl FnOnce(&mut [u8])) {
+        let mut whole = vec![0; self.options.block_bytes as usize];
+        fill(&mut whole);
+        let at = block as usize * self.part();
+        for (layer, part) in self.kv.layers.iter().zip(whole.chunks(self.part())) {
+            layer.lock()[at..at + part.len()].copy_from_slice(part);
+        }
+    }
+
+    fn read(&self, block: u32) -> Vec<u8> {
+        let at = block as usize * self.part();
+        self.kv.layers.iter().flat_map(|layer| layer.lock()[at..at + self.part()].to_vec()).collect()
+    }
+}
