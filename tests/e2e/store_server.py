@@ -45,7 +45,7 @@ class StoreServer:
     def __init__(self, name: str, settings: ServerSettings) -> None:
         self._port = free_port()
         command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{self._port}"]
-        command += ["--dram", "256MiB", "--nvme", settings.store, "--nvme-capacity", "1GiB"]
+        command += ["--dram", "256MiB", "--path", settings.store, "--capacity", "1GiB"]
         self.process = Process(
             "pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ
         )
