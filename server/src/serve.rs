@@ -50,6 +50,26 @@ impl Default for ServerConfig {
     }
 }
 
+impl ServerConfig {
+    /// Checks every field against its limits.
+    ///
+    /// # Errors
+    /// `InvalidInput` that names all problems at once.
+    pub fn validate(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        if self.session_shared_memory.0 > self.shared_memory.0 {
+            problems.push(format!(
+                "session_shared_memory is {}, more than the {} of shared_memory; lower it or raise the other",
+                self.session_shared_memory, self.shared_memory
+            ));
+        }
+        if self.memory_socket_timeout.is_zero() {
+            problems.push("memory_socket_timeout is 0; give more".into());
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+    }
+}
+
 /// A server that serves.
 pub struct Server {
     sessions: Arc<Sessions>,

@@ -1,1 +1,264 @@
-fn main(){}
+//! The server: one store, one DRAM arena, shared by every inference engine of the host. Parses the command line, starts
+//! the parts in order, prints one JSON line when ready, and stops in order on SIGTERM or SIGINT.
+#![deny(unsafe_code)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use pegaflow_engine::{ByteSize, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, Result};
+use pegaflow_server::{ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// A tiered KV cache for LLM engines: DRAM and NVMe, kept across restarts.
+///
+/// Exit status: 0 stopped in order, 1 other, 2 invalid command line or configuration, 3 store or socket in use by another
+/// process, 4 foreign or newer store format, 5 permission denied, 6 no space, 7 input/output error.
+#[derive(Debug, Parser)]
+#[command(name = "pegaflow-server", version)]
+struct Options {
+    /// Directory of the store, made if missing, on ext4 or XFS. Without it blocks live in DRAM only.
+    #[arg(long, env = "PEGAFLOW_PATH", value_name = "DIR", alias = "nvme")]
+    path: Option<PathBuf>,
+    /// Bytes of the store, taken from the file system at once. At least four regions.
+    #[arg(long, env = "PEGAFLOW_CAPACITY", value_name = "SIZE", default_value = "16GiB", alias = "nvme-capacity")]
+    capacity: ByteSize,
+    /// Bytes of one region, fixed when the store is made. Default: 1/64 of the capacity, within 16 MiB to 256 MiB.
+    #[arg(long, env = "PEGAFLOW_REGION", value_name = "SIZE")]
+    region: Option<ByteSize>,
+    /// Bytes of DRAM for blocks, taken at start.
+    #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
+    dram: ByteSize,
+    /// Ask for 2 MiB pages.
+    #[arg(long, env = "PEGAFLOW_HUGE_PAGES")]
+    huge_pages: bool,
+    /// How the store reads and writes.
+    #[arg(long, env = "PEGAFLOW_IO_ENGINE", value_enum, default_value_t = IoEngine::Auto)]
+    io_engine: IoEngine,
+    /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
+    #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Also listen on this loopback address, without encryption or password; needs --insecure-loopback.
+    #[arg(long, env = "PEGAFLOW_TCP", value_name = "ADDRESS", requires = "insecure_loopback")]
+    tcp: Option<SocketAddr>,
+    /// Accept that every user of this host can reach the TCP address.
+    #[arg(long, env = "PEGAFLOW_INSECURE_LOOPBACK")]
+    insecure_loopback: bool,
+    /// Address of /health, /ready and /metrics, or `off`.
+    #[arg(long, env = "PEGAFLOW_HTTP", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
+    http: HttpAddress,
+    /// The most memory shared with one client.
+    #[arg(long, env = "PEGAFLOW_SESSION_SHARED_MEMORY", value_name = "SIZE", default_value = "1GiB")]
+    session_shared_memory: ByteSize,
+    /// The most memory shared with all clients.
+    #[arg(long, env = "PEGAFLOW_SHARED_MEMORY", value_name = "SIZE", default_value = "4GiB")]
+    shared_memory: ByteSize,
+    /// The longest time for stopping, in seconds: operations end, what is in DRAM becomes durable.
+    #[arg(long, env = "PEGAFLOW_SHUTDOWN_TIMEOUT", value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    shutdown_timeout: u64,
+    /// What to log on standard error: error, warn, info, debug, trace, or directives such as `pegaflow_engine=debug`.
+    #[arg(long, env = "PEGAFLOW_LOG", value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Check the configuration, print every problem, and end.
+    #[arg(long)]
+    validate: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum IoEngine {
+    /// io_uring where it works, else pread and pwrite.
+    Auto,
+    /// io_uring, or an error.
+    #[value(alias = "io_uring", alias = "uring")]
+    IoUring,
+    /// pread and pwrite.
+    Psync,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct HttpAddress(Option<SocketAddr>);
+
+impl FromStr for HttpAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        text.parse().map(|address| Self(Some(address))).map_err(|_| "give ADDRESS:PORT or off".to_owned())
+    }
+}
+
+impl Options {
+    fn engine(&self) -> EngineConfig {
+        let nvme = self.path.as_ref().map(|path| NvmeConfig {
+            region: self.region,
+            io_engine: match self.io_engine {
+                IoEngine::Auto => IoEngineChoice::Auto,
+                IoEngine::IoUring => IoEngineChoice::IoUring,
+                IoEngine::Psync => IoEngineChoice::Psync,
+            },
+            ..NvmeConfig::new(path, self.capacity)
+        });
+        EngineConfig { dram: self.dram, huge_pages: self.huge_pages, nvme, ..EngineConfig::default() }
+    }
+
+    fn server(&self) -> ServerConfig {
+        ServerConfig {
+            session_shared_memory: self.session_shared_memory,
+            shared_memory: self.shared_memory,
+            ..ServerConfig::default()
+        }
+    }
+
+    /// Every problem of the configuration at once.
+    fn check(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        problems.extend(self.engine().validate().err().map(|error| error.message().to_owned()));
+        problems.extend(self.server().validate().err().map(|error| error.message().to_owned()));
+        if self.path.is_none() && self.region.is_some() {
+            problems.push("--region is given without a store; give --path DIR".into());
+        }
+        if let Some(address) = self.tcp.filter(|address| !address.ip().is_loopback()) {
+            problems.push(format!("--tcp {address} is not loopback; give 127.0.0.1:PORT, or use the Unix socket"));
+        }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log) {
+            problems.push(format!("--log '{}' cannot be read: {error}", self.log));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = options.check().and_then(|()| {
+        if options.validate {
+            println!("the configuration is valid");
+            return Ok(());
+        }
+        start_logging(&options.log);
+        raise_open_files();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)))
+            .max_blocking_threads(64)
+            .thread_name("pegaflow-rpc")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::from_io("cannot start the runtime", error))?;
+        let outcome = runtime.block_on(run(&options));
+        // Whatever hangs must not keep the process.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        outcome
+    });
+    match outcome {
+        Ok(()) => ExitStatus::Ok.into(),
+        Err(error) => {
+            eprintln!("pegaflow-server: {error:#}");
+            ExitStatus::from(error.kind()).into()
+        }
+    }
+}
+
+fn start_logging(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_default();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+/// Every client takes a few descriptors: as many as the system allows.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "cannot raise the limit of open files; fewer clients can connect");
+    }
+}
+
+async fn run(options: &Options) -> Result<()> {
+    let mut stop = StopSignals::new()?;
+    let metrics = Metrics::new();
+    metrics.install();
+    let readiness = Readiness::new(metrics);
+    let http = match options.http.0 {
+        Some(address) => Some(HttpServer::start(address, readiness.clone()).await?),
+        None => None,
+    };
+    let config = options.engine();
+    let opening = Instant::now();
+    let mut open = tokio::task::spawn_blocking(move || Engine::open(config));
+    let engine = tokio::select! {
+        opened = &mut open => {
+            opened.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "opening the store panicked; see the log")))?
+        }
+        () = stop.asked() => {
+            tracing::info!("asked to stop while the store was being opened");
+            stop.exit_at_next();
+            if let Ok(Ok(engine)) = open.await {
+                close(&engine, options)?;
+            }
+            return Ok(());
+        }
+    };
+    tracing::info!(took = ?opening.elapsed(), "the cache is open");
+    let socket = options.socket.clone().unwrap_or_else(default_socket_path);
+    let listeners = match Listeners::bind(&socket, options.tcp).await {
+        Ok(listeners) => listeners,
+        Err(error) => {
+            close(&engine, options)?;
+            return Err(error);
+        }
+    };
+    let ready = serde_json::json!({
+        "ready": true,
+        "socket": socket,
+        "tcp": listeners.tcp_address().map(|address| address.to_string()),
+        "http": http.as_ref().map(|http| http.address().to_string()),
+        "recovered": engine.stats().recovered_records,
+        "records": engine.stats().nvme_records,
+        "pid": std::process::id(),
+    });
+    let server = Server::start(engine, listeners, &options.server(), &readiness);
+    // Whoever started the server may have gone; that is no reason to stop.
+    let _told = std::io::Write::write_all(&mut std::io::stdout(), format!("{ready}\n").as_bytes());
+    stop.asked().await;
+    let timeout = Duration::from_secs(options.shutdown_timeout);
+    tracing::info!(?timeout, "stopping: no new connections, operations end, the store is flushed");
+    stop.exit_at_next();
+    server.stop(timeout).await.inspect(|()| tracing::info!("stopped"))
+}
+
+fn close(engine: &Engine, options: &Options) -> Result<()> {
+    engine.close(Instant::now() + Duration::from_secs(options.shutdown_timeout))
+}
+
+/// SIGTERM and SIGINT.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).map_err(|error| Error::from_io("cannot listen for signals", error));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    /// From now on a signal ends the process at once. What was reported durable is durable.
+    fn exit_at_next(mut self) {
+        tokio::spawn(async move {
+            self.asked().await;
+            eprintln!("pegaflow-server: second signal, ending at once");
+            std::process::exit(ExitStatus::Other as i32);
+        });
+    }
+}
