@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the Python package: a directory for stores, and stand-ins for vLLM's requests and the cache."""
+"""Fixtures: a directory for stores, and stand-ins for vLLM's requests and for the cache."""
 
 from __future__ import annotations
 

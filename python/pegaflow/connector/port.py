@@ -84,9 +84,7 @@ class CachePort(Protocol):
     def release(self, lease: int) -> None:
         """Gives a lease back."""
 
-    def load(
-        self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]
-    ) -> None:
+    def load(self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]) -> None:
         """Starts a load."""
 
     def save(
