@@ -1,5 +1,6 @@
 //! Blocks go from a worker's memory through shared memory and the engine and come back bit for bit; whatever happens in
 //! between, every accepted operation ends exactly once.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod support;
 
@@ -54,9 +55,8 @@ fn bad_calls_are_refused_at_once_and_end_in_no_completion() {
     let local = Local::start();
     let worker = local.worker();
     let kind = |result: pegaflow_engine::Result<()>| result.map_err(|error| error.kind());
-    let load = |operation, block| {
-        kind(worker.client.load(operation, LeaseId(1), 0, vec![LoadBlock { index: 0, block }]))
-    };
+    let load =
+        |operation, block| kind(worker.client.load(operation, LeaseId(1), 0, vec![LoadBlock { index: 0, block }]));
     assert_eq!(load(OperationId(1), BLOCKS), Err(ErrorKind::InvalidInput), "outside the memory");
     assert_eq!(load(OperationId(2), 0), Ok(()));
     assert_eq!(load(OperationId(2), 0), Err(ErrorKind::InvalidInput), "its number is in use until it is polled");
@@ -111,10 +111,8 @@ fn another_geometry_for_the_same_instance_is_refused_for_good() {
 
 #[test]
 fn shared_memory_is_bounded_and_comes_back_with_the_session() {
-    let config = ServerConfig {
-        session_shared_memory: pegaflow_engine::ByteSize(3 * BLOCK_BYTES),
-        ..ServerConfig::default()
-    };
+    let config =
+        ServerConfig { session_shared_memory: pegaflow_engine::ByteSize(3 * BLOCK_BYTES), ..ServerConfig::default() };
     let local = Local::with(&config, None);
     let worker = Worker::new(Endpoint::Unix(local.socket.clone()), 64 * BLOCK_BYTES);
     worker.client.wait_connected(PATIENCE).expect("connects");

@@ -1,5 +1,6 @@
 //! Clients that break the protocol, go over a limit, vanish or send garbage: each gets a clear error or is cut off,
 //! nothing is held for it, and others are served as before.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod support;
 
@@ -96,7 +97,8 @@ fn requests_over_a_limit_are_refused_and_those_at_it_are_not() {
         assert_eq!(reason(rpc.save(SaveRequest { slots: vec![2], ..save(session, 1) }).await), invalid, "slot 2 of 2");
         assert_eq!(reason(rpc.save(SaveRequest { depths: vec![], ..save(session, 1) }).await), invalid);
         assert_eq!(reason(rpc.save(save(session, BLOCKS_MAX + 1)).await), invalid);
-        let load = LoadRequest { session, lease: vec![0; 16].into(), indexes: vec![0], slots: vec![0], ..Default::default() };
+        let load =
+            LoadRequest { session, lease: vec![0; 16].into(), indexes: vec![0], slots: vec![0], ..Default::default() };
         assert_eq!(reason(rpc.load(load).await), refusal(Code::NotFound, "not_found"), "an unknown lease");
         for slots in [0, u32::MAX] {
             let request = ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots };

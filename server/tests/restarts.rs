@@ -1,5 +1,6 @@
 //! Servers come, go and are killed under their clients: clients find them by themselves, register again, and no operation
 //! is left hanging. And how the programs start, refuse to start and stop.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod support;
 

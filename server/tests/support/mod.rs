@@ -99,10 +99,8 @@ impl Worker {
         let mut kv = vec![0u8; (BLOCK_BYTES * u64::from(BLOCKS)) as usize].into_boxed_slice();
         let start = NonNull::new(kv.as_mut_ptr()).expect("memory");
         let second = 4096 * u64::from(BLOCKS);
-        let fragments = vec![
-            Fragment { offset: 0, stride: 4096, bytes: 4096 },
-            Fragment { offset: second, stride: 48, bytes: 48 },
-        ];
+        let fragments =
+            vec![Fragment { offset: 0, stride: 4096, bytes: 4096 }, Fragment { offset: second, stride: 48, bytes: 48 }];
         // SAFETY: the worker keeps the memory until its client is closed, and touches a block only while no operation on
         // it is running.
         let memory = unsafe { HostMemory::new(start, kv.len() as u64, fragments, BLOCKS, Box::new(())) };

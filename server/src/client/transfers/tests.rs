@@ -37,9 +37,8 @@ impl Machine {
 
     fn save(&mut self, operation: u64, blocks: std::ops::Range<u32>) {
         let key = |block: u32| BlockKey::from_bytes([block as u8 + 1; 32]);
-        let blocks = blocks
-            .map(|block| BlockSave { key: key(block), parent: BlockKey::ROOT, depth: block, block })
-            .collect();
+        let blocks =
+            blocks.map(|block| BlockSave { key: key(block), parent: BlockKey::ROOT, depth: block, block }).collect();
         let work = Work::Save { instance: InstanceId("i".into()), group: 0, shard: 0, blocks };
         self.submit(operation, work);
     }
