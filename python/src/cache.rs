@@ -86,13 +86,15 @@ impl Cache {
             .strip_prefix("tcp://")
             .map(|address| {
                 address.parse::<SocketAddr>().map_err(|error| {
-                    let message = format!("'{address}' is no address and port ({error}); write for example tcp://127.0.0.1:7480");
+                    let message =
+                        format!("'{address}' is no address and port ({error}); write for example tcp://127.0.0.1:7480");
                     to_python(py, &Error::new(ErrorKind::InvalidInput, message))
                 })
             })
             .transpose()?;
         let (lookup, rpc, staging) = (duration(lookup_timeout)?, duration(rpc_timeout)?, size(staging)?);
-        let remote = detached(py, || Remote::start(tcp.ok_or_else(|| PathBuf::from(address)), name, lookup, rpc, staging.0))?;
+        let remote =
+            detached(py, || Remote::start(tcp.ok_or_else(|| PathBuf::from(address)), name, lookup, rpc, staging.0))?;
         Ok(Self(Port::Remote(remote)))
     }
 

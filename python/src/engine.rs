@@ -24,11 +24,7 @@ pub(crate) fn size(value: &Bound<'_, PyAny>) -> PyResult<ByteSize> {
 }
 
 /// The configuration for the three fields that Python gives; everything else by default.
-pub(crate) fn config(
-    path: &Path,
-    dram: &Bound<'_, PyAny>,
-    nvme: Option<&Bound<'_, PyAny>>,
-) -> PyResult<EngineConfig> {
+pub(crate) fn config(path: &Path, dram: &Bound<'_, PyAny>, nvme: Option<&Bound<'_, PyAny>>) -> PyResult<EngineConfig> {
     let nvme = nvme.map(|capacity| Ok::<_, PyErr>(NvmeConfig::new(path, size(capacity)?))).transpose()?;
     Ok(EngineConfig { dram: size(dram)?, nvme, ..EngineConfig::default() })
 }
@@ -47,12 +43,7 @@ impl Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (path, dram, nvme = None))]
-    fn new(
-        py: Python<'_>,
-        path: PathBuf,
-        dram: &Bound<'_, PyAny>,
-        nvme: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Self> {
+    fn new(py: Python<'_>, path: PathBuf, dram: &Bound<'_, PyAny>, nvme: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         crate::logs::start();
         let config = config(&path, dram, nvme)?;
         let open = || if config.nvme.is_some() { embedded::open(&path, config) } else { embedded::open_alone(config) };
@@ -154,11 +145,7 @@ impl Object {
         self.0.len()
     }
 
-    unsafe fn __getbuffer__(
-        slf: Bound<'_, Self>,
-        view: *mut pyo3::ffi::Py_buffer,
-        flags: c_int,
-    ) -> PyResult<()> {
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut pyo3::ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let bytes: &[u8] = &slf.get().0;
         let length = bytes.len().try_into().map_err(|_| PyBufferError::new_err("the object is too large"))?;
         // SAFETY: `view` is the request of the interpreter; the memory lies in a slot of the cache that `slf` holds, the

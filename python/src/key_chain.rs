@@ -44,9 +44,7 @@ impl KeyChain {
         extras: Option<Vec<Vec<u8>>>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         if block_size == 0 || block_size > TOKENS_PER_BLOCK_MAX {
-            return Err(PyValueError::new_err(format!(
-                "block_size is {block_size}; give 1 to {TOKENS_PER_BLOCK_MAX}"
-            )));
+            return Err(PyValueError::new_err(format!("block_size is {block_size}; give 1 to {TOKENS_PER_BLOCK_MAX}")));
         }
         let tokens = tokens_of(py, tokens)?;
         let blocks = tokens.len() / block_size;

@@ -47,8 +47,7 @@ impl Remote {
         staging_bytes: u64,
     ) -> Result<Self> {
         let endpoint = address.map_or_else(Endpoint::Unix, Endpoint::Tcp);
-        let config =
-            ClientConfig { lookup_timeout, rpc_timeout, staging_bytes, ..ClientConfig::new(endpoint, name) };
+        let config = ClientConfig { lookup_timeout, rpc_timeout, staging_bytes, ..ClientConfig::new(endpoint, name) };
         let client = Client::start(config.clone())?;
         Ok(Self { config, clients: Mutex::new(vec![Used::new(client)]) })
     }

@@ -104,9 +104,8 @@ struct Tensor {
 
 /// The tensors of a safetensors file: 8 bytes with the header's length, a JSON header, the data.
 fn tensors_of(path: &Path) -> Result<Vec<Tensor>> {
-    let bad = |why: &str| {
-        Error::new(ErrorKind::InvalidInput, format!("{} is no safetensors file: {why}", path.display()))
-    };
+    let bad =
+        |why: &str| Error::new(ErrorKind::InvalidInput, format!("{} is no safetensors file: {why}", path.display()));
     let mut file = open(path)?;
     let file_bytes = file.metadata().map_err(|error| read_error(path, error))?.len();
     let mut length = [0; 8];

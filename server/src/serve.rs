@@ -105,8 +105,7 @@ impl Server {
             }
         };
         let Listeners { rpc, memory, tcp, files } = listeners;
-        let mut tasks =
-            vec![tokio::spawn(router().serve_with_incoming_shutdown(unix_connections(rpc), stopped()))];
+        let mut tasks = vec![tokio::spawn(router().serve_with_incoming_shutdown(unix_connections(rpc), stopped()))];
         if let Some(tcp) = tcp {
             let serve = router().serve_with_incoming_shutdown(tcp_connections(tcp), stopped());
             tasks.push(tokio::spawn(serve));
@@ -161,8 +160,6 @@ impl Server {
                 Err(_) => task.abort(),
             }
         }
-        closed.unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Io, "closing the engine panicked; see the log"))
-        })
+        closed.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "closing the engine panicked; see the log")))
     }
 }

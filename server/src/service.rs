@@ -39,7 +39,9 @@ fn reply<T>(result: Result<T>) -> Result<Response<T>, Status> {
 /// Runs what may wait on the blocking pool.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Response<T>, Status> {
     let result = tokio::task::spawn_blocking(work).await;
-    reply(result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))))
+    reply(
+        result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))),
+    )
 }
 
 #[tonic::async_trait]
@@ -122,7 +124,11 @@ impl PegaFlow for Service {
                 blocks,
             };
             let (engine, done) = (self.sessions.engine(), Box::new(move |outcome| operation.load_ended(outcome)));
-            if is_part { engine.load_part(request, done)? } else { engine.load(request, done)? }
+            if is_part {
+                engine.load_part(request, done)?
+            } else {
+                engine.load(request, done)?
+            }
             Ok(proto::LoadReply {})
         };
         reply(load())

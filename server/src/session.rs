@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use futures::Stream;
 use parking_lot::Mutex;
-use pegaflow_engine::{DeviceMemory, Engine, Error, ErrorKind, HostMemory, LoadOutcome, Result, SaveOutcome, SessionId};
+use pegaflow_engine::{
+    DeviceMemory, Engine, Error, ErrorKind, HostMemory, LoadOutcome, Result, SaveOutcome, SessionId,
+};
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Interval, MissedTickBehavior};
@@ -263,7 +265,9 @@ impl Session {
         let place = sender.try_reserve_owned().map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Error::new(
                 ErrorKind::Busy,
-                format!("{OPERATIONS_MAX} operations are in flight or unread, which is the limit; wait for completions"),
+                format!(
+                    "{OPERATIONS_MAX} operations are in flight or unread, which is the limit; wait for completions"
+                ),
             ),
             mpsc::error::TrySendError::Closed(_) => stopping(),
         })?;

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use pegaflow_engine::{ByteSize, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, Result};
-use pegaflow_server::{ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path};
+use pegaflow_server::{
+    ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
+};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A tiered KV cache for LLM engines: DRAM and NVMe, kept across restarts.

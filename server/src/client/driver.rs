@@ -33,7 +33,11 @@ const REGISTER_RETRY: Duration = Duration::from_secs(1);
 pub(super) enum Command {
     /// Answered when the server has, or at once if there is none.
     Register(Registration, crossbeam_channel::Sender<Result<()>>),
-    Submit { operation: OperationId, work: Work, kv: Arc<HostMemory> },
+    Submit {
+        operation: OperationId,
+        work: Work,
+        kv: Arc<HostMemory>,
+    },
     Cancel(OperationId),
     Release(LeaseId),
     /// Answered when every operation has completed.

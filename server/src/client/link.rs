@@ -101,9 +101,8 @@ pub(super) async fn connect(config: ClientConfig) -> Result<Link> {
             .connect_with_connector(ConnectOnce(Some(config.endpoint.clone())))
             .await
             .map_err(|error| no_server(&config.endpoint, &error))?;
-        let mut rpc = Rpc::new(channel)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let mut rpc =
+            Rpc::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
         let request = OpenSessionRequest {
             client_name: config.name.clone(),
             client_version: env!("CARGO_PKG_VERSION").into(),
@@ -112,7 +111,10 @@ pub(super) async fn connect(config: ClientConfig) -> Result<Link> {
         let mut events = rpc.open_session(request).await.map_err(|status| from_status(&status))?.into_inner();
         let first = events.message().await.map_err(|status| from_status(&status))?;
         let Some(SessionEvent { event: Some(Event::Opened(opened)) }) = first else {
-            return Err(Error::new(ErrorKind::Unsupported, "the server did not open the session; is it a PegaFlow server?"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the server did not open the session; is it a PegaFlow server?",
+            ));
         };
         let heartbeat = Duration::from_millis(u64::from(opened.heartbeat_ms).clamp(100, 60_000));
         Ok(Link { rpc, session: opened.session, events, silence_max: heartbeat * SILENT_HEARTBEATS })

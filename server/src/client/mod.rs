@@ -156,13 +156,7 @@ impl Client {
     ///
     /// # Errors
     /// `Closed` without a registered session, `InvalidInput` for a block outside the memory, `Busy` at a bound.
-    pub fn load(
-        &self,
-        operation: OperationId,
-        lease: LeaseId,
-        shard: u16,
-        blocks: Vec<LoadBlock>,
-    ) -> Result<()> {
+    pub fn load(&self, operation: OperationId, lease: LeaseId, shard: u16, blocks: Vec<LoadBlock>) -> Result<()> {
         let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
         self.submit(operation, Work::Load { lease, shard, blocks }, kv)
@@ -277,7 +271,9 @@ impl Client {
                 ErrorKind::Busy,
                 format!("{COMMANDS_MAX} calls are waiting, which is the limit; try again later"),
             ),
-            mpsc::error::TrySendError::Closed(_) => Error::new(ErrorKind::Closed, "the client is closed; start another"),
+            mpsc::error::TrySendError::Closed(_) => {
+                Error::new(ErrorKind::Closed, "the client is closed; start another")
+            }
         })
     }
 

@@ -339,12 +339,7 @@ impl Transfers {
             return;
         };
         chunk.stage = Stage::Copying;
-        let job = CopyJob {
-            chunk: event.operation,
-            from: Arc::clone(&pool.memory),
-            to: Arc::clone(&entry.kv),
-            blocks,
-        };
+        let job = CopyJob { chunk: event.operation, from: Arc::clone(&pool.memory), to: Arc::clone(&entry.kv), blocks };
         self.actions.push(Action::Copy(job));
     }
 

@@ -103,8 +103,9 @@ impl HostMemory {
         if from_bytes != to_bytes {
             return Err(bad(format!("a block of {from_bytes} bytes cannot be copied to one of {to_bytes} bytes")));
         }
-        let outside =
-            |block: u32, blocks: u32| bad(format!("block {block} is outside the registered {blocks}; give a lower one"));
+        let outside = |block: u32, blocks: u32| {
+            bad(format!("block {block} is outside the registered {blocks}; give a lower one"))
+        };
         let mut sources = self.pieces_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
         let targets = target.pieces_of(target_block).ok_or_else(|| outside(target_block, target.layout.blocks()))?;
         let mut source: (*mut u8, usize) = (std::ptr::null_mut(), 0);

@@ -55,15 +55,18 @@ fn blocks_are_found_by_prefix(io: IoChoice) {
         let mut slot = place.slot(8192);
         slot.payload_mut().copy_from_slice(&content(depth as u64, 0, 8192));
         let parent = depth.checked_sub(1).map_or(BlockKey::ROOT, |before| ids[before].key);
-        append(&store, Append {
-            id: *id,
-            kind: RecordKind::Kv,
-            parent,
-            depth: depth as u32,
-            slot: Some(Arc::new(slot)),
-            payload_bytes: 8192,
-            done: ends.done(depth as u64),
-        });
+        append(
+            &store,
+            Append {
+                id: *id,
+                kind: RecordKind::Kv,
+                parent,
+                depth: depth as u32,
+                slot: Some(Arc::new(slot)),
+                payload_bytes: 8192,
+                done: ends.done(depth as u64),
+            },
+        );
     }
     store.flush(soon()).expect("flushed");
     assert!(ends.wait().iter().all(|(_, end)| end.is_ok()));
