@@ -211,7 +211,11 @@ pub(super) fn close_completes_everything_once(open: &Open) {
             scope.spawn(|| rig.engine.close());
         }
         // The engine refuses requests before it waits for what is in flight.
-        while rig.engine.submit(read(0, IoPriority::Write, |_| ())).is_ok() {
+        let is_open = |outcome: Result<(), (IoRequest, Error)>| match outcome {
+            Ok(()) => true,
+            Err((_, error)) => error.kind() != ErrorKind::Closed,
+        };
+        while is_open(rig.engine.submit(read(0, IoPriority::Write, |_| ()))) {
             std::thread::yield_now();
         }
         drop(release);
