@@ -26,7 +26,6 @@ CARGO_OUT := $(or $(CARGO_TARGET_DIR),$(TARGET))
 TOOLS := $(TARGET)/tools
 VENV := $(TARGET)/vllm-$(VERSION)
 MODEL := $(TARGET)/run/model
-OUR_PYTHON := .ci tests/e2e $(wildcard python/pegaflow python/tests python/examples)
 
 # RocksDB is a quarter of an hour of C++: a compiler cache is used where there is one.
 ifneq ($(shell command -v ccache),)
@@ -64,9 +63,13 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	@if command -v cargo-deny >/dev/null; then echo "lint: cargo deny" >&2; \
 	    cargo deny --log-level error check --config .cargo/deny.toml bans licenses sources; \
 	  else echo "lint: cargo deny is not installed; licences and bans are not checked" >&2; fi
-	@echo "lint: ruff" >&2; $(TOOLS)/bin/ruff format --check --quiet $(OUR_PYTHON); $(TOOLS)/bin/ruff check --quiet $(OUR_PYTHON)
-	@echo "lint: mypy" >&2; $(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e
-	@if [ -d python/pegaflow ]; then $(TOOLS)/bin/mypy --config-file python/pyproject.toml python/pegaflow; fi
+	@echo "lint: ruff and mypy" >&2
+	@$(TOOLS)/bin/ruff format --check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e
+	@$(TOOLS)/bin/ruff check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e
+	@$(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e
+	@$(TOOLS)/bin/ruff format --check --quiet python
+	@$(TOOLS)/bin/ruff check --quiet python
+	@cd python && $(TOOLS)/bin/mypy
 	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh; fi
 	@echo "lint: clean" >&2
 

@@ -327,13 +327,13 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
 fn add_store(stats: &mut Stats, store: &Store) {
     let of_store = store.stats();
     stats.nvme_capacity_bytes = of_store.capacity_bytes;
-    stats.nvme_used_bytes = of_store.used_bytes;
+    stats.nvme_used_bytes = (of_store.regions - of_store.free_regions) * of_store.region_bytes;
     stats.nvme_records = of_store.records;
     stats.index_bytes = of_store.index_bytes;
     stats.io_engine = of_store.io_engine.into();
     stats.nvme_poisoned = store.poisoned().is_some();
-    stats.durable_records = of_store.durable_records;
-    stats.quarantined_records = of_store.quarantined_records;
+    stats.durable_records = of_store.appended_records;
+    stats.quarantined_records = of_store.bad_reads;
     stats.reclaimed_regions = of_store.reclaimed_regions;
 }
 

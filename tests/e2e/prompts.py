@@ -8,6 +8,7 @@ one document with several, a conversation that grows.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 # Ids below this are special; the rest of the vocabulary that bytes use follows.
@@ -31,6 +32,18 @@ class Prompt:
         if self.known_tokens is not None:
             reach = min(reach, self.known_tokens)
         return reach // block_tokens * block_tokens
+
+    def shared_tokens(self, asked: Iterable[Prompt], block_tokens: int) -> int:
+        """Tokens of the full blocks that this prompt has in common with the most similar one asked before."""
+
+        def common(other: Prompt) -> int:
+            pairs = zip(self.tokens, other.tokens, strict=False)
+            return next(
+                (place for place, (one, two) in enumerate(pairs) if one != two),
+                min(len(self.tokens), len(other.tokens)),
+            )
+
+        return max((common(other) for other in asked), default=0) // block_tokens * block_tokens
 
 
 def _text(source: random.Random, length: int) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ class Row:
     prompt: str
     prompt_tokens: int
     could_hit_tokens: int
+    # Those of them that no earlier request of this phase brought into vLLM's own cache.
+    only_in_store_tokens: int
     cached_tokens: int
     # Where the cached tokens lay, by tier: gpu (vLLM's own), dram and nvme (PegaFlow's). Prompts that were sent at one
     # moment are counted together, in the first one's row; the others have none.
@@ -32,9 +34,12 @@ class Row:
 
     @property
     def is_hit(self) -> bool:
-        """Whether tokens were cached, and as far as tiers were counted, some of them came from PegaFlow."""
-        from_store = self.tiers is None or any(tokens for tier, tokens in self.tiers.items() if tier != "gpu")
-        return self.cached_tokens > 0 and from_store
+        """Whether tokens were cached; some of them by PegaFlow, if they could be nowhere else."""
+        if self.cached_tokens == 0:
+            return False
+        if self.tiers is None or self.only_in_store_tokens == 0:
+            return True
+        return any(tokens for tier, tokens in self.tiers.items() if tier != "gpu")
 
 
 def verdict(rows: Sequence[Row]) -> dict[str, Any]:

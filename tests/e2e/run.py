@@ -108,8 +108,10 @@ class Story:
             engine: Engine = start(phase, self.settings(has_pegaflow=True, flips=flips))
             try:
                 say(f"{phase}: asking")
+                asked: list[Prompt] = []
                 for batch in script.batches:
-                    rows += self._ask(phase, engine, server, batch, is_warm)
+                    rows += self._ask(phase, engine, server, batch, asked if is_warm else None)
+                    asked += batch
                 time.sleep(KILL_AFTER_SECONDS)
                 engine.process.check_running()
                 server.process.check_running()
@@ -121,8 +123,9 @@ class Story:
         return rows
 
     def _ask(
-        self, phase: str, engine: Engine, server: StoreServer, batch: Sequence[Prompt], is_warm: bool
+        self, phase: str, engine: Engine, server: StoreServer, batch: Sequence[Prompt], asked: Sequence[Prompt] | None
     ) -> list[Row]:
+        """Sends one batch; `asked` are the prompts before it in a restarted phase, `None` in a cold one."""
         before = server.loaded_blocks()
         reply = engine.ask(batch)
         after = server.loaded_blocks()
@@ -132,19 +135,21 @@ class Story:
         tiers |= {tier: tokens for tier, tokens in sorted(loaded.items()) if tokens}
         if unexplained := reply.store_tokens - sum(loaded.values()):
             tiers["store"] = unexplained
+        could = [0 if asked is None else prompt.could_hit_tokens(BLOCK_TOKENS) for prompt in batch]
         return [
             Row(
                 phase=phase,
-                is_restart_warm=is_warm,
+                is_restart_warm=asked is not None,
                 prompt=prompt.name,
                 prompt_tokens=len(prompt.tokens),
-                could_hit_tokens=prompt.could_hit_tokens(BLOCK_TOKENS) if is_warm else 0,
+                could_hit_tokens=reach,
+                only_in_store_tokens=max(0, reach - prompt.shared_tokens(asked or (), BLOCK_TOKENS)),
                 cached_tokens=answer.cached_tokens,
                 tiers=tiers if prompt is batch[0] else None,
                 ttft_ms=round(answer.ttft_ms, 2) if answer.ttft_ms is not None else None,
                 same_tokens=answer.tokens == self.reference[prompt.tokens],
             )
-            for prompt, answer in zip(batch, reply.answers, strict=True)
+            for prompt, answer, reach in zip(batch, reply.answers, could, strict=True)
         ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from processes import Process, free_port, wait_until
 
 _START_SECONDS = 60.0
-_LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{[^}]*tier="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+_LOADED_BLOCKS = re.compile(r"^pegaflow_loaded_(dram|nvme)_blocks_total (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoreServer:
     def __init__(self, name: str, settings: ServerSettings) -> None:
         self._port = free_port()
         command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{self._port}"]
-        command += ["--dram", "256MiB", "--nvme", settings.store, "--nvme-capacity", "1GiB"]
+        command += ["--dram", "256MiB", "--path", settings.store, "--capacity", "1GiB"]
         self.process = Process(
             "pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ
         )
@@ -76,7 +76,4 @@ class StoreServer:
         status, text = self._get("/metrics")
         if status != 200:
             raise self.process.failure(f"/metrics answered {status}")
-        loaded: dict[str, int] = {}
-        for tier, value in _LOADED_BLOCKS.findall(text):
-            loaded[tier] = loaded.get(tier, 0) + int(float(value))
-        return loaded
+        return {tier: int(float(value)) for tier, value in _LOADED_BLOCKS.findall(text)}

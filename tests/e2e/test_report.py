@@ -12,10 +12,10 @@ from prompts import Prompt, follow_up, story, together
 from report import Row, passed, table, verdict
 
 GOOD = [
-    Row("restarted", True, "a", 330, 320, 320, {"gpu": 0, "nvme": 320}, 9.0, True),
-    Row("restarted", True, "b", 330, 320, 320, {"gpu": 160, "dram": 160}, None, True),
-    Row("restarted", True, "c", 330, 320, 320, None, 9.0, True),
-    Row("cold", False, "a", 330, 0, 0, {"gpu": 0}, 9.0, True),
+    Row("restarted", True, "a", 330, 320, 160, 320, {"gpu": 0, "nvme": 320}, 9.0, True),
+    Row("restarted", True, "b", 330, 320, 160, 320, {"gpu": 160, "dram": 160}, None, True),
+    Row("restarted", True, "c", 330, 320, 160, 320, None, 9.0, True),
+    Row("cold", False, "a", 330, 0, 0, 0, {"gpu": 0}, 9.0, True),
 ]
 
 
@@ -47,6 +47,10 @@ def test_one_bad_row_fails_it(rows: list[Row], broken: str) -> None:
     assert not passed(outcome)
 
 
+def test_what_an_earlier_prompt_brought_may_come_from_vllm() -> None:
+    assert passed(verdict(spoiled(0, tiers={"gpu": 320}, only_in_store_tokens=0)))
+
+
 def test_too_few_hits_fail_it() -> None:
     outcome = verdict(spoiled(0, cached_tokens=256))
     assert outcome["restart_warm"] is True
@@ -62,6 +66,13 @@ def test_what_could_hit_is_whole_blocks_with_one_token_left_to_compute() -> None
     assert Prompt("x", tuple(range(33))).could_hit_tokens(32) == 32
     assert Prompt("x", tuple(range(32))).could_hit_tokens(32) == 0
     assert Prompt("x", tuple(range(200)), known_tokens=100).could_hit_tokens(32) == 96
+
+
+def test_shared_tokens_are_those_of_the_longest_common_prefix() -> None:
+    asked = [Prompt("x", tuple(range(40))), Prompt("y", (*range(70), 0, 0)), Prompt("z", (9,))]
+    assert Prompt("w", tuple(range(300))).shared_tokens(asked, 32) == 64
+    assert Prompt("w", tuple(range(35))).shared_tokens(asked, 32) == 32
+    assert Prompt("w", tuple(range(300))).shared_tokens([], 32) == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])

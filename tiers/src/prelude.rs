@@ -9,8 +9,11 @@ pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{
     BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory, RangeFragment,
 };
+pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
-    Location, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, Store, StoreConfig, StoreStats,
-    Verified,
+    Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
+    StoreStats, Verified, open_direct, open_engine,
 };
+#[cfg(any(test, feature = "fault-injection"))]
+pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

@@ -11,7 +11,7 @@ say() { echo "[vllm $version] $*" >&2; }
 
 lock=$here/lock-$version.txt
 stamp=$venv/.installed
-want=$(cat "$here/install.sh" "$here/stubs.py" "$here/lock.py" "$lock" 2>/dev/null | sha256sum | cut -d' ' -f1)
+want=$(cat "$here/install.sh" "$here/stubs.py" "$here/lock.py" "$here/test-packages.txt" "$lock" 2>/dev/null | sha256sum | cut -d' ' -f1)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
     say "already in $venv"
     exit 0
@@ -46,6 +46,7 @@ if [ ! -f "$lock" ]; then
 fi
 say "installing $(grep -c == "$lock") packages"
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps -r "$lock"
+"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" -r "$here/test-packages.txt"
 "$venv/bin/python" "$here/stubs.py" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >&2
 say "checking that it imports"
 CUDA_VISIBLE_DEVICES='' "$venv/bin/python" -W ignore -c '

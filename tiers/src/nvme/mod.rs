@@ -1,8 +1,43 @@
 //! The block store: regions in a preallocated file, written as a log with O_DIRECT, found through an index.
 //! Owns the format, the data plane and recovery. Decides nothing: which region to reclaim is asked of a policy.
+//! A write goes store -> inbox -> writer -> io -> commit -> index; a read goes store -> read -> io -> verifiers.
 
+mod append;
+mod config;
+mod counters;
+mod directory;
+mod drive;
+mod inbox;
 mod io;
+mod namespaces;
+mod page;
+mod policy;
+mod read;
+mod record_header;
+mod recovery;
+mod region_header;
+mod regions;
+mod scan;
+mod shared;
+mod stats;
+mod store;
+mod superblock;
+#[cfg(test)]
+mod tests;
+mod version;
+mod writer;
 
-pub use io::{BlockIo, FileId, IoBuffer, IoCompletion, IoDone, IoKind, IoPriority, IoRequest};
-mod store_stub;
-pub use store_stub::*;
+pub use append::{Append, AppendDone};
+pub use config::StoreConfig;
+pub use io::{
+    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
+    open_engine,
+};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use io::{Fault, FaultAction, FaultPlan, Faulty};
+pub use policy::{ReclaimPolicy, RegionInfo, RegionState};
+pub use read::{ReadDone, Verified};
+pub use recovery::RecoveryReport;
+pub use regions::RegionPins;
+pub use stats::StoreStats;
+pub use store::Store;

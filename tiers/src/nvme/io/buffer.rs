@@ -2,12 +2,13 @@
 #![expect(unsafe_code, reason = "plain aligned memory outside the arena, and ranges of slots")]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::IO_ALIGN;
 use crate::dram::Slot;
-
-const ALIGN: usize = 4096;
 
 /// Memory that an operation reads from or writes to. The operation owns it until its completion has run.
 #[derive(Debug)]
@@ -39,6 +40,55 @@ impl IoBuffer {
             Self::Pages(pages) => pages.bytes,
         }
     }
+
+    /// One `pread` of at most `bytes` bytes at `offset` of the file, to `from` bytes into the buffer.
+    pub(super) fn read_at(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        from: usize,
+        bytes: usize,
+    ) -> io::Result<usize> {
+        let (start, bytes) = self.part(from, bytes);
+        // SAFETY: `part` lies inside the buffer, which this call borrows until the kernel is done. A slot that is being
+        // read into is not yet shared with readers of its payload.
+        let moved = unsafe { libc::pread(file.as_raw_fd(), start.as_ptr().cast(), bytes, offset.cast_signed()) };
+        usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// One `pwrite` of at most `bytes` bytes, from `from` bytes into the buffer, to `offset` of the file.
+    pub(super) fn write_at(&self, file: BorrowedFd<'_>, offset: u64, from: usize, bytes: usize) -> io::Result<usize> {
+        let (start, bytes) = self.part(from, bytes);
+        // SAFETY: `part` lies inside the buffer, which this call borrows until the kernel is done.
+        let moved = unsafe { libc::pwrite(file.as_raw_fd(), start.as_ptr().cast(), bytes, offset.cast_signed()) };
+        usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// The part `[from, from + bytes)`, cut to the buffer.
+    pub(super) fn part(&self, from: usize, bytes: usize) -> (NonNull<u8>, usize) {
+        let from = from.min(self.bytes());
+        // SAFETY: `from` is at most the length of the buffer.
+        (unsafe { self.as_ptr().add(from) }, bytes.min(self.bytes() - from))
+    }
+
+    /// A copy of its first `bytes` bytes, rounded up to whole pages of zeros.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) fn copy_of(&self, bytes: usize) -> Pages {
+        let copy = Pages::new(bytes);
+        let bytes = bytes.min(self.bytes());
+        // SAFETY: both ranges are at least that long and the copy is new memory.
+        unsafe { std::ptr::copy_nonoverlapping(self.as_ptr().as_ptr(), copy.start.as_ptr(), bytes) };
+        copy
+    }
+
+    /// Changes one bit; a byte past the end counts from the start again.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) fn flip_bit(&mut self, byte: usize, bit: u8) {
+        let byte = byte % self.bytes().max(1);
+        // SAFETY: the byte lies inside the buffer, whose operation has just ended and which nobody reads before the
+        // completion has run.
+        unsafe { *self.as_ptr().add(byte).as_ptr() ^= 1 << (bit % 8) };
+    }
 }
 
 /// Zeroed memory at a multiple of 4096.
@@ -56,7 +106,7 @@ unsafe impl Sync for Pages {}
 impl Pages {
     /// At least `bytes` bytes, rounded up to whole pages of 4096, at least one.
     pub fn new(bytes: usize) -> Self {
-        let bytes = bytes.next_multiple_of(ALIGN).max(ALIGN);
+        let bytes = bytes.next_multiple_of(IO_ALIGN).max(IO_ALIGN);
         let layout = Self::layout(bytes);
         // SAFETY: the layout has a size above zero.
         match NonNull::new(unsafe { alloc_zeroed(layout) }) {
@@ -67,7 +117,7 @@ impl Pages {
 
     fn layout(bytes: usize) -> Layout {
         #[expect(clippy::expect_used, reason = "the alignment is a power of two and sizes come from slots and pages")]
-        Layout::from_size_align(bytes, ALIGN).expect("invariant: a size below isize::MAX")
+        Layout::from_size_align(bytes, IO_ALIGN).expect("invariant: a size below isize::MAX")
     }
 
     /// The bytes.

@@ -1,12 +1,36 @@
 //! The one seam through which bytes reach a drive. Engines (io_uring, pread/pwrite) and wrappers (faults) stand
 //! behind [`BlockIo`]. A request owns its buffer until its completion runs: dropping whoever asked for it never
 //! frees memory that the kernel may still write.
+#![expect(clippy::result_large_err, reason = "a refused request comes back whole to its caller")]
 
+mod blocking;
 mod buffer;
+mod direct;
+#[cfg(any(test, feature = "fault-injection"))]
+mod faulty;
+mod files;
+mod operation;
+mod probe;
+mod psync;
+mod queue;
+#[cfg(test)]
+mod tests;
+mod uring;
 
-pub use buffer::IoBuffer;
+use std::sync::Arc;
+
+pub(crate) use blocking::{sync_blocking, transfer_blocking};
+pub use buffer::{IoBuffer, Pages};
+pub use direct::open_direct;
+#[cfg(any(test, feature = "fault-injection"))]
+pub use faulty::{Fault, FaultAction, FaultPlan, Faulty};
+pub use probe::{IoChoice, open_engine};
 
 use crate::error::{Error, Result};
+
+/// What offsets, addresses and lengths of requests are multiples of, in bytes: fits every drive that [`open_direct`]
+/// accepts.
+pub(crate) const IO_ALIGN: usize = 4096;
 
 /// A file opened for an engine, by its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,10 +58,11 @@ pub enum IoPriority {
     Write,
 }
 
-/// Called exactly once for every accepted request, on a thread of the engine: must be short and must not block.
+/// Called exactly once for every accepted request, on a thread of the engine: must be short and must not block. A panic
+/// in it is caught and logged. It may submit, close and drop the engine.
 pub type IoDone = Box<dyn FnOnce(IoCompletion) + Send>;
 
-/// One operation. Offset, address and length are multiples of the alignment of the file (4096 always fits).
+/// One operation. Offset, address and length are multiples of 4096.
 pub struct IoRequest {
     /// The file.
     pub file: FileId,
@@ -55,7 +80,8 @@ pub struct IoRequest {
 
 /// How an operation ended.
 pub struct IoCompletion {
-    /// The buffer of the request, on success and on failure.
+    /// The buffer of the request, on success and on failure. `None` for [`IoKind::Sync`], and where the engine broke
+    /// down (`Poisoned`) while the kernel may still have used the buffer: its memory is then never given back.
     pub buffer: Option<IoBuffer>,
     /// `Ok` only if every byte was transferred: short transfers are continued inside the engine, and a read that
     /// meets the end of the file is an error.
@@ -73,10 +99,31 @@ pub trait BlockIo: Send + Sync {
     /// Queues a request. Never waits for the drive.
     ///
     /// # Errors
-    /// The request itself comes back, with `Busy` when the bounded queue is full and `Closed` after
-    /// [`BlockIo::close`]; its `done` was not and will not be called by the engine.
+    /// The request itself comes back, with `Busy` when the bounded queue of its priority is full, `Closed` after
+    /// [`BlockIo::close`], `Poisoned` after the engine broke down, and `InvalidInput` for an unknown file, a missing
+    /// buffer or an offset or length off the alignment; its `done` was not and will not be called by the engine.
     fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)>;
 
-    /// Ends the engine: what is queued completes with `Closed`, what is in flight is waited for.
+    /// Ends the engine: what is queued completes with `Closed`, what is in flight is waited for, however long that
+    /// takes, since its memory cannot be given back before. May be called again. Called from a completion it only
+    /// marks the engine as closed.
     fn close(&self);
+}
+
+impl<T: BlockIo + ?Sized> BlockIo for Arc<T> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn depth(&self) -> usize {
+        (**self).depth()
+    }
+
+    fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)> {
+        (**self).submit(request)
+    }
+
+    fn close(&self) {
+        (**self).close();
+    }
 }

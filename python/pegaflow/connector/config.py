@@ -1,0 +1,132 @@
+"""The connector's settings: what stands in `kv_connector_extra_config`, checked all at once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pegaflow.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KILL_SWITCH_ENV = "PEGAFLOW_DISABLE"
+
+Mode = Literal["auto", "server", "embedded"]
+LoadPolicy = Literal["auto", "always", "never"]
+
+
+def default_socket() -> Path:
+    """Where a server of this user listens unless told otherwise: the server's own rule."""
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    directory = runtime / "pegaflow" if runtime.is_absolute() else Path(f"/tmp/pegaflow-{os.geteuid()}")
+    return directory / "pegaflow.sock"
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """The settings. Every field may stand in `kv_connector_extra_config` under its name."""
+
+    mode: Mode = "auto"
+    """`server`: the server at `socket`, whenever it is there. `embedded`: an engine in vLLM's own process. `auto`: the
+    server if it is there when vLLM starts, else embedded where scheduler and worker share a process, else an error."""
+    socket: str = ""
+    """The server's Unix socket, or `tcp://ADDRESS:PORT`. Default: `$XDG_RUNTIME_DIR/pegaflow/pegaflow.sock`, or
+    `/tmp/pegaflow-UID/pegaflow.sock`."""
+    path: str = "~/.cache/pegaflow/store"
+    """The store's directory. Embedded only: a server has its own."""
+    dram: str | int = "4GiB"
+    """Memory for blocks. Embedded only. At least 16 MiB."""
+    nvme: str | int | None = "16GiB"
+    """Size of the store on the drive; `null` keeps blocks in memory only. Embedded only."""
+    load_policy: LoadPolicy = "auto"
+    """Whether to load what is found: `always`, `never` (blocks are still saved), or `auto`, which means `always` in
+    this version."""
+    save_decode: bool = True
+    """Whether to save the blocks of generated tokens as well as those of prompts."""
+    min_blocks: int = 1
+    """Loads of fewer blocks are left to the model. 1 to 65,536."""
+    lookup_timeout_ms: int = 50
+    """How long the scheduler waits for a lookup, in milliseconds; a slower one is a miss. 1 to 10,000."""
+    lease_ms: int = 60_000
+    """How long found blocks are kept readable until their load starts, in milliseconds. 1,000 to 600,000."""
+    staging: str | int = "256MiB"
+    """Memory shared with a server through which blocks are copied. Server mode only."""
+    kill_switch: str = ""
+    """A file: while it exists nothing is looked up, loaded or saved. The environment variable `PEGAFLOW_DISABLE=1` does
+    the same from the start."""
+
+    @property
+    def address(self) -> str:
+        """The server's address."""
+        return self.socket or str(default_socket())
+
+    @property
+    def store_path(self) -> Path:
+        """The store's directory, with `~` resolved."""
+        return Path(self.path).expanduser()
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
+        """Reads and checks `kv_connector_extra_config`; one error names everything that is wrong with it."""
+        known = {field.name: field for field in fields(cls)}
+        problems = [
+            f"'{name}' is not a setting of PegaFlow; remove it, or use one of {', '.join(known)}"
+            for name in extra
+            if name not in known
+        ]
+        values = {name: value for name, value in extra.items() if name in known}
+        problems += [problem for name, value in values.items() if (problem := _problem(name, value))]
+        if problems:
+            raise InvalidInputError("kv_connector_extra_config: " + "; ".join(problems))
+        return cls(**values)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("auto", "server", "embedded"),
+    "load_policy": ("auto", "always", "never"),
+}
+_RANGES: dict[str, tuple[int, int]] = {
+    "min_blocks": (1, 65_536),
+    "lookup_timeout_ms": (1, 10_000),
+    "lease_ms": (1_000, 600_000),
+}
+_SIZES = ("dram", "nvme", "staging")
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What is wrong with one setting, with the value and the remedy."""
+    if name in _CHOICES:
+        allowed = _CHOICES[name]
+        return None if value in allowed else f"{name} is {value!r}; give one of {', '.join(allowed)}"
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return None if good else f"{name} is {value!r}; give a whole number from {low} to {high}"
+    if name == "save_decode":
+        return None if isinstance(value, bool) else f"{name} is {value!r}; give true or false"
+    if name in _SIZES:
+        good = (isinstance(value, str | int) and not isinstance(value, bool)) or (name == "nvme" and value is None)
+        return None if good else f'{name} is {value!r}; give a size such as "64GiB" or a number of bytes'
+    return None if isinstance(value, str) else f"{name} is {value!r}; give a text"
+
+
+class KillSwitch:
+    """Whether the cache is switched off, looked up at most once a second."""
+
+    _INTERVAL_S = 1.0
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        self._always = os.environ.get(KILL_SWITCH_ENV, "") not in ("", "0")
+        self._file = Path(config.kill_switch).expanduser() if config.kill_switch else None
+        self._next_look = 0.0
+        self._is_off = self._always
+
+    def is_off(self, now: float) -> bool:
+        """Whether nothing may be looked up, loaded or saved at `now` (seconds of a monotonic clock)."""
+        if self._file is not None and not self._always and now >= self._next_look:
+            self._next_look = now + self._INTERVAL_S
+            self._is_off = self._file.exists()
+        return self._is_off

@@ -1,0 +1,157 @@
+"""What the connector needs of the cache, and how it opens it. `_native.Cache` is one; tests have another."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import TYPE_CHECKING, Protocol
+
+from pegaflow import _native
+from pegaflow.errors import ClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pegaflow.connector.config import ConnectorConfig
+
+logger = logging.getLogger("vllm.pegaflow")
+
+_RPC_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 1.0
+
+
+class Ended(Protocol):
+    """A load or a save that ended: none of its copies can read or write any more."""
+
+    @property
+    def operation(self) -> int:
+        """Its number."""
+
+    @property
+    def is_load(self) -> bool:
+        """Whether it was a load."""
+
+    @property
+    def loaded_dram(self) -> int:
+        """Blocks loaded out of DRAM."""
+
+    @property
+    def loaded_nvme(self) -> int:
+        """Blocks loaded from the drive."""
+
+    @property
+    def failed(self) -> list[int]:
+        """Blocks of vLLM's memory that do not hold what was asked for."""
+
+    @property
+    def saved(self) -> int:
+        """Blocks that are now visible."""
+
+    @property
+    def present(self) -> int:
+        """Blocks that were there already."""
+
+    @property
+    def dropped(self) -> int:
+        """Blocks that were dropped."""
+
+
+class CachePort(Protocol):
+    """A session with the cache. Every method may raise `PegaError`."""
+
+    def is_connected(self) -> bool:
+        """Whether the cache can be reached now."""
+
+    def register_worker(
+        self,
+        *,
+        instance: str,
+        descriptor: Mapping[str, str],
+        group: int,
+        block_bytes: int,
+        shards: int,
+        shard: int,
+        ranges: Sequence[tuple[int, int]],
+        fragments: Sequence[tuple[int, int, int, int]],
+        blocks: int,
+        owner: object,
+    ) -> None:
+        """Registers identity, geometry and memory of a worker."""
+
+    def lookup(self, instance: str, group: int, keys: bytes, lease: float, tag: int) -> tuple[int, int, int | None]:
+        """Blocks found, blocks of those in DRAM, lease."""
+
+    def release(self, lease: int) -> None:
+        """Gives a lease back."""
+
+    def load(
+        self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]
+    ) -> None:
+        """Starts a load."""
+
+    def save(
+        self,
+        operation: int,
+        instance: str,
+        group: int,
+        shard: int,
+        *,
+        parent: bytes,
+        depth: int,
+        keys: bytes,
+        blocks: Sequence[int],
+    ) -> None:
+        """Starts a save."""
+
+    def cancel(self, operation: int) -> None:
+        """Asks for an operation to end early; its completion still comes."""
+
+    def poll(self, wait: float = 0.0) -> Sequence[Ended]:
+        """What has ended; waits up to `wait` seconds for something."""
+
+    def close(self, timeout: float) -> None:
+        """Ends the session once its copies have ended."""
+
+
+def open_cache(config: ConnectorConfig, name: str, *, shares_process: bool) -> CachePort:
+    """Opens what the mode says. `shares_process`: scheduler and worker are in one process, so that an engine inside it
+    serves both.
+    """
+    mode = config.mode
+    if mode == "auto":
+        if is_listening(config.address):
+            mode = "server"
+        elif shares_process:
+            mode = "embedded"
+        else:
+            raise ClosedError(
+                f"no PegaFlow server at {config.address}, and this vLLM has workers in processes of their own, which "
+                f"need one; start it with: pegaflow-server --socket {config.address} --path {config.store_path} "
+                '(or set "mode": "server" to start without it)'
+            )
+    if mode == "embedded":
+        if not shares_process:
+            raise ClosedError(
+                'mode is "embedded", but this vLLM has workers in processes of their own; start a server with: '
+                f"pegaflow-server --socket {config.address} --path {config.store_path}, and set "
+                '"mode": "server"'
+            )
+        logger.info("PegaFlow: %s uses the store at %s in this process", name, config.store_path)
+        return _native.Cache.embedded(config.store_path, config.dram, config.nvme)
+    logger.info("PegaFlow: %s uses the server at %s", name, config.address)
+    return _native.Cache.remote(config.address, name, config.lookup_timeout_ms / 1000, _RPC_TIMEOUT_S, config.staging)
+
+
+def is_listening(address: str) -> bool:
+    """Whether somebody accepts connections at the address."""
+    try:
+        if address.startswith("tcp://"):
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(_PROBE_TIMEOUT_S)
+                probe.connect(address)
+    except (OSError, ValueError):
+        return False
+    return True

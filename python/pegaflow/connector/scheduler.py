@@ -1,0 +1,423 @@
+"""The scheduler's side: which blocks are found, which are to be loaded and which are final and may be saved.
+
+It sees requests through vLLM's hooks, computes their keys in Rust, looks them up, and puts orders for the workers into
+each step's metadata. It never touches a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pegaflow import _native
+from pegaflow.connector import compat
+from pegaflow.connector.identity import LoraDigests
+from pegaflow.connector.metadata import LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
+from pegaflow.connector.metrics import PegaStats
+from pegaflow.errors import PegaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from pegaflow.connector.config import ConnectorConfig, KillSwitch
+    from pegaflow.connector.port import CachePort
+
+logger = logging.getLogger("vllm.pegaflow")
+
+_KEY = _native.KEY_BYTES
+_ROOT = bytes(_KEY)
+_GROUP = 0
+_KEYS_PER_LOOKUP_MAX = 65_536
+_BLOCKS_PER_SAVE_MAX = 4_096
+# vLLM asks again every step while a request waits for room; the answer is kept this long.
+_LOOKUP_REUSE_S = 1.0
+
+
+@dataclass
+class Found:
+    """The answer to one lookup."""
+
+    asked: tuple[int, bool]
+    """How many blocks were asked for, and whether a lease was."""
+    hit_blocks: int
+    dram_blocks: int
+    lease: int | None
+    local_blocks: int = 0
+    """Blocks that vLLM has itself; the load starts after them."""
+    reuse_until: float = 0.0
+
+
+@dataclass
+class Tracked:
+    """What is known of one live request."""
+
+    request: Request
+    tag: int
+    chain: _native.KeyChain = field(default_factory=_native.KeyChain)
+    keys: bytearray = field(default_factory=bytearray)
+    mm_index: int = 0
+    is_cacheable: bool = True
+    block_ids: list[int] = field(default_factory=list)
+    stored_blocks: int = 0
+    """Blocks from the first on that are in the cache, or on their way."""
+    found: Found | None = None
+    loading: int | None = None
+    """The load in flight."""
+    loaded_from: tuple[int, int] = (0, 0)
+    """Blocks of the last load, by tier: DRAM, NVMe."""
+    has_failed_load: bool = False
+    saving: set[int] = field(default_factory=set)
+    """Saves in flight."""
+    has_dropped_save: bool = False
+    """A block of it was not taken: those after it would have no ancestor."""
+    preemptions: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """vLLM's name for it."""
+        return str(self.request.request_id)
+
+
+class PegaScheduler:
+    """The scheduler's side of the connector."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        cache: CachePort,
+        instance: str,
+        block_size: int,
+        workers: int,
+        kill_switch: KillSwitch,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._base_instance = instance
+        self._instance = instance
+        self._block_size = block_size
+        self._workers = workers
+        self._kill_switch = kill_switch
+        self._clock = clock
+        self._tracked: dict[str, Tracked] = {}
+        self._tags = itertools.count(1)
+        self._operations = itertools.count(1)
+        self._loras = LoraDigests()
+        self._meta = PegaMetadata(instance)
+        # Saves in flight: the workers that have not reported yet, and the request.
+        self._waiting_for: dict[int, int] = {}
+        self._saver: dict[int, str] = {}
+        self._refused = ""
+        self._warned: set[str] = set()
+        self.stats = PegaStats()
+
+    # --- a request arrives --------------------------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
+        """How many tokens beyond `computed_tokens` can be loaded, asynchronously. May be asked any number of times."""
+        tracked = self._track(request)
+        # At least one token is left for the model to compute: it has to answer with the next one.
+        blocks = min((request.num_tokens - 1) // self._block_size, _KEYS_PER_LOOKUP_MAX)
+        if not blocks or not tracked.is_cacheable or not self._is_on() or not self._extend_keys(tracked, blocks):
+            self._forget_found(tracked)
+            return 0, False
+        local = computed_tokens // self._block_size
+        may_load = (
+            blocks > local
+            and computed_tokens % self._block_size == 0
+            and self._config.load_policy != "never"
+            and not tracked.has_failed_load
+            and compat.may_read_cache(request)
+        )
+        # Also where nothing may be loaded: what is there need not be saved again.
+        found = self._look_up(tracked, blocks, with_lease=may_load)
+        found.local_blocks = local
+        loadable = found.hit_blocks - local
+        if not may_load or found.lease is None or loadable < self._config.min_blocks:
+            return 0, False
+        return loadable * self._block_size, True
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """vLLM has blocks for the request and decided how much of what was found it takes."""
+        tracked = self._track(request)
+        found, tracked.found = tracked.found, None
+        wanted = external_tokens // self._block_size
+        if found is None:
+            return
+        if wanted == 0 or found.lease is None:
+            self._release(found)
+            return
+        first, last = found.local_blocks, found.local_blocks + wanted
+        order = LoadOrder(
+            operation=next(self._operations),
+            request_id=request.request_id,
+            lease=found.lease,
+            indices=list(range(first, last)),
+            blocks=blocks.get_block_ids()[_GROUP][first:last],
+        )
+        self._meta.loads.append(order)
+        tracked.loading = order.operation
+        tracked.stored_blocks = max(tracked.stored_blocks, found.hit_blocks)
+        # Which blocks are on the drive is not told: the later ones of a chain leave DRAM first.
+        nvme = min(wanted, found.hit_blocks - found.dram_blocks)
+        tracked.loaded_from = (wanted - nvme, nvme)
+
+    def hit_sources(self, request: Request, external_tokens: int) -> dict[Any, int]:
+        """From which tiers the tokens of the load just planned come."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or sum(tracked.loaded_from) * self._block_size != external_tokens:
+            return {}
+        dram, nvme = tracked.loaded_from
+        return compat.hit_sources(dram * self._block_size, nvme * self._block_size)
+
+    # --- a step is planned --------------------------------------------------------------------------------------------
+
+    def build_meta(self, output: SchedulerOutput) -> PegaMetadata:
+        """This step's orders."""
+        self._note_preemptions(compat.preempted_requests(output))
+        for new in output.scheduled_new_reqs:
+            if tracked := self._tracked.get(new.req_id):
+                tracked.block_ids = list(new.block_ids[_GROUP])
+                self._save_final(tracked, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            if tracked := self._tracked.get(request_id):
+                if request_id in cached.resumed_req_ids:
+                    tracked.block_ids = []
+                if new_ids := cached.new_block_ids[index]:
+                    tracked.block_ids += new_ids[_GROUP]
+                self._save_final(tracked, cached.num_computed_tokens[index] + output.num_scheduled_tokens[request_id])
+        meta, self._meta = self._meta, PegaMetadata(self._instance)
+        return meta
+
+    def finished(self, request: Request, block_ids: list[int]) -> bool:
+        """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        self._forget_found(tracked)
+        if tracked.preemptions != request.num_preemptions:
+            # Preempted since the last step: its blocks are free already.
+            self._meta.preempted.append(request.request_id)
+            return False
+        if tracked.loading is not None:
+            # vLLM keeps the blocks of a request that it finds loading until the load is reported.
+            self._meta.cancelled.append(tracked.loading)
+            return False
+        tracked.block_ids = list(block_ids)
+        # The last token has been sampled but not computed; with asynchronous scheduling a step that computes it may
+        # be in flight.
+        self._save_final(tracked, min(request.num_computed_tokens, request.num_tokens - 1))
+        if not tracked.saving:
+            return False
+        self._meta.finished.append(request.request_id)
+        return True
+
+    # --- the workers report -------------------------------------------------------------------------------------------
+
+    def update(self, output: KVConnectorOutput) -> None:
+        """Takes in what the workers report."""
+        for request_id in output.finished_recving or ():
+            if tracked := self._tracked.get(request_id):
+                tracked.loading = None
+        report = output.kv_connector_worker_meta
+        if not isinstance(report, PegaWorkerMetadata):
+            return
+        if report.refused and not self._refused:
+            self._refused = report.refused
+            logger.warning("PegaFlow: nothing is cached: %s", report.refused)
+        for request_id in report.failed_loads:
+            if tracked := self._tracked.get(request_id):
+                # It is computed now. Asking again could fail again, for ever.
+                tracked.has_failed_load = True
+                tracked.stored_blocks = 0
+        for operation in report.dropped:
+            if tracked := self._tracked.get(self._saver.get(operation, "")):
+                tracked.has_dropped_save = True
+        for operation, ended in report.saves.items():
+            left = self._waiting_for.get(operation, 0) - ended
+            if left > 0:
+                self._waiting_for[operation] = left
+                continue
+            self._waiting_for.pop(operation, None)
+            if tracked := self._tracked.get(self._saver.pop(operation, "")):
+                tracked.saving.discard(operation)
+
+    def reset(self) -> None:
+        """Starts a new epoch: nothing that was saved before is found, because the weights may be others now.
+
+        The name of the epoch is random: nobody knows the identity of weights that were changed in memory.
+        """
+        self._instance = f"{self._base_instance}#{uuid.uuid4().hex}"
+        for tracked in self._tracked.values():
+            self._forget_found(tracked)
+            tracked.stored_blocks = 0
+            if tracked.loading is not None:
+                self._meta.cancelled.append(tracked.loading)
+        for order in self._meta.saves:
+            self._drop(order)
+        self._meta.saves.clear()
+        self._meta.instance = self._instance
+        logger.info("PegaFlow: the cache was reset; a new epoch starts")
+
+    def close(self, timeout: float) -> None:
+        """Ends the session."""
+        self._cache.close(timeout)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _is_on(self) -> bool:
+        return not self._refused and not self._kill_switch.is_off(self._clock())
+
+    def _track(self, request: Request) -> Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = Tracked(request, next(self._tags), preemptions=request.num_preemptions)
+            if compat.is_resumable(request):
+                self._do_not_cache(tracked, "a streaming session, whose tokens may change")
+            self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _do_not_cache(self, tracked: Tracked, why: str) -> None:
+        tracked.is_cacheable = False
+        self.stats.count("uncacheable_requests")
+        if why not in self._warned:
+            self._warned.add(why)
+            logger.warning("PegaFlow: requests with %s are not cached", why)
+
+    def _extend_keys(self, tracked: Tracked, blocks: int) -> bool:
+        """Computes the keys of the first `blocks` blocks; whether the request can be cached."""
+        known = len(tracked.keys) // _KEY
+        if blocks <= known:
+            return True
+        request, size = tracked.request, self._block_size
+        extras: list[bytes] = []
+        if request.lora_request is not None or request.mm_features or request.cache_salt or _has_embeddings(request):
+            lora = self._loras.digest_of(request.lora_request) if request.lora_request is not None else None
+            try:
+                for block in range(known, blocks):
+                    extra, tracked.mm_index = compat.extra_of_block(
+                        request, block * size, (block + 1) * size, tracked.mm_index, lora
+                    )
+                    extras.append(extra)
+            except compat.UncacheableError as error:
+                self._do_not_cache(tracked, str(error))
+                return False
+        tokens = request.all_token_ids[known * size : blocks * size]
+        tracked.keys += tracked.chain.extend(list(tokens), size, extras or None)
+        return True
+
+    def _look_up(self, tracked: Tracked, blocks: int, *, with_lease: bool) -> Found:
+        now = self._clock()
+        asked = (blocks, with_lease)
+        if tracked.found is not None and tracked.found.asked == asked and now < tracked.found.reuse_until:
+            return tracked.found
+        first_time = tracked.found is None
+        self._forget_found(tracked)
+        hit, dram, lease, result = 0, 0, None, "error"
+        try:
+            hit, dram, lease = self._cache.lookup(
+                self._instance,
+                _GROUP,
+                bytes(tracked.keys[: blocks * _KEY]),
+                self._config.lease_ms / 1000 if with_lease else 0.0,
+                tracked.tag,
+            )
+            result = "hit" if hit else "miss"
+        except PegaError as error:
+            # A cache that cannot be asked is a miss; vLLM goes on without it.
+            logger.debug("PegaFlow: lookup for %s: %s", tracked.request_id, error)
+        found = Found(asked, hit, dram, lease, reuse_until=now + min(_LOOKUP_REUSE_S, self._config.lease_ms / 2000))
+        tracked.found = found
+        # After a failed load what is found is not what can be read: it is offered again, and what is sound is kept.
+        tracked.stored_blocks = 0 if tracked.has_failed_load else hit
+        if first_time:
+            self.stats.count(f"lookups:{result}")
+            self.stats.count("lookup_blocks", blocks)
+            self.stats.count("hit_blocks", hit)
+        return found
+
+    def _forget_found(self, tracked: Tracked) -> None:
+        if tracked.found is not None:
+            self._release(tracked.found)
+            tracked.found = None
+
+    def _release(self, found: Found) -> None:
+        if found.lease is None:
+            return
+        try:
+            self._cache.release(found.lease)
+        except PegaError as error:
+            logger.debug("PegaFlow: a lease was not released and runs out by itself: %s", error)
+
+    def _save_final(self, tracked: Tracked, computed_tokens: int) -> None:
+        """Orders the save of blocks that are full and final once `computed_tokens` tokens are computed.
+
+        Only tokens that are known count: not the placeholders of asynchronous scheduling, whose value the scheduler
+        does not have yet, and not drafts, which may be rejected and computed anew.
+        """
+        final_tokens = min(computed_tokens, tracked.request.num_tokens)
+        if not self._config.save_decode:
+            final_tokens = min(final_tokens, tracked.request.num_prompt_tokens)
+        last = min(final_tokens // self._block_size, len(tracked.block_ids))
+        first = tracked.stored_blocks
+        if last <= first or not tracked.is_cacheable or tracked.has_dropped_save or not self._is_on():
+            return
+        if not self._extend_keys(tracked, last):
+            return
+        for start in range(first, last, _BLOCKS_PER_SAVE_MAX):
+            end = min(last, start + _BLOCKS_PER_SAVE_MAX)
+            order = SaveOrder(
+                operation=next(self._operations),
+                request_id=tracked.request_id,
+                parent=bytes(tracked.keys[(start - 1) * _KEY : start * _KEY]) if start else _ROOT,
+                depth=start,
+                keys=bytes(tracked.keys[start * _KEY : end * _KEY]),
+                blocks=tracked.block_ids[start:end],
+            )
+            self._meta.saves.append(order)
+            tracked.saving.add(order.operation)
+            self._waiting_for[order.operation] = self._workers
+            self._saver[order.operation] = tracked.request_id
+        tracked.stored_blocks = last
+
+    def _note_preemptions(self, preempted: Iterable[str]) -> None:
+        """The blocks of a preempted request are free; what of it is still being copied must end before the step."""
+        gone = set(preempted)
+        # A reset of the prefix cache preempts between steps; not every version tells of it in the step's output.
+        gone |= {
+            id_ for id_, tracked in self._tracked.items() if tracked.request.num_preemptions != tracked.preemptions
+        }
+        for request_id in gone:
+            self._meta.preempted.append(request_id)
+            if tracked := self._tracked.get(request_id):
+                tracked.preemptions = tracked.request.num_preemptions
+                tracked.block_ids = []
+                tracked.stored_blocks = 0
+        kept = []
+        for order in self._meta.saves:
+            if order.request_id in gone:
+                self._drop(order)
+            else:
+                kept.append(order)
+        self._meta.saves = kept
+
+    def _drop(self, order: SaveOrder) -> None:
+        """Takes back a save that no worker has seen."""
+        self._waiting_for.pop(order.operation, None)
+        self._saver.pop(order.operation, None)
+        if tracked := self._tracked.get(order.request_id):
+            tracked.saving.discard(order.operation)
+
+
+def _has_embeddings(request: Request) -> bool:
+    return request.prompt_embeds is not None

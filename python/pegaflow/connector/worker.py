@@ -1,0 +1,344 @@
+"""The worker's side: carries out each step's orders, and reports what ended.
+
+It registers its memory and identity with the cache, starts loads and saves, and polls. It never waits, with one
+exception: before a step may overwrite the blocks of a preempted request, the copies of them must have ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pegaflow.connector import compat
+from pegaflow.connector.identity import UnknownIdentityError, namespace_of
+from pegaflow.connector.metadata import PegaWorkerMetadata
+from pegaflow.connector.metrics import PegaStats
+from pegaflow.errors import GeometryMismatchError, InvalidInputError, PegaError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from pegaflow.connector.metadata import LoadOrder, PegaMetadata, SaveOrder
+    from pegaflow.connector.port import CachePort, Ended
+
+logger = logging.getLogger("vllm.pegaflow")
+
+FLIP_ENV = "PEGAFLOW_TEST_FLIP_LOADED"
+_GROUP = 0
+# Copies of a cancelled operation end within one batch; a cache that takes longer than this is broken.
+_FENCE_LIMIT_S = 60.0
+_FENCE_WARNING_S = 5.0
+_REGISTER_RETRY_S = 1.0
+
+
+@dataclass
+class Geometry:
+    """The memory that is registered: one range and one fragment for each layer."""
+
+    ranges: list[tuple[int, int]]
+    fragments: list[tuple[int, int, int, int]]
+    block_bytes: int
+    blocks: int
+    owner: object
+
+
+@dataclass
+class Loading:
+    """A load in flight."""
+
+    order: LoadOrder
+    is_cancelled: bool = False
+
+
+@dataclass
+class Report:
+    """What ended and was not reported yet."""
+
+    received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    failed_blocks: set[int] = field(default_factory=set)
+    meta: PegaWorkerMetadata = field(default_factory=PegaWorkerMetadata)
+
+
+class PegaWorker:
+    """The worker's side of the connector."""
+
+    def __init__(self, cache: CachePort, shard: int, shards: int) -> None:
+        self._cache = cache
+        self._shard = shard
+        self._shards = shards
+        self._geometry: Geometry | None = None
+        self._descriptor: dict[str, str] | None = None
+        self._instance = ""
+        self._wanted_instance = ""
+        self._next_register = 0.0
+        self._refused = ""
+        self._loads: dict[int, Loading] = {}
+        self._saves: dict[int, str] = {}
+        self._unsaved: list[SaveOrder] = []
+        """Orders of this step, started when its forward has run."""
+        self._finishing: set[str] = set()
+        """Finished requests whose blocks vLLM keeps until they are reported."""
+        self._report = Report()
+        self._flips = os.environ.get(FLIP_ENV) == "1"
+        self.stats = PegaStats()
+        if self._flips:
+            logger.error("PegaFlow: %s=1: EVERY LOADED BLOCK IS SPOILED ON PURPOSE; for tests only", FLIP_ENV)
+
+    # --- registration -------------------------------------------------------------------------------------------------
+
+    def register(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        kv_caches: Mapping[str, torch.Tensor],
+        instance: str,
+    ) -> None:
+        """Takes vLLM's KV cache. Where it cannot be cached nothing is, and one warning says why; raises
+        `UnsupportedError` where PegaFlow cannot work at all.
+        """
+        self._geometry = geometry_of(compat.layer_memory(kv_cache_config, kv_caches), kv_caches)
+        self._wanted_instance = instance
+        try:
+            self._descriptor = namespace_of(vllm_config, kv_cache_config, kv_caches)
+        except (UnknownIdentityError, PegaError, OSError) as error:
+            self._refuse(str(error))
+            return
+        self._register()
+
+    def _register(self) -> None:
+        """Registers under the wanted name; a cache that cannot be reached is asked again later."""
+        geometry = self._geometry
+        if geometry is None or self._descriptor is None or self._refused or self._instance == self._wanted_instance:
+            return
+        if time.monotonic() < self._next_register:
+            return
+        name, _, epoch = self._wanted_instance.partition("#")
+        try:
+            self._cache.register_worker(
+                instance=self._wanted_instance,
+                descriptor=self._descriptor | ({"epoch": epoch} if epoch else {}),
+                group=_GROUP,
+                block_bytes=geometry.block_bytes,
+                shards=self._shards,
+                shard=self._shard,
+                ranges=geometry.ranges,
+                fragments=geometry.fragments,
+                blocks=geometry.blocks,
+                owner=geometry.owner,
+            )
+        except (InvalidInputError, GeometryMismatchError, UnsupportedError) as error:
+            self._refuse(str(error))
+        except PegaError as error:
+            self._next_register = time.monotonic() + _REGISTER_RETRY_S
+            logger.warning("PegaFlow: worker %d of %s is not registered yet: %s", self._shard, name, error)
+        else:
+            self._instance = self._wanted_instance
+            logger.info(
+                "PegaFlow: worker %d of %d registered %d blocks of %d bytes in %d layers",
+                self._shard, self._shards, geometry.blocks, geometry.block_bytes, len(geometry.fragments),
+            )  # fmt: skip
+
+    def _refuse(self, why: str) -> None:
+        self._refused = why
+        self._report.meta.refused = why
+        logger.warning("PegaFlow: worker %d caches nothing: %s", self._shard, why)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def fence(self, requests: Iterable[str]) -> None:
+        """Returns when no copy from or to the blocks of these requests runs any more: they are about to be reused.
+
+        Raises `RuntimeError` if the cache does not end its copies: going on would save or compute wrong bytes.
+        """
+        gone = set(requests)
+        if not gone:
+            return
+
+        def running() -> list[int]:
+            saves = [operation for operation, request in self._saves.items() if request in gone]
+            return saves + [operation for operation, load in self._loads.items() if load.order.request_id in gone]
+
+        self._poll()
+        for operation in running():
+            self._cancel(operation)
+        start = time.monotonic()
+        has_warned = False
+        while left := running():
+            waited = time.monotonic() - start
+            if waited > _FENCE_LIMIT_S:
+                raise RuntimeError(
+                    f"PegaFlow: {len(left)} copies of preempted requests have not ended in {waited:.0f} s; stopping, "
+                    "because their blocks may not be reused before"
+                )
+            if waited > _FENCE_WARNING_S and not has_warned:
+                has_warned = True
+                logger.warning("PegaFlow: waiting for %d copies of preempted requests", len(left))
+            self._poll(wait=0.05)
+
+    def bind(self, meta: PegaMetadata) -> None:
+        """A step begins: takes its orders. Loads start with `start_loads`, saves with `start_saves`."""
+        self._wanted_instance = meta.instance
+        self._register()
+        for operation in meta.cancelled:
+            if load := self._loads.get(operation):
+                load.is_cancelled = True
+                self._cancel(operation)
+        self._unsaved += meta.saves
+        # Until it is started, too, a save keeps its request's blocks.
+        self._saves.update({order.operation: order.request_id for order in meta.saves})
+        self._finishing.update(meta.finished)
+
+    def start_loads(self, orders: Iterable[LoadOrder]) -> None:
+        """Starts the step's loads."""
+        for order in orders:
+            self._loads[order.operation] = Loading(order)
+            try:
+                self._cache.load(order.operation, order.lease, self._shard, order.indices, order.blocks)
+            except PegaError as error:
+                logger.debug("PegaFlow: load for %s: %s", order.request_id, error)
+                self._load_ended(order.operation, 0, 0, order.blocks)
+
+    def start_saves(self) -> None:
+        """The step's forward has run, its blocks are complete: starts its saves. A second call does nothing."""
+        orders, self._unsaved = self._unsaved, []
+        for order in orders:
+            count = len(order.blocks)
+            if self._instance != self._wanted_instance:
+                self._save_ended(order.operation, 0, 0, count)
+                continue
+            try:
+                self._cache.save(
+                    order.operation,
+                    self._instance,
+                    _GROUP,
+                    self._shard,
+                    parent=order.parent,
+                    depth=order.depth,
+                    keys=order.keys,
+                    blocks=order.blocks,
+                )
+            except PegaError as error:
+                logger.debug("PegaFlow: save for %s: %s", order.request_id, error)
+                self._save_ended(order.operation, 0, 0, count)
+
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def finished(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose saves have ended and which were finished before; whose loads have ended; and of the latter
+        those whose load failed. Each is told once.
+        """
+        self._poll()
+        busy = set(self._saves.values())
+        sent = {request for request in self._finishing if request not in busy}
+        self._finishing -= sent
+        received, self._report.received = self._report.received, set()
+        failed, self._report.failed = self._report.failed, set()
+        return sent, received, failed
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks whose load failed, told once."""
+        failed, self._report.failed_blocks = self._report.failed_blocks, set()
+        return failed
+
+    def worker_meta(self) -> PegaWorkerMetadata | None:
+        """What the scheduler's side is to know, told once."""
+        meta, self._report.meta = self._report.meta, PegaWorkerMetadata()
+        return None if meta == PegaWorkerMetadata() else meta
+
+    def close(self, timeout: float) -> None:
+        """Cancels everything and ends the session once the copies have ended."""
+        for operation in [*self._loads, *self._saves]:
+            self._cancel(operation)
+        self._cache.close(timeout)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _cancel(self, operation: int) -> None:
+        if any(order.operation == operation for order in self._unsaved):
+            # Not started: there is nothing that could end by itself.
+            kept = [order for order in self._unsaved if order.operation != operation]
+            (cancelled,) = (order for order in self._unsaved if order.operation == operation)
+            self._unsaved = kept
+            self._save_ended(operation, 0, 0, len(cancelled.blocks))
+            return
+        try:
+            self._cache.cancel(operation)
+        except PegaError as error:
+            logger.debug("PegaFlow: operation %d was not cancelled: %s", operation, error)
+
+    def _poll(self, wait: float = 0.0) -> None:
+        try:
+            ended = self._cache.poll(wait)
+        except PegaError as error:
+            logger.warning("PegaFlow: the cache cannot be polled: %s", error)
+            time.sleep(wait)
+            return
+        for completion in ended:
+            self._take(completion)
+
+    def _take(self, ended: Ended) -> None:
+        if ended.is_load:
+            self._load_ended(ended.operation, ended.loaded_dram, ended.loaded_nvme, ended.failed)
+        else:
+            self._save_ended(ended.operation, ended.saved, ended.present, ended.dropped)
+
+    def _load_ended(self, operation: int, dram: int, nvme: int, failed: list[int]) -> None:
+        load = self._loads.pop(operation, None)
+        if load is None:
+            return
+        order = load.order
+        # Cancelled loads count as failed as a whole: nobody may rely on part of one.
+        failed_blocks = set(order.blocks) if load.is_cancelled else set(failed)
+        if self._flips:
+            self._flip([block for block in order.blocks if block not in failed_blocks])
+        self._report.received.add(order.request_id)
+        if failed_blocks:
+            self._report.failed.add(order.request_id)
+            self._report.failed_blocks |= failed_blocks
+            self._report.meta.failed_loads.add(order.request_id)
+        self.stats.count("loaded_blocks:dram", dram)
+        self.stats.count("loaded_blocks:nvme", nvme)
+        self.stats.count("load_failed_blocks", len(failed_blocks))
+
+    def _save_ended(self, operation: int, saved: int, present: int, dropped: int) -> None:
+        if self._saves.pop(operation, None) is None:
+            return
+        self._report.meta.saves[operation] += 1
+        if dropped:
+            self._report.meta.dropped.add(operation)
+        self.stats.count("saved_blocks:saved", saved)
+        self.stats.count("saved_blocks:present", present)
+        self.stats.count("saved_blocks:dropped", dropped)
+
+    def _flip(self, blocks: list[int]) -> None:
+        """Tests only: spoils loaded blocks, so that a check of the tokens can fail."""
+        flipped = bytes(byte ^ 0x80 for byte in range(256))
+        geometry = self._geometry
+        if geometry is None:
+            return
+        for block in blocks:
+            for range_, offset, stride, length in geometry.fragments:
+                address = geometry.ranges[range_][0] + offset + block * stride
+                ctypes.memmove(address, ctypes.string_at(address, length).translate(flipped), length)
+        logger.error("PegaFlow: spoiled %d loaded blocks on purpose (%s=1)", len(blocks), FLIP_ENV)
+
+
+def geometry_of(layers: list[compat.LayerMemory], owner: object) -> Geometry:
+    """One range and one fragment for each memory; layers that share one count once."""
+    distinct = list({layer.start: layer for layer in layers}.values())
+    return Geometry(
+        ranges=[(layer.start, layer.range_bytes) for layer in distinct],
+        fragments=[(index, 0, layer.stride, layer.page_bytes) for index, layer in enumerate(distinct)],
+        block_bytes=sum(layer.page_bytes for layer in distinct),
+        blocks=distinct[0].blocks,
+        owner=owner,
+    )

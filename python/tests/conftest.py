@@ -1,0 +1,204 @@
+"""Fixtures for the tests of the Python package: a directory for stores, and stand-ins for vLLM's requests and the cache."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pegaflow.errors import ClosedError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+KEY = 32
+
+
+@pytest.fixture
+def store_path() -> Iterator[Path]:
+    """A directory for a store: beside the build output, because O_DIRECT wants a real file system."""
+    base = Path(os.environ.get("CARGO_TARGET_DIR") or Path(__file__).parents[2] / "target") / "tmp"
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base, prefix="python-") as folder:
+        yield Path(folder) / "store"
+
+
+@dataclass
+class Done:
+    """A completion, as the native module gives it."""
+
+    operation: int
+    is_load: bool = False
+    loaded_dram: int = 0
+    loaded_nvme: int = 0
+    failed: list[int] = field(default_factory=list)
+    saved: int = 0
+    present: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class FakeCache:
+    """A cache in a dictionary. Operations end when a test says so."""
+
+    stored: set[bytes] = field(default_factory=set)
+    is_there: bool = True
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    leases: set[int] = field(default_factory=set)
+    ended: list[Done] = field(default_factory=list)
+    saves: dict[int, bytes] = field(default_factory=dict)
+    loads: dict[int, list[int]] = field(default_factory=dict)
+    ends_when_cancelled: bool = True
+
+    def _reached(self) -> None:
+        if not self.is_there:
+            raise ClosedError("no server")
+
+    def is_connected(self) -> bool:
+        return self.is_there
+
+    def register_worker(self, **worker: Any) -> None:
+        self._reached()
+        self.calls.append(("register", worker))
+
+    def lookup(self, instance: str, group: int, keys: bytes, lease: float, tag: int) -> tuple[int, int, int | None]:
+        self._reached()
+        self.calls.append(("lookup", (instance, len(keys) // KEY, lease, tag)))
+        hit = 0
+        while (hit + 1) * KEY <= len(keys) and keys[hit * KEY : (hit + 1) * KEY] in self.stored:
+            hit += 1
+        if not hit or not lease:
+            return hit, hit, None
+        number = 1000 + len(self.calls)
+        self.leases.add(number)
+        return hit, hit, number
+
+    def release(self, lease: int) -> None:
+        self.leases.remove(lease)
+
+    def load(self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]) -> None:
+        self._reached()
+        if lease not in self.leases:
+            raise NotFoundError("no such lease")
+        self.leases.remove(lease)
+        self.calls.append(("load", (operation, shard, list(indices), list(blocks))))
+        self.loads[operation] = list(blocks)
+
+    def save(
+        self,
+        operation: int,
+        instance: str,
+        group: int,
+        shard: int,
+        *,
+        parent: bytes,
+        depth: int,
+        keys: bytes,
+        blocks: Sequence[int],
+    ) -> None:
+        self._reached()
+        self.calls.append(("save", (operation, instance, depth, list(blocks))))
+        self.saves[operation] = keys
+
+    def cancel(self, operation: int) -> None:
+        self.calls.append(("cancel", operation))
+        if self.ends_when_cancelled:
+            self.end(operation, failed=self.loads.get(operation, []))
+
+    def end(self, operation: int, *, failed: Sequence[int] = ()) -> None:
+        """The operation ends; a save makes its blocks visible."""
+        if operation in self.loads:
+            blocks = self.loads.pop(operation)
+            self.ended.append(Done(operation, True, loaded_dram=len(blocks) - len(failed), failed=list(failed)))
+        elif operation in self.saves:
+            keys = self.saves.pop(operation)
+            self.stored |= {keys[at : at + KEY] for at in range(0, len(keys), KEY)}
+            self.ended.append(Done(operation, saved=len(keys) // KEY))
+
+    def poll(self, wait: float = 0.0) -> list[Done]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def close(self, timeout: float) -> None:
+        self.calls.append(("close", timeout))
+
+    def named(self, name: str) -> list[Any]:
+        """What was called by that name."""
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+@pytest.fixture
+def cache() -> FakeCache:
+    """An empty cache."""
+    return FakeCache()
+
+
+class FakeRequest(SimpleNamespace):
+    """What the connector uses of vLLM's `Request`."""
+
+    def __init__(self, request_id: str, prompt: Sequence[int], **others: Any) -> None:
+        fields: dict[str, Any] = {
+            "request_id": request_id,
+            "all_token_ids": list(prompt),
+            "num_prompt_tokens": len(prompt),
+            "num_computed_tokens": 0,
+            "num_preemptions": 0,
+            "resumable": False,
+            "skip_reading_prefix_cache": False,
+            "lora_request": None,
+            "mm_features": [],
+            "cache_salt": None,
+            "prompt_embeds": None,
+            "_prompt_embeds_per_block_hashes": {},
+        }
+        super().__init__(**(fields | others))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+@pytest.fixture
+def make_request() -> type[FakeRequest]:
+    """Makes requests: `make_request(id, prompt, **fields)`."""
+    return FakeRequest
+
+
+def _step(
+    new: Mapping[str, tuple[list[int], int, int]] | None = None,
+    cached: Mapping[str, tuple[list[int], int, int]] | None = None,
+    preempted: set[str] | None = None,
+    resumed: set[str] = frozenset(),  # type: ignore[assignment]
+) -> SimpleNamespace:
+    new, cached = new or {}, cached or {}
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=id_, block_ids=(blocks,), num_computed_tokens=computed)
+            for id_, (blocks, computed, _) in new.items()
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=list(cached),
+            resumed_req_ids=resumed,
+            new_block_ids=[(blocks,) if blocks else None for blocks, _, _ in cached.values()],
+            num_computed_tokens=[computed for _, computed, _ in cached.values()],
+        ),
+        num_scheduled_tokens={id_: count for id_, (_, _, count) in [*new.items(), *cached.items()]},
+        preempted_req_ids=preempted,
+    )
+
+
+@pytest.fixture
+def step() -> Any:
+    """Makes a scheduler's output: `new` and `cached` map ids to (block ids, computed tokens, scheduled tokens)."""
+    return _step
+
+
+@pytest.fixture
+def blocks() -> Any:
+    """Makes vLLM's `KVCacheBlocks` from block ids."""
+    return lambda ids: SimpleNamespace(get_block_ids=lambda: (list(ids),))

@@ -1,0 +1,246 @@
+//! RocksDB itself: its files and families, its settings, what its errors mean to us. Everything that must change with a
+//! new version of RocksDB stands here.
+
+use std::path::Path;
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
+    DataBlockIndexType, LogLevel, Options, WriteOptions,
+};
+
+use super::reclaimed::{Generations, ReclaimedFilterFactory};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Blocks, indexes and filters of tables that were read. Lookups never come here, so this only has to carry compactions
+/// and the few single reads.
+const CACHE_BYTES: usize = 128 << 20;
+const BLOCK_BYTES: usize = 8 << 10;
+const BLOOM_BITS_PER_KEY: f64 = 10.0;
+/// The memtables of the family of records: three of these at most.
+const RECORDS_BUFFER_BYTES: usize = 32 << 20;
+const RECORDS_BUFFERS: i32 = 3;
+/// All memtables together.
+const BUFFER_BYTES_MAX: usize = 128 << 20;
+/// The other families hold a row for each region or namespace.
+const SMALL_BUFFER_BYTES: usize = 1 << 20;
+/// All write-ahead logs together. An open replays them, several microseconds a row: 32 MiB are a quarter of a million rows.
+const WAL_BYTES_MAX: u64 = 32 << 20;
+const TABLE_FILE_BYTES: u64 = 64 << 20;
+const MANIFEST_BYTES_MAX: usize = 16 << 20;
+const INFO_LOG_BYTES_MAX: usize = 4 << 20;
+const INFO_LOGS: usize = 4;
+/// File descriptors for table files.
+const OPEN_FILES: i32 = 512;
+/// Flushes and compactions at once, in all.
+const BACKGROUND_JOBS: i32 = 2;
+/// Written back to the drive as it comes, so that no sync has to wait for more.
+const BYTES_PER_SYNC: u64 = 1 << 20;
+
+/// The version of the families and of what stands in them; rows have a version of their own.
+const FORMAT_VERSION: u32 = 1;
+/// Where the version stands, in the default family, which holds nothing else.
+const FORMAT_KEY: &[u8] = b"format";
+/// The file that names the current manifest: with it, a database exists.
+const CURRENT_FILE: &str = "CURRENT";
+
+/// The column families, besides the default one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Family {
+    Records,
+    Namespaces,
+    Regions,
+    Meta,
+}
+
+impl Family {
+    const ALL: [Self; 4] = [Self::Records, Self::Namespaces, Self::Regions, Self::Meta];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Records => "records",
+            Self::Namespaces => "namespaces",
+            Self::Regions => "regions",
+            Self::Meta => "meta",
+        }
+    }
+}
+
+/// The handle of a family.
+#[expect(clippy::expect_used, reason = "a database is opened with all families or not at all")]
+pub(super) fn handle(database: &DB, family: Family) -> &ColumnFamily {
+    database.cf_handle(family.name()).expect("invariant: every family is open")
+}
+
+/// Opens the database at `path`; creates it if there is nothing.
+pub(super) fn open(path: &Path, generations: &Generations) -> Result<DB> {
+    let is_new = is_absent_or_empty(path)?;
+    let options = database_options(is_new);
+    if !is_new {
+        check_families(path, &options)?;
+    }
+    let cache = Cache::new_lru_cache(CACHE_BYTES);
+    let families = Family::ALL
+        .map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, generations)));
+    let database = DB::open_cf_descriptors(&options, path, families)
+        .map_err(|error| translate(error, Moment::Open, "opening the index"));
+    let database = database.map_err(|error| error.with("path", path.display()))?;
+    if is_new {
+        write_format(&database)?
+    } else {
+        check_format(&database)?
+    }
+    Ok(database)
+}
+
+fn is_absent_or_empty(path: &Path) -> Result<bool> {
+    let is_empty = match std::fs::read_dir(path) {
+        Ok(mut files) => files.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+        Err(error) => return Err(Error::from_io(format!("reading the directory {}", path.display()), error)),
+    };
+    if !is_empty && !path.join(CURRENT_FILE).exists() {
+        // A creation that a crash cut short, or half a directory. RocksDB would start an empty database among the rest.
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("the index has no file {CURRENT_FILE}; it must be rebuilt"),
+        )
+        .with("path", path.display()));
+    }
+    Ok(is_empty)
+}
+
+/// A database with other families is not ours, or its creation was cut short.
+fn check_families(path: &Path, options: &Options) -> Result<()> {
+    let listed = DB::list_cf(options, path).map_err(|error| translate(error, Moment::Open, "opening the index"));
+    let mut found = listed.map_err(|error| error.with("path", path.display()))?;
+    found.sort_unstable();
+    let mut expected: Vec<&str> = Family::ALL.map(Family::name).into();
+    expected.push(rocksdb::DEFAULT_COLUMN_FAMILY_NAME);
+    expected.sort_unstable();
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!("the index has the families {}, not {}; it must be rebuilt", found.join(" "), expected.join(" ")),
+    )
+    .with("path", path.display()))
+}
+
+fn write_format(database: &DB) -> Result<()> {
+    let mut options = WriteOptions::default();
+    options.set_sync(true);
+    database.put_opt(FORMAT_KEY, FORMAT_VERSION.to_le_bytes(), &options).map_err(rocks("creating the index"))
+}
+
+fn check_format(database: &DB) -> Result<()> {
+    let found = database.get(FORMAT_KEY).map_err(rocks("opening the index"))?;
+    match found.as_deref().map(|bytes| bytes.try_into().map(u32::from_le_bytes)) {
+        Some(Ok(FORMAT_VERSION)) => Ok(()),
+        Some(Ok(version)) if version > FORMAT_VERSION => Err(Error::new(
+            ErrorKind::NewerFormat,
+            format!("the index has version {version}; this build reads version {FORMAT_VERSION}: update it"),
+        )),
+        _ => Err(Error::new(ErrorKind::Corrupt, "the index does not say its version; it must be rebuilt")),
+    }
+}
+
+fn database_options(is_new: bool) -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(is_new);
+    options.create_missing_column_families(is_new);
+    options.set_paranoid_checks(true);
+    // Recovery goes up to the first damaged entry: the state after one of the commits, never a mixture.
+    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    options.set_track_and_verify_wals_in_manifest(true);
+    options.set_max_total_wal_size(WAL_BYTES_MAX);
+    options.set_db_write_buffer_size(BUFFER_BYTES_MAX);
+    options.set_max_background_jobs(BACKGROUND_JOBS);
+    options.set_max_open_files(OPEN_FILES);
+    options.set_skip_stats_update_on_db_open(true);
+    options.set_bytes_per_sync(BYTES_PER_SYNC);
+    options.set_wal_bytes_per_sync(BYTES_PER_SYNC);
+    options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);
+    options.set_keep_log_file_num(INFO_LOGS);
+    options.set_max_log_file_size(INFO_LOG_BYTES_MAX);
+    options.set_log_level(LogLevel::Warn);
+    // An idle store does nothing: no statistics are dumped or kept.
+    options.set_stats_dump_period_sec(0);
+    options.set_stats_persist_period_sec(0);
+    options
+}
+
+fn family_options(family: Family, cache: &Cache, generations: &Generations) -> Options {
+    let mut tables = BlockBasedOptions::default();
+    tables.set_block_cache(cache);
+    tables.set_block_size(BLOCK_BYTES);
+    tables.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
+    tables.set_whole_key_filtering(true);
+    tables.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
+    tables.set_cache_index_and_filter_blocks(true);
+    tables.set_pin_l0_filter_and_index_blocks_in_cache(true);
+
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&tables);
+    // Keys are hashes and rows are short: nothing to compress.
+    options.set_compression_type(DBCompressionType::None);
+    options.set_target_file_size_base(TABLE_FILE_BYTES);
+    if family == Family::Records {
+        options.set_write_buffer_size(RECORDS_BUFFER_BYTES);
+        options.set_max_write_buffer_number(RECORDS_BUFFERS);
+        options.set_compaction_filter_factory(ReclaimedFilterFactory::new(generations.clone()));
+    } else {
+        options.set_write_buffer_size(SMALL_BUFFER_BYTES);
+    }
+    options
+}
+
+/// When an error came: while opening, what is missing or does not fit together is damage that a rebuild heals.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Moment {
+    Open,
+    Running,
+}
+
+/// Translates the errors of a running database, for `map_err`.
+pub(super) fn rocks(doing: &'static str) -> impl Fn(rocksdb::Error) -> Error {
+    move |error| translate(error, Moment::Running, doing)
+}
+
+/// What an error of RocksDB means. Its C interface gives a kind and a text only, so the errors of the file system have to
+/// be told by the texts of the C library that RocksDB appends.
+fn translate(error: rocksdb::Error, moment: Moment, doing: &str) -> Error {
+    let text = error.as_ref();
+    let says = |part: &str| text.contains(part);
+    let kind = match error.kind() {
+        rocksdb::ErrorKind::IOError
+            if says("/LOCK: ") && (says("No locks available") || says("temporarily unavailable")) =>
+        {
+            ErrorKind::Locked
+        }
+        rocksdb::ErrorKind::IOError if says("No space left on device") || says("Disk quota exceeded") => {
+            ErrorKind::NoSpace
+        }
+        rocksdb::ErrorKind::IOError
+            if says("Permission denied") || says("Operation not permitted") || says("Read-only file system") =>
+        {
+            ErrorKind::PermissionDenied
+        }
+        rocksdb::ErrorKind::IOError if moment == Moment::Open && says("No such file or directory") => {
+            ErrorKind::Corrupt
+        }
+        rocksdb::ErrorKind::Corruption => ErrorKind::Corrupt,
+        rocksdb::ErrorKind::InvalidArgument | rocksdb::ErrorKind::NotSupported if moment == Moment::Open => {
+            ErrorKind::Corrupt
+        }
+        rocksdb::ErrorKind::ShutdownInProgress => ErrorKind::Closed,
+        _ => ErrorKind::Io,
+    };
+    let remedy = match kind {
+        ErrorKind::Locked => "; another process has it open: stop that one or use another directory",
+        ErrorKind::NoSpace => "; free space on the file system of the store",
+        ErrorKind::Corrupt => "; it must be rebuilt from the regions",
+        _ => "",
+    };
+    Error::new(kind, format!("{doing}: {text}{remedy}"))
+}

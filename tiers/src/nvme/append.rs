@@ -1,0 +1,121 @@
+//! What the store is asked to write, and the promise to answer exactly once.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use super::record_header::{DiskIdentity, HeaderKind};
+use crate::block::{BlockKey, RecordId, RecordKind};
+use crate::dram::Slot;
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::Location;
+
+/// Called exactly once: with the record's place when it is durable and found by lookups, or with why it is neither.
+/// Runs on the store's writer thread without any lock; must be short, and must not wait for the store.
+pub type AppendDone = Box<dyn FnOnce(Result<Location>) + Send>;
+
+/// A record to be written.
+pub struct Append {
+    /// Whose it is. Its namespace is registered, or 0 for objects.
+    pub id: RecordId,
+    /// What it is.
+    pub kind: RecordKind,
+    /// The key of the block before it; [`BlockKey::ROOT`] for a first block and for objects.
+    pub parent: BlockKey,
+    /// How many blocks come before it.
+    pub depth: u32,
+    /// The bytes; `None` for a tombstone. The store writes its header page and may not share it with another write.
+    pub slot: Option<Arc<Slot>>,
+    /// Bytes of the payload, at most the slot's; 0 for a tombstone.
+    pub payload_bytes: u64,
+    /// What to call at the end.
+    pub done: AppendDone,
+}
+
+impl std::fmt::Debug for Append {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Append").field("id", &self.id).field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+/// A callback that runs exactly once, whatever happens to its owner: with `Closed` if nobody called it.
+pub(super) struct Done<T>(Option<Box<dyn FnOnce(Result<T>) + Send>>);
+
+impl<T> Done<T> {
+    pub(super) fn new(done: Box<dyn FnOnce(Result<T>) + Send>) -> Self {
+        Self(Some(done))
+    }
+
+    /// Runs it. A panic in it is logged and goes no further.
+    pub(super) fn call(mut self, result: Result<T>) {
+        self.run(result);
+    }
+
+    /// Takes it back, uncalled.
+    pub(super) fn into_inner(mut self) -> Option<Box<dyn FnOnce(Result<T>) + Send>> {
+        self.0.take()
+    }
+
+    fn run(&mut self, result: Result<T>) {
+        if let Some(done) = self.0.take()
+            && catch_unwind(AssertUnwindSafe(|| done(result))).is_err()
+        {
+            tracing::error!("a completion callback of the store panicked");
+        }
+    }
+}
+
+impl<T> Drop for Done<T> {
+    fn drop(&mut self) {
+        self.run(Err(Error::new(ErrorKind::Closed, "the store was closed before this was done")));
+    }
+}
+
+/// A record on its way through the writer.
+pub(super) struct QueuedRecord {
+    pub(super) id: RecordId,
+    pub(super) identity: DiskIdentity,
+    pub(super) shards: u16,
+    pub(super) kind: HeaderKind,
+    /// For a tombstone that takes over from an older one: the sequence up to which it hides. Otherwise its own.
+    pub(super) hides: Option<u64>,
+    pub(super) parent: BlockKey,
+    pub(super) depth: u32,
+    pub(super) slot: Option<Arc<Slot>>,
+    pub(super) payload_bytes: u64,
+    /// Pages on disk, the header included.
+    pub(super) pages: u32,
+    /// What it counts for in the bound of the queue; 0 for the store's own.
+    pub(super) charged_bytes: u64,
+    /// Whether a write of it has failed already.
+    pub(super) is_retry: bool,
+    /// Whether a region waits to be reclaimed until it is durable.
+    pub(super) is_for_reclaim: bool,
+    pub(super) done: Done<Location>,
+}
+
+impl QueuedRecord {
+    /// A tombstone of the store's own.
+    pub(super) fn tombstone(id: RecordId, identity: DiskIdentity, hides: u64, is_for_reclaim: bool) -> Self {
+        Self {
+            id,
+            identity,
+            shards: 1,
+            kind: HeaderKind::Tombstone,
+            hides: Some(hides),
+            parent: BlockKey::ROOT,
+            depth: 0,
+            slot: None,
+            payload_bytes: 0,
+            pages: 1,
+            charged_bytes: 0,
+            is_retry: false,
+            is_for_reclaim,
+            done: Done::new(Box::new(drop)),
+        }
+    }
+
+    /// The slot's address: only one write of a slot may be in flight, because each has its own header.
+    pub(super) fn slot_address(&self) -> Option<usize> {
+        self.slot.as_ref().map(|slot| slot.as_ptr().as_ptr() as usize)
+    }
+}

@@ -1,0 +1,317 @@
+//! The directory of a store: who may open it, what lies in it, and how it comes into being. Owns the names, the lock
+//! and the preallocation; never looks inside the files.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, fallocate, fstatvfs, statfs};
+
+use super::version::{check_version_text, version_text};
+use crate::error::{Error, ErrorKind, Result};
+
+const LOCK: &str = "LOCK";
+const VERSION: &str = "VERSION";
+/// Stands in for `VERSION` while a store is being made; the rename is the moment in which it exists.
+const VERSION_NEW: &str = "VERSION.new";
+const SUPERBLOCK: &str = "superblock";
+const REGIONS: &str = "regions.0";
+const NAMESPACES: &str = "namespaces";
+const INDEX: &str = "index";
+/// Not ours, and harmless: the root of an ext4 file system has it.
+const LOST_AND_FOUND: &str = "lost+found";
+
+/// File systems on which neither locks nor `fdatasync` mean what this store needs, by their magic numbers.
+const NETWORK_FILE_SYSTEMS: [(u64, &str); 13] = [
+    (0x6969, "NFS"),
+    (0x517b, "SMB"),
+    (0xff53_4d42, "CIFS"),
+    (0xfe53_4d42, "SMB2"),
+    (0x6573_5546, "FUSE"),
+    (0x0102_1997, "9P"),
+    (0x00c3_6400, "Ceph"),
+    (0x5346_414f, "AFS"),
+    (0x7375_7245, "Coda"),
+    (0x0bd0_0bd0, "Lustre"),
+    (0x4750_4653, "GPFS"),
+    (0x7461_636f, "OCFS2"),
+    (0x0116_1970, "GFS2"),
+];
+
+/// A locked directory. The lock ends with the value, or with the process.
+pub(super) struct Directory {
+    path: PathBuf,
+    _lock: File,
+    is_new: bool,
+}
+
+impl Directory {
+    /// Creates the directory if it is missing, locks it and finds out what it holds.
+    ///
+    /// # Errors
+    /// `Locked` naming the process that holds it, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `Unsupported` for
+    /// a network file system, `Io`.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let doing = |what: &str| format!("{what} the store's directory {}", path.display());
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        made.map_err(|source| Error::from_io(doing("making"), source))?;
+        refuse_network_file_systems(path)?;
+        refuse_foreign_content(path)?;
+        let lock = lock(path)?;
+        let is_new = match fs::read(path.join(VERSION)) {
+            Ok(text) => {
+                check_version_text(&text).map_err(|error| error.with("path", path.display()))?;
+                false
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+            Err(source) => return Err(Error::from_io(doing("reading VERSION in"), source)),
+        };
+        let directory = Self { path: path.to_owned(), _lock: lock, is_new };
+        if is_new {
+            directory.start_over()?;
+        }
+        Ok(directory)
+    }
+
+    /// Whether the store has yet to be made.
+    pub(super) fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// The file of superblocks.
+    pub(super) fn superblock(&self) -> PathBuf {
+        self.path.join(SUPERBLOCK)
+    }
+
+    /// The file of regions.
+    pub(super) fn regions(&self) -> PathBuf {
+        self.path.join(REGIONS)
+    }
+
+    /// The file of namespaces.
+    pub(super) fn namespaces(&self) -> PathBuf {
+        self.path.join(NAMESPACES)
+    }
+
+    /// The directory of the index.
+    pub(super) fn index(&self) -> PathBuf {
+        self.path.join(INDEX)
+    }
+
+    /// Removes the index, so that it can be rebuilt.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `Io`.
+    pub(super) fn wipe_index(&self) -> Result<()> {
+        match fs::remove_dir_all(self.index()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::from_io(format!("removing the damaged index {}", self.index().display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the making of a store: all its files are there and durable.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn complete(&mut self) -> Result<()> {
+        let renamed = fs::rename(self.path.join(VERSION_NEW), self.path.join(VERSION)).and_then(|()| self.sync());
+        renamed.map_err(|source| Error::from_io("completing the store", source))?;
+        self.is_new = false;
+        Ok(())
+    }
+
+    /// Undoes the making of a store that did not succeed, as far as possible.
+    pub(super) fn abandon(&self) {
+        for name in [REGIONS, SUPERBLOCK, NAMESPACES, VERSION_NEW] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
+    }
+
+    /// Makes the names in the directory durable.
+    pub(super) fn sync(&self) -> std::io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    /// Removes what an interrupted making left and marks that a new one has begun.
+    fn start_over(&self) -> Result<()> {
+        self.abandon();
+        self.wipe_index()?;
+        let path = self.path.join(VERSION_NEW);
+        let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|mut file| {
+            file.write_all(version_text().as_bytes())?;
+            file.sync_all()
+        });
+        written
+            .and_then(|()| self.sync())
+            .map_err(|source| Error::from_io(format!("writing {}", path.display()), source))
+    }
+}
+
+/// Takes the lock, and leaves this process's number in it for whoever comes second.
+fn lock(path: &Path) -> Result<File> {
+    let name = path.join(LOCK);
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
+    let mut file = opened.map_err(|source| Error::from_io(format!("opening {}", name.display()), source))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = (&file).take(32).read_to_string(&mut holder);
+            let message = format!(
+                "the store in {} is in use by process {}; stop it, or use another directory",
+                path.display(),
+                holder.trim()
+            );
+            return Err(Error::new(ErrorKind::Locked, message));
+        }
+        Err(TryLockError::Error(source)) => return Err(Error::from_io(format!("locking {}", name.display()), source)),
+    }
+    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    written.map_err(|source| Error::from_io(format!("writing {}", name.display()), source))?;
+    Ok(file)
+}
+
+fn refuse_network_file_systems(path: &Path) -> Result<()> {
+    let found =
+        statfs(path).map_err(|source| Error::from_io(format!("looking at {}", path.display()), source.into()))?;
+    // The kernel's magic numbers have 32 bits, in a field that may be signed and wider.
+    let magic = u64::from(found.f_type as u32);
+    match NETWORK_FILE_SYSTEMS.iter().find(|(known, _)| *known == magic) {
+        None => Ok(()),
+        Some((_, name)) => {
+            let message = format!("{} lies on {name}; a store needs a local file system: ext4 or XFS", path.display());
+            Err(Error::new(ErrorKind::Unsupported, message))
+        }
+    }
+}
+
+/// A directory without `VERSION` may hold nothing but what an interrupted making leaves.
+fn refuse_foreign_content(path: &Path) -> Result<()> {
+    if path.join(VERSION).exists() || path.join(VERSION_NEW).exists() {
+        return Ok(());
+    }
+    let read = |source| Error::from_io(format!("reading {}", path.display()), source);
+    for entry in fs::read_dir(path).map_err(read)? {
+        let name = entry.map_err(read)?.file_name();
+        if name != OsStr::new(LOCK) && name != OsStr::new(LOST_AND_FOUND) {
+            let message = format!(
+                "{} holds {name:?} and no {VERSION}, so it is no store of this engine; give an empty directory",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::ForeignFormat, message));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a file of `bytes` bytes, or grows it to them, all taken from the file system now.
+///
+/// # Errors
+/// `NoSpace` naming what is needed and what is free, otherwise what the file system reports.
+pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
+    let failed =
+        |source: std::io::Error| Error::from_io(format!("taking {bytes} bytes for {}", path.display()), source);
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    let file = opened.map_err(failed)?;
+    let held = file.metadata().map_err(failed)?.len();
+    if held >= bytes {
+        return Ok(());
+    }
+    let needed = bytes - held;
+    let space = fstatvfs(&file).map_err(|source| failed(source.into()))?;
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    let no_space = || {
+        let message = format!(
+            "{} needs {needed} bytes more, {free} are free on its file system; free some, or give a smaller capacity",
+            path.display()
+        );
+        Error::new(ErrorKind::NoSpace, message)
+    };
+    if free < needed {
+        return Err(no_space());
+    }
+    match fallocate(&file, FallocateFlags::empty(), held, needed) {
+        Ok(()) => file.sync_all().map_err(failed),
+        Err(error) => {
+            // Only what was just added is given back: the file may hold a store.
+            let _ = file.set_len(held);
+            if error == rustix::io::Errno::NOSPC { Err(no_space()) } else { Err(failed(error.into())) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn temporary() -> tempfile::TempDir {
+        tempfile::tempdir().expect("a directory")
+    }
+
+    fn kind(path: &Path) -> Option<ErrorKind> {
+        Directory::open(path).err().map(|error| error.kind())
+    }
+
+    #[test]
+    fn a_store_exists_when_it_is_complete_and_not_before() {
+        let at = temporary();
+        let path = at.path().join("deep/store");
+        let first = Directory::open(&path).expect("made");
+        assert!(first.is_new());
+        fs::write(first.regions(), b"half").expect("written");
+        drop(first);
+        let mut second = Directory::open(&path).expect("an interrupted making is started over");
+        assert!(second.is_new() && !second.regions().exists());
+        second.complete().expect("completed");
+        drop(second);
+        assert!(!Directory::open(&path).expect("there").is_new());
+        let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join(LOCK)), mode(&path.join(VERSION))), (0o700, 0o600, 0o600));
+    }
+
+    #[test]
+    fn the_second_opener_is_told_who_holds_it() {
+        let at = temporary();
+        let held = Directory::open(at.path()).expect("made");
+        let error = Directory::open(at.path()).err().expect("locked");
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.message().contains(&std::process::id().to_string()), "{error}");
+        drop(held);
+        assert_eq!(kind(at.path()), None);
+    }
+
+    #[test]
+    fn what_is_not_ours_is_left_alone() {
+        let at = temporary();
+        fs::write(at.path().join("thesis.tex"), b"precious").expect("written");
+        assert_eq!(kind(at.path()), Some(ErrorKind::ForeignFormat));
+        assert!(!at.path().join(LOCK).exists());
+        let at = temporary();
+        fs::write(at.path().join(VERSION), b"another-store 1\n").expect("written");
+        assert_eq!(kind(at.path()), Some(ErrorKind::ForeignFormat));
+        fs::write(at.path().join(VERSION), b"pegaflow-store 2\n").expect("written");
+        assert_eq!(kind(at.path()), Some(ErrorKind::NewerFormat));
+    }
+
+    #[test]
+    fn a_directory_that_may_not_be_made_is_a_matter_of_rights() {
+        assert_eq!(kind(Path::new("/sys/pegaflow-test")), Some(ErrorKind::PermissionDenied));
+    }
+
+    #[test]
+    fn a_file_larger_than_the_drive_is_refused_with_the_numbers() {
+        let at = temporary();
+        let path = at.path().join("large");
+        preallocate(&path, 1 << 20).expect("fits");
+        let error = preallocate(&path, 1 << 60).expect_err("too large");
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(error.message().contains(&((1u64 << 60) - (1 << 20)).to_string()), "{error}");
+        assert_eq!(fs::metadata(&path).expect("there").len(), 1 << 20);
+    }
+}

@@ -1,0 +1,165 @@
+//! The io_uring engine: one named thread owns one ring; any thread may hand it requests through bounded queues.
+//! An eventfd, polled by the ring, wakes the thread; it blocks in the kernel otherwise and never spins. Requests enter
+//! by `submit`, wait in [`Queues`], move into the ring while fewer than `depth` are in flight, and leave by `done` on
+//! the ring's thread. [`ring`] is that thread, [`registered`] the arena as the kernel knows it.
+
+#[cfg(test)]
+mod breakdown;
+mod in_flight;
+mod registered;
+mod ring;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::{JoinHandle, ThreadId};
+
+use crossbeam_channel::bounded;
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::files::Files;
+use super::operation::PIECE_BYTES;
+use super::queue::Queues;
+use super::{BlockIo, IoRequest};
+use crate::dram::Arena;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The most operations in flight that may be asked for.
+pub(super) const DEPTH_MAX: usize = 4096;
+
+/// How a ring is made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RingOptions {
+    /// The most operations in flight, 1 to [`DEPTH_MAX`].
+    pub(super) depth: usize,
+    /// Longer transfers are cut.
+    pub(super) piece_bytes: usize,
+    /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB.
+    pub(super) buffer_bytes: usize,
+    /// The most registered buffers; the kernel takes at most 16,384.
+    pub(super) buffers_max: usize,
+}
+
+impl RingOptions {
+    pub(super) fn new(depth: usize) -> Self {
+        Self { depth, piece_bytes: PIECE_BYTES, buffer_bytes: 1 << 30, buffers_max: 1 << 14 }
+    }
+}
+
+/// See the module.
+pub(super) struct UringIo {
+    shared: Arc<Shared>,
+    depth: usize,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    thread_id: ThreadId,
+    /// The descriptor of the ring, for the test that breaks it.
+    #[cfg(test)]
+    ring_descriptor: std::os::fd::RawFd,
+}
+
+/// What callers and the ring's thread share.
+struct Shared {
+    files: Files,
+    inbox: Mutex<Inbox>,
+    /// Its counter is above zero when the thread is to look at the inbox.
+    wake: OwnedFd,
+}
+
+#[derive(Default)]
+struct Inbox {
+    queues: Queues,
+    /// Whether the thread may be blocked and would not notice a new request.
+    wants_wake: bool,
+}
+
+impl UringIo {
+    /// Starts the thread, which makes the ring.
+    ///
+    /// # Errors
+    /// `PermissionDenied`, `Unsupported` or `Io` with a remedy where the
+    /// kernel gives no ring.
+    pub(super) fn open(files: Files, arena: &Arc<Arena>, options: RingOptions) -> Result<Self> {
+        let depth = options.depth;
+        debug_assert!((1..=DEPTH_MAX).contains(&depth), "the depth was checked");
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| Error::from_io("making an eventfd (see ulimit -n)", errno.into()))?;
+        let shared = Arc::new(Shared { files, inbox: Mutex::default(), wake });
+        let (ready, started) = bounded(1);
+        let thread = std::thread::Builder::new().name("pega-uring".to_owned());
+        let thread = thread
+            .spawn({
+                let (shared, arena) = (Arc::clone(&shared), Arc::clone(arena));
+                move || ring::serve(shared, arena, options, &ready)
+            })
+            .map_err(|source| Error::from_io("starting the I/O thread (see ulimit -u)", source))?;
+        let thread_id = thread.thread().id();
+        let ended = |_| Err(Error::new(ErrorKind::Io, "the I/O thread ended while starting"));
+        let _ring_descriptor = started.recv().unwrap_or_else(ended)?;
+        Ok(Self {
+            shared,
+            depth,
+            thread: Mutex::new(Some(thread)),
+            thread_id,
+            #[cfg(test)]
+            ring_descriptor: _ring_descriptor,
+        })
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        // The counter cannot overflow: the thread resets it before it asks for the next wake.
+        if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
+            tracing::error!(%error, "the I/O thread could not be woken");
+        }
+    }
+}
+
+impl BlockIo for UringIo {
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+
+    fn depth(&self) -> usize {
+        self.depth
+    }
+
+    fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)> {
+        if let Err(error) = self.shared.files.check(&request) {
+            return Err((request, error));
+        }
+        let mut inbox = self.shared.inbox.lock();
+        inbox.queues.push(request)?;
+        let wake = std::mem::take(&mut inbox.wants_wake);
+        drop(inbox);
+        if wake {
+            self.shared.wake();
+        }
+        Ok(())
+    }
+
+    fn close(&self) {
+        let mut inbox = self.shared.inbox.lock();
+        inbox.queues.close(Error::new(ErrorKind::Closed, "the I/O engine is closed"));
+        let wake = std::mem::take(&mut inbox.wants_wake);
+        drop(inbox);
+        if wake {
+            self.shared.wake();
+        }
+        // A completion may drop the last handle of the engine; the ring's thread cannot wait for itself.
+        if std::thread::current().id() == self.thread_id {
+            return;
+        }
+        // Held while waiting, so that a second caller also returns only when all has ended.
+        let mut thread = self.thread.lock();
+        if thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the I/O thread ended with a panic");
+        }
+    }
+}
+
+impl Drop for UringIo {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

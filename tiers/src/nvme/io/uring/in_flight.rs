@@ -1,0 +1,97 @@
+//! The operations that the kernel holds, by number. What is still in it when it is dropped is leaked, not freed: a
+//! closed ring does not mean that the drive has stopped writing to memory.
+
+use super::super::operation::Operation;
+use crate::error::{Error, ErrorKind};
+
+/// Operations by number; the numbers are the `user_data` of the ring.
+pub(super) struct InFlight {
+    places: Vec<Option<Operation>>,
+    free: Vec<usize>,
+}
+
+impl InFlight {
+    /// Room for `depth` operations; takes more if it must.
+    pub(super) fn new(depth: usize) -> Self {
+        Self { places: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect() }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Keeps an operation and returns its number.
+    pub(super) fn insert(&mut self, operation: Operation) -> usize {
+        let number = self.free.pop().unwrap_or(self.places.len());
+        match self.places.get_mut(number) {
+            Some(place) => *place = Some(operation),
+            None => self.places.push(Some(operation)),
+        }
+        number
+    }
+
+    pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Operation> {
+        self.places.get_mut(number)?.as_mut()
+    }
+
+    pub(super) fn remove(&mut self, number: usize) -> Option<Operation> {
+        let operation = self.places.get_mut(number)?.take()?;
+        self.free.push(number);
+        Some(operation)
+    }
+
+    /// Completes all that is left with an error and leaks its buffers.
+    pub(super) fn abandon(&mut self, error: &Error) {
+        for number in 0..self.places.len() {
+            if let Some(operation) = self.remove(number) {
+                tracing::error!(%error, "an I/O operation is given up; its memory is kept from reuse");
+                operation.abandon(error.clone());
+            }
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.abandon(&Error::new(ErrorKind::Poisoned, "the I/O thread ended with operations in flight"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::super::super::{FileId, IoBuffer, IoKind, IoPriority, IoRequest};
+    use super::*;
+    use crate::dram::{Arena, ArenaConfig};
+
+    #[test]
+    fn memory_of_operations_given_up_is_never_reused() {
+        let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(2 << 20) }).expect("memory");
+        let ended = Arc::new(AtomicUsize::new(0));
+        let mut in_flight = InFlight::new(3);
+        for offset in 0..2 {
+            let slot = Arc::new(arena.alloc(4096).expect("room"));
+            let buffer = Some(IoBuffer::Slot { slot, bytes: 8192 });
+            let done = Box::new({
+                let ended = Arc::clone(&ended);
+                move |completion: super::super::super::IoCompletion| {
+                    assert!(completion.buffer.is_none());
+                    assert_eq!(completion.result.expect_err("given up").kind(), ErrorKind::Poisoned);
+                    ended.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+            let priority = IoPriority::Demand;
+            let request = IoRequest { file: FileId(0), kind: IoKind::Read, offset, buffer, priority, done };
+            in_flight.insert(Operation::new(request, true, 4096));
+        }
+        assert_eq!((in_flight.len(), in_flight.is_empty()), (2, false));
+        drop(in_flight);
+        assert_eq!((ended.load(Ordering::SeqCst), arena.used_bytes()), (2, 2 * 8192));
+    }
+}

@@ -1,0 +1,352 @@
+//! The thread that owns the ring: takes requests from the inbox, submits, waits in the kernel, completes. The only
+//! user of the ring and of the operations in flight.
+#![expect(unsafe_code, reason = "hands memory and descriptors to the kernel through the ring")]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::super::operation::{Operation, deliver, panic_text};
+use super::super::{IoCompletion, IoKind, IoRequest};
+use super::in_flight::InFlight;
+use super::registered::{Registered, parts, register_most};
+use super::{RingOptions, Shared};
+use crate::dram::Arena;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The `user_data` of the poll of the eventfd; operations have the numbers of their places.
+const WAKE: u64 = u64::MAX;
+
+/// How often in a row, and how far apart, the ring is tried when the kernel lacks memory and nothing completes: 10 s.
+const ENTER_RETRIES: u32 = 10_000;
+const ENTER_PAUSE: Duration = Duration::from_millis(1);
+
+/// How often in a row the poll of the eventfd may fail.
+const WAKE_RETRIES: u32 = 16;
+
+/// `IORING_ENTER_GETEVENTS` of the kernel's interface.
+const ENTER_GETEVENTS: u32 = 1;
+
+/// The body of the thread. Says through `ready` whether there is a ring, and its descriptor; then serves until the
+/// engine is closed.
+pub(super) fn serve(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions, ready: &Sender<Result<RawFd>>) {
+    let mut ring = match Ring::new(Arc::clone(&shared), arena, options) {
+        Ok(ring) => ring,
+        Err(error) => return drop(ready.try_send(Err(error))),
+    };
+    let _ = ready.try_send(Ok(ring.ring.as_raw_fd()));
+    let outcome = catch_unwind(AssertUnwindSafe(|| ring.run()));
+    let error = match outcome {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error,
+        Err(panic) => Error::new(ErrorKind::Poisoned, format!("the I/O thread panicked: {}", panic_text(&*panic))),
+    };
+    tracing::error!(%error, "the io_uring engine broke down and takes no more requests");
+    shared.inbox.lock().queues.close(error.clone());
+    ring.in_flight.abandon(&error);
+    ring.refuse_waiting();
+}
+
+/// Dropped in this order: the ring is closed before the operations in flight (of which none is left unless the ring
+/// broke down), and both before the arena that is registered with it.
+struct Ring {
+    ring: IoUring,
+    in_flight: InFlight,
+    shared: Arc<Shared>,
+    options: RingOptions,
+    registered: Registered,
+    has_registered_files: bool,
+    /// Whether the eventfd is being polled.
+    is_wake_armed: bool,
+    wake_failures: u32,
+    enter_failures: u32,
+    /// Reused: numbers of operations to start, and what the kernel reported.
+    taken: Vec<usize>,
+    reported: Vec<(u64, i32)>,
+    _arena: Arc<Arena>,
+}
+
+impl Ring {
+    fn new(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions) -> Result<Self> {
+        let depth = options.depth;
+        let ring = build(depth)?;
+        let has_registered_files = match ring.submitter().register_files(&shared.files.raw()) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::info!(%error, "io_uring uses the store's files without registering them");
+                false
+            }
+        };
+        let registered = register_arena(&ring, &arena, options);
+        tracing::info!(
+            depth,
+            has_registered_files,
+            registered_bytes = registered.bytes(),
+            arena_bytes = arena.capacity_bytes(),
+            "io_uring is ready"
+        );
+        Ok(Self {
+            ring,
+            in_flight: InFlight::new(depth),
+            shared,
+            options,
+            registered,
+            has_registered_files,
+            is_wake_armed: false,
+            wake_failures: 0,
+            enter_failures: 0,
+            taken: Vec::with_capacity(depth),
+            reported: Vec::with_capacity(2 * depth + 2),
+            _arena: arena,
+        })
+    }
+
+    /// Serves until the engine is closed and nothing is in flight.
+    fn run(&mut self) -> Result<()> {
+        loop {
+            let is_closed = self.take_requests()?;
+            if is_closed && self.in_flight.is_empty() {
+                return Ok(());
+            }
+            self.arm_wake()?;
+            self.enter()?;
+            self.reap()?;
+        }
+    }
+
+    /// Moves requests from the inbox into the ring, as many as may be in flight. Returns whether the engine is closed;
+    /// then what waited has been completed with the reason.
+    fn take_requests(&mut self) -> Result<bool> {
+        let mut inbox = self.shared.inbox.lock();
+        if inbox.queues.end().is_some() {
+            drop(inbox);
+            self.refuse_waiting();
+            return Ok(true);
+        }
+        while self.in_flight.len() < self.options.depth
+            && let Some(request) = inbox.queues.pop()
+        {
+            let is_direct = self.shared.files.is_direct(request.file);
+            let operation = Operation::new(request, is_direct, self.options.piece_bytes);
+            self.taken.push(self.in_flight.insert(operation));
+        }
+        // With the ring full a completion comes before there is anything to do for a new request.
+        inbox.wants_wake = self.in_flight.len() < self.options.depth;
+        drop(inbox);
+        let mut taken = std::mem::take(&mut self.taken);
+        for number in taken.drain(..) {
+            self.start(number)?;
+        }
+        self.taken = taken;
+        Ok(false)
+    }
+
+    /// Completes what waits in the inbox with the reason why the engine ended.
+    fn refuse_waiting(&mut self) {
+        loop {
+            let mut inbox = self.shared.inbox.lock();
+            let (Some(error), Some(request)) = (inbox.queues.end().cloned(), inbox.queues.pop()) else { return };
+            drop(inbox);
+            let IoRequest { buffer, done, .. } = request;
+            deliver(done, IoCompletion { buffer, result: Err(error) });
+        }
+    }
+
+    /// Puts the next transfer of an operation into the submission queue.
+    fn start(&mut self, number: usize) -> Result<()> {
+        let Some(operation) = self.in_flight.get_mut(number) else { return Ok(()) };
+        let file = operation.file();
+        let entry = if self.has_registered_files {
+            self.registered.transfer(operation, types::Fd(file.0.cast_signed())).flags(squeue::Flags::FIXED_FILE)
+        } else {
+            let file = self.shared.files.get(file).map_err(|source| broken("finding a file", source))?;
+            self.registered.transfer(operation, types::Fd(file.as_raw_fd()))
+        };
+        self.push(entry.user_data(number as u64))
+    }
+
+    fn arm_wake(&mut self) -> Result<()> {
+        if self.is_wake_armed {
+            return Ok(());
+        }
+        let poll = opcode::PollAdd::new(types::Fd(self.shared.wake.as_raw_fd()), libc::POLLIN as u32);
+        self.push(poll.build().user_data(WAKE))?;
+        self.is_wake_armed = true;
+        Ok(())
+    }
+
+    fn push(&mut self, entry: squeue::Entry) -> Result<()> {
+        // SAFETY: an entry of an operation points to the buffer that the operation owns. It stays in `in_flight` until
+        // the kernel has reported its end; if the ring breaks down before that, `in_flight` leaks it. The descriptors
+        // are owned by `shared`, which this thread holds. The poll of the eventfd uses no memory.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        // There is an entry for each operation in flight and for the poll, and none is in the queue twice.
+        pushed.map_err(|error| broken("filling the submission queue", io::Error::other(error)))
+    }
+
+    /// Submits and blocks until something has completed.
+    fn enter(&mut self) -> Result<()> {
+        let error = match self.ring.submit_and_wait(1) {
+            Ok(_) => {
+                self.enter_failures = 0;
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match error.raw_os_error() {
+            Some(libc::EINTR) => Ok(()),
+            // No memory for requests, or completions have to be taken first. Completions of a ring with deferred task
+            // work appear only in a call that asks for them, which the failed one did not get to do.
+            Some(libc::EAGAIN | libc::EBUSY) if self.enter_failures < ENTER_RETRIES => {
+                self.enter_failures += 1;
+                // SAFETY: submits nothing, waits for nothing, and passes no memory.
+                let _ = unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None) };
+                if self.ring.completion().is_empty() {
+                    std::thread::sleep(ENTER_PAUSE);
+                }
+                Ok(())
+            }
+            _ => Err(broken("submitting to the ring", error)),
+        }
+    }
+
+    /// Takes in what the kernel reported: completes operations, or starts their next transfer.
+    fn reap(&mut self) -> Result<()> {
+        let mut reported = std::mem::take(&mut self.reported);
+        reported.extend(self.ring.completion().map(|entry| (entry.user_data(), entry.result())));
+        if !reported.is_empty() {
+            self.enter_failures = 0;
+        }
+        for (number, outcome) in reported.drain(..) {
+            if number == WAKE {
+                self.woken(outcome)?;
+            } else {
+                self.transferred(number as usize, outcome)?;
+            }
+        }
+        self.reported = reported;
+        Ok(())
+    }
+
+    fn woken(&mut self, outcome: i32) -> Result<()> {
+        self.is_wake_armed = false;
+        if outcome >= 0 {
+            self.wake_failures = 0;
+            // Resets the counter; that it was zero already does no harm.
+            let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
+            return Ok(());
+        }
+        self.wake_failures += 1;
+        if self.wake_failures > WAKE_RETRIES {
+            return Err(broken("polling the eventfd", io::Error::from_raw_os_error(-outcome)));
+        }
+        Ok(())
+    }
+
+    fn transferred(&mut self, number: usize, outcome: i32) -> Result<()> {
+        let Some(operation) = self.in_flight.get_mut(number) else { return Ok(()) };
+        let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
+        match operation.advance(outcome) {
+            None => self.start(number),
+            Some(result) => {
+                if let Some(operation) = self.in_flight.remove(number) {
+                    operation.finish(result);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Registered {
+    /// The entry of the next transfer of an operation on a descriptor.
+    fn transfer(&self, operation: &Operation, file: types::Fd) -> squeue::Entry {
+        let (memory, bytes) = operation.memory();
+        let offset = operation.piece().offset;
+        let (start, length) = (memory.as_ptr(), bytes as u32);
+        match (operation.kind(), self.buffer_of(memory, bytes)) {
+            (IoKind::Sync, _) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            (IoKind::Read, Some(buffer)) => opcode::ReadFixed::new(file, start, length, buffer).offset(offset).build(),
+            (IoKind::Read, None) => opcode::Read::new(file, start, length).offset(offset).build(),
+            (IoKind::Write, Some(buffer)) => {
+                opcode::WriteFixed::new(file, start, length, buffer).offset(offset).build()
+            }
+            (IoKind::Write, None) => opcode::Write::new(file, start, length).offset(offset).build(),
+        }
+    }
+}
+
+/// Makes the ring, with what the kernel has to save interrupts and wake-ups, and asks whether it has all we need.
+fn build(depth: usize) -> Result<IoUring> {
+    // One entry for each operation and one for the poll; twice as many completions can never overflow.
+    let entries = (depth as u32 + 1).next_power_of_two();
+    let builder = || {
+        let mut builder = IoUring::builder();
+        builder.setup_cqsize(2 * entries);
+        builder
+    };
+    let is_unknown = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    let mut ring = builder().setup_single_issuer().setup_defer_taskrun().build(entries);
+    if ring.as_ref().is_err_and(is_unknown) {
+        ring = builder().setup_coop_taskrun().build(entries);
+    }
+    if ring.as_ref().is_err_and(is_unknown) {
+        ring = builder().build(entries);
+    }
+    let ring = ring.map_err(refused)?;
+    let mut probe = io_uring::Probe::new();
+    let known = ring.submitter().register_probe(&mut probe);
+    let needed = [
+        opcode::Read::CODE,
+        opcode::ReadFixed::CODE,
+        opcode::Write::CODE,
+        opcode::WriteFixed::CODE,
+        opcode::Fsync::CODE,
+        opcode::PollAdd::CODE,
+    ];
+    if known.is_err() || !ring.params().is_feature_nodrop() || needed.iter().any(|&code| !probe.is_supported(code)) {
+        let message = "the kernel's io_uring is too old; use Linux 5.6 or later, or io = psync";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    Ok(ring)
+}
+
+fn refused(source: io::Error) -> Error {
+    let remedy = match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "allow it in the container's seccomp profile and set kernel.io_uring_disabled to 0"
+        }
+        Some(libc::ENOSYS) => "use a kernel with io_uring, and a seccomp profile that allows it",
+        Some(libc::ENOMEM) => "raise the limit on locked memory (ulimit -l), or lower the queue depth",
+        Some(libc::EMFILE | libc::ENFILE) => "raise the limit on open files (ulimit -n)",
+        _ => "see the kernel's log",
+    };
+    Error::from_io(format!("the kernel gives no io_uring ({remedy}, or use io = psync)"), source)
+}
+
+/// Registers the arena, or as much of it as the kernel takes, and says so.
+fn register_arena(ring: &IoUring, arena: &Arena, options: RingOptions) -> Registered {
+    let memory = arena.range();
+    let parts = parts(memory, options.buffer_bytes, options.buffers_max);
+    let submitter = ring.submitter();
+    let register = |count: usize| {
+        // SAFETY: the parts lie in the arena, which the ring's thread keeps mapped until the ring is closed.
+        unsafe { submitter.register_buffers(parts.get(..count).unwrap_or(&parts)) }
+    };
+    let (count, reason) = register_most(parts.len(), register, || submitter.unregister_buffers());
+    if let Some(error) = reason {
+        let remedy = "raise the limit on locked memory (ulimit -l) for faster transfers";
+        tracing::warn!(%error, registered = count, of = parts.len(), remedy, "the arena is not registered as a whole");
+    }
+    Registered::new(memory, options.buffer_bytes, count)
+}
+
+fn broken(doing: &str, source: io::Error) -> Error {
+    let message = format!("the io_uring engine broke down {doing}: {source}; reopen the store");
+    Error::new(ErrorKind::Poisoned, message)
+}

@@ -1,0 +1,95 @@
+//! Counters of a store.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters and gauges of a store; counters start at zero when it is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct StoreStats {
+    /// The I/O engine: `io_uring` or `psync`.
+    pub io_engine: &'static str,
+    /// Bytes of all regions.
+    pub capacity_bytes: u64,
+    /// Bytes of a region.
+    pub region_bytes: u64,
+    /// Regions in all.
+    pub regions: u64,
+    /// Regions that hold nothing.
+    pub free_regions: u64,
+    /// Records that lookups find, and in small part stale entries of reclaimed regions that they do not.
+    pub records: u64,
+    /// Bytes of the records in use, headers and padding included.
+    pub live_bytes: u64,
+    /// Bytes of memory of the index.
+    pub index_bytes: u64,
+    /// Bytes of records that are accepted and not durable.
+    pub queued_bytes: u64,
+    /// Records that became durable.
+    pub appended_records: u64,
+    /// Bytes of these, headers and padding included.
+    pub appended_bytes: u64,
+    /// Records that were accepted and failed.
+    pub failed_appends: u64,
+    /// Of these, records for which no region could be reclaimed.
+    pub starved_appends: u64,
+    /// Records that were written again because their first write failed.
+    pub retried_appends: u64,
+    /// Group commits.
+    pub commits: u64,
+    /// Reads that ended.
+    pub reads: u64,
+    /// Bytes of payload that were read and verified.
+    pub read_bytes: u64,
+    /// Reads whose data failed a check, or could not be read at all; their records are out of the index.
+    pub bad_reads: u64,
+    /// Regions that were reclaimed.
+    pub reclaimed_regions: u64,
+    /// Records that went with them.
+    pub reclaimed_records: u64,
+    /// Tombstones that were written again so that a region could be reclaimed.
+    pub kept_tombstones: u64,
+}
+
+/// The counters behind [`StoreStats`].
+#[derive(Default)]
+pub(super) struct Counts {
+    pub(super) appended_records: AtomicU64,
+    pub(super) appended_bytes: AtomicU64,
+    pub(super) failed_appends: AtomicU64,
+    pub(super) starved_appends: AtomicU64,
+    pub(super) retried_appends: AtomicU64,
+    pub(super) commits: AtomicU64,
+    pub(super) reads: AtomicU64,
+    pub(super) read_bytes: AtomicU64,
+    pub(super) bad_reads: AtomicU64,
+    pub(super) reclaimed_regions: AtomicU64,
+    pub(super) reclaimed_records: AtomicU64,
+    pub(super) kept_tombstones: AtomicU64,
+}
+
+/// Adds to a counter.
+pub(super) fn add(counter: &AtomicU64, value: u64) {
+    counter.fetch_add(value, Ordering::Relaxed);
+}
+
+impl Counts {
+    /// The counters so far; gauges are zero.
+    pub(super) fn snapshot(&self) -> StoreStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        StoreStats {
+            appended_records: get(&self.appended_records),
+            appended_bytes: get(&self.appended_bytes),
+            failed_appends: get(&self.failed_appends),
+            starved_appends: get(&self.starved_appends),
+            retried_appends: get(&self.retried_appends),
+            commits: get(&self.commits),
+            reads: get(&self.reads),
+            read_bytes: get(&self.read_bytes),
+            bad_reads: get(&self.bad_reads),
+            reclaimed_regions: get(&self.reclaimed_regions),
+            reclaimed_records: get(&self.reclaimed_records),
+            kept_tombstones: get(&self.kept_tombstones),
+            ..StoreStats::default()
+        }
+    }
+}

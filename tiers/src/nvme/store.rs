@@ -1,0 +1,479 @@
+//! The store: the one door to everything in this folder. Opens and closes; checks what it is asked for; hands writes to
+//! the writer thread and reads to the engine and the verifiers.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{JoinHandle, ThreadId};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use parking_lot::{Mutex, RwLock};
+
+use super::append::{Append, Done, QueuedRecord};
+use super::config::StoreConfig;
+use super::directory::{Directory, preallocate};
+use super::drive::Drive;
+use super::inbox::{Ending, Inbox};
+use super::io::{BlockIo, IoPriority, open_direct, open_engine};
+use super::namespaces::Namespaces;
+use super::page::{PAGE_BYTES, pages_of};
+use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
+use super::read::{ReadDone, Verifiers};
+use super::recovery::{RecoveryReport, recover};
+use super::region_header::HEADER_SLOTS;
+use super::regions::{RegionPins, Regions};
+use super::shared::Shared;
+use super::stats::StoreStats;
+use super::superblock::{SUPERBLOCK_COPIES, Superblock};
+use super::version::StoreUuid;
+use super::writer::{Writer, WriterConfig};
+use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
+use crate::dram::{Arena, Slot};
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{IndexLog, Location};
+
+/// How long dropping a store waits for its threads.
+const DROP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// An open store. Share it in an `Arc`; every method may be called from any thread.
+///
+/// Dropping it without [`Store::close`] is like a crash: what is durable stays, the rest fails with `Closed`.
+pub struct Store {
+    shared: Arc<Shared>,
+    region_bytes: u64,
+    verifiers: RwLock<Option<Verifiers>>,
+    running: Mutex<Option<Running>>,
+    own_threads: Vec<ThreadId>,
+}
+
+/// What has to be ended.
+struct Running {
+    writer: JoinHandle<()>,
+    writer_ended: Receiver<Result<()>>,
+    verifiers: Vec<JoinHandle<()>>,
+    index: Arc<IndexLog>,
+    directory: Directory,
+}
+
+impl Store {
+    /// Opens the store at the configured path, and makes it if there is none. Slots of `arena` are registered with the
+    /// kernel, others work too.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a configuration outside its limits, another region size or a smaller capacity than the store
+    /// has; `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` for a network file
+    /// system or a missing I/O engine; `Corrupt` if both superblocks are unreadable; `Io`.
+    pub fn open(
+        config: StoreConfig,
+        arena: Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
+        Self::open_through(config, &arena, policy, |io| io)
+    }
+
+    /// As [`Store::open`], with a wrapper around the I/O engine.
+    pub(super) fn open_through(
+        config: StoreConfig,
+        arena: &Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+        wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
+        config.validate()?;
+        let mut directory = Directory::open(&config.path)?;
+        if directory.is_new() {
+            let made = make_files(&config, &directory);
+            made.inspect_err(|_| directory.abandon())?;
+        }
+        let files = [open_file(&directory.superblock())?, open_file(&directory.regions())?];
+        let io = wrap(open_engine(config.io, &files, arena, config.queue_depth)?);
+        let superblock = if directory.is_new() {
+            let made =
+                first_superblock(&config).and_then(|first| Drive::write_superblock(&*io, &first).map(|()| first));
+            made.inspect_err(|_| directory.abandon())?
+        } else {
+            resize(&config, &directory, Drive::read_superblock(&*io)?)?
+        };
+        let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
+        let inbox = Arc::new(Inbox::new(config.write_queue_bytes));
+        let shared = Arc::new(Shared::new(
+            superblock.store,
+            Arc::new(Drive::new(io, region_pages)),
+            Arc::new(Regions::new(superblock.region_count, Arc::clone(&inbox))),
+            Namespaces::open(&directory.namespaces(), superblock.store)?,
+            inbox,
+            policy,
+        ));
+        let (report, handover) = recover(&shared, &directory, superblock)?;
+        if directory.is_new() {
+            directory.complete()?;
+        }
+        let index = Arc::clone(&handover.index);
+        let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
+        let store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
+        Ok((Arc::new(store), report))
+    }
+
+    fn start(
+        shared: Arc<Shared>,
+        region_bytes: u64,
+        writer: Writer,
+        index: Arc<IndexLog>,
+        directory: Directory,
+    ) -> Result<Self> {
+        let (verifiers, verifier_threads) = Verifiers::start(&shared)?;
+        let (ended, writer_ended) = bounded(1);
+        let for_writer = Arc::clone(&shared);
+        let work = move || {
+            let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| writer.run()));
+            let result = run.unwrap_or_else(|_| {
+                let error = Error::new(ErrorKind::Poisoned, "the store's writer thread panicked");
+                for_writer.poison("the writer broke down", &error);
+                for_writer.inbox.end(Ending::Abandon);
+                drop(for_writer.inbox.wait(Some(Instant::now())));
+                Err(error)
+            });
+            drop(ended.try_send(result));
+        };
+        let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
+        let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
+        let own_threads = verifier_threads.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
+        let running = Running { writer, writer_ended, verifiers: verifier_threads, index, directory };
+        Ok(Self {
+            shared,
+            region_bytes,
+            verifiers: RwLock::new(Some(verifiers)),
+            running: Mutex::new(Some(running)),
+            own_threads,
+        })
+    }
+
+    /// The number of a namespace in this store; a new one is durable when this returns.
+    ///
+    /// # Errors
+    /// `GeometryMismatch` if it is known with other groups, `InvalidInput` for groups outside their limits or blocks
+    /// larger than a region, `Closed`, `NoSpace`, `Io`.
+    pub fn namespace(&self, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry]) -> Result<NamespaceHandle> {
+        let index = self.running.lock().as_ref().map(|running| Arc::clone(&running.index)).ok_or_else(closed)?;
+        for geometry in groups {
+            self.pages_of_record(geometry.block_bytes)?;
+        }
+        let (handle, row) = self.shared.namespaces.register(descriptor, groups)?;
+        if let Some(row) = row {
+            index.put_namespace(&row)?;
+        }
+        Ok(handle)
+    }
+
+    /// Accepts a record for the log; its `done` runs exactly once, when it is durable and found, or has failed. A failed
+    /// record may still be there after the next open: it is then one that nobody was promised.
+    ///
+    /// # Errors
+    /// The request comes back, its `done` uncalled: `Busy` when too many bytes are not durable yet, `InvalidInput` for a
+    /// payload that fits neither slot, geometry nor region, `NotFound` for an unknown namespace or group, `Poisoned`,
+    /// `Closed`.
+    pub fn append(&self, append: Append) -> Result<(), (Append, Error)> {
+        let prepared = match self.shared.poisoned() {
+            Some(error) => Err(error),
+            None => self.check(&append),
+        };
+        let (identity, shards, pages) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err((append, error)),
+        };
+        let Append { id, kind, parent, depth, slot, payload_bytes, done } = append;
+        let record = QueuedRecord {
+            id,
+            identity,
+            shards,
+            kind: kind.into(),
+            hides: None,
+            parent,
+            depth,
+            slot,
+            payload_bytes,
+            pages,
+            charged_bytes: u64::from(pages) * PAGE_BYTES as u64,
+            is_retry: false,
+            is_for_reclaim: false,
+            done: Done::new(done),
+        };
+        self.shared.inbox.push_record(Box::new(record)).map_err(|(record, error)| {
+            let QueuedRecord { slot, done, .. } = *record;
+            let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
+            (Append { id, kind, parent, depth, slot, payload_bytes, done }, error)
+        })
+    }
+
+    /// What the record is on disk: its identity, its shards, its pages.
+    fn check(&self, append: &Append) -> Result<(super::record_header::DiskIdentity, u16, u32)> {
+        let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        let unknown = |what: String| Error::new(ErrorKind::NotFound, format!("{what} is not known to the store"));
+        let namespace = append.id.namespace;
+        let identity = self.shared.namespaces.identity(&append.id);
+        let identity = identity.ok_or_else(|| unknown(format!("namespace {}", namespace.0)))?;
+        let payload_bytes = append.payload_bytes;
+        if append.kind == RecordKind::Tombstone {
+            return match append.slot {
+                None if payload_bytes == 0 => Ok((identity, 1, 1)),
+                _ => bad(format!("a tombstone with {payload_bytes} bytes; it has neither slot nor payload")),
+            };
+        }
+        let slot_bytes = append.slot.as_ref().map_or(0, |slot| slot.payload_bytes());
+        if payload_bytes == 0 || payload_bytes > slot_bytes as u64 {
+            return bad(format!(
+                "a payload of {payload_bytes} bytes in a slot for {slot_bytes}; give 1 to {slot_bytes}"
+            ));
+        }
+        let pages = self.pages_of_record(payload_bytes)?;
+        match (append.kind, namespace) {
+            (RecordKind::Object, NamespaceHandle(0)) => Ok((identity, 1, pages)),
+            (RecordKind::Kv, handle) if handle.0 > 0 => {
+                let group = self.shared.namespaces.group(handle, append.id.group);
+                let group = group.ok_or_else(|| unknown(format!("group {} of the namespace", append.id.group)))?;
+                if append.id.shard >= group.shards || payload_bytes != group.block_bytes {
+                    let shard = append.id.shard;
+                    return bad(format!(
+                        "a block of {payload_bytes} bytes in shard {shard}; the group has {} of {} shards",
+                        group.block_bytes, group.shards
+                    ));
+                }
+                Ok((identity, group.shards, pages))
+            }
+            (kind, handle) => bad(format!("a {kind:?} in namespace {}; 0 is for objects, others for blocks", handle.0)),
+        }
+    }
+
+    /// Pages of a record on disk.
+    fn pages_of_record(&self, payload_bytes: u64) -> Result<u32> {
+        let limit = u64::from(self.shared.drive.region_pages() - HEADER_SLOTS);
+        let pages = pages_of(payload_bytes).saturating_add(1);
+        u32::try_from(pages).ok().filter(|_| pages <= limit).ok_or_else(|| {
+            let most = (limit - 1) * PAGE_BYTES as u64;
+            let message =
+                format!("{payload_bytes} bytes do not fit in a region; give at most {most}, or larger regions");
+            Error::new(ErrorKind::InvalidInput, message)
+        })
+    }
+
+    /// Makes everything accepted before durable. Not to be called from a callback of the store.
+    ///
+    /// # Errors
+    /// `Timeout` at `deadline`, `Io` if records failed meanwhile, `Poisoned`, `Closed`.
+    pub fn flush(&self, deadline: Instant) -> Result<()> {
+        let failed = || self.shared.counts.snapshot().failed_appends;
+        let failed_before = failed();
+        let (sender, receiver) = bounded(1);
+        self.shared.inbox.push_flush(Done::new(Box::new(move |result| drop(sender.try_send(result)))));
+        match receiver.recv_deadline(deadline) {
+            Ok(result) => result?,
+            Err(RecvTimeoutError::Timeout) => {
+                let message = "the drive did not take everything before the deadline; try again with more time";
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(closed()),
+        }
+        match failed() - failed_before {
+            0 => Ok(()),
+            records => Err(Error::new(ErrorKind::Io, format!("{records} records could not be written"))),
+        }
+    }
+
+    /// Where a record lies, if it is durable and its region is not given up. In memory only.
+    pub fn locate(&self, id: &RecordId) -> Option<Location> {
+        let location = self.shared.locate(id.fingerprint())?;
+        self.shared.regions.touch(location.region, self.shared.regions.next_tick());
+        Some(location)
+    }
+
+    /// The locations of the longest run of records that are there, from the first on, by fingerprint. Clears `out`.
+    pub fn locate_prefix(&self, fingerprints: &[u64], out: &mut Vec<Location>) {
+        self.shared.table.prefix(fingerprints, out);
+        let regions = &self.shared.regions;
+        let tick = regions.next_tick();
+        let mut touched = None;
+        let mut found = 0;
+        for location in out.iter_mut() {
+            let Some(whole) = regions.resolve(*location) else { break };
+            if touched != Some(whole.region) {
+                regions.touch(whole.region, tick);
+                touched = Some(whole.region);
+            }
+            *location = whole;
+            found += 1;
+        }
+        out.truncate(found);
+    }
+
+    /// Keeps the regions of these locations from being reclaimed as long as the result lives.
+    ///
+    /// # Errors
+    /// `NotFound` if one of them was reclaimed already; look up again.
+    pub fn pin(&self, locations: &[Location]) -> Result<RegionPins> {
+        self.shared.regions.pin(locations)
+    }
+
+    /// Reads a record into `slot` and verifies it: header, identity, place, payload. Its region is pinned meanwhile. A
+    /// record that fails is quarantined: it is out of the index, and the error is `Corrupt` (or `Io` if the drive could
+    /// not read it); to the caller both are a miss. Until `done` has run nobody else may use the slot.
+    ///
+    /// # Errors
+    /// `NotFound` if the location is no longer valid, `InvalidInput` for a slot that is too small, `Busy`, `Closed`;
+    /// `done` is then not called.
+    pub fn read(
+        &self,
+        id: RecordId,
+        location: Location,
+        slot: Arc<Slot>,
+        priority: IoPriority,
+        done: ReadDone,
+    ) -> Result<()> {
+        let verifiers = self.verifiers.read();
+        verifiers.as_ref().ok_or_else(closed)?.read(&self.shared, id, location, slot, priority, done)
+    }
+
+    /// All regions, by number.
+    pub fn regions(&self) -> Vec<RegionInfo> {
+        self.shared.regions.infos()
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> StoreStats {
+        let regions = self.regions();
+        StoreStats {
+            io_engine: self.shared.drive.io().name(),
+            capacity_bytes: regions.len() as u64 * self.region_bytes,
+            region_bytes: self.region_bytes,
+            regions: regions.len() as u64,
+            free_regions: regions.iter().filter(|info| info.state == RegionState::Free).count() as u64,
+            records: self.shared.table.len() as u64,
+            live_bytes: regions.iter().map(|info| info.live_bytes).sum(),
+            index_bytes: self.shared.table.memory_bytes() as u64,
+            queued_bytes: self.shared.inbox.held_bytes(),
+            ..self.shared.counts.snapshot()
+        }
+    }
+
+    /// Why the store takes no more writes, if so. Reads go on.
+    pub fn poisoned(&self) -> Option<Error> {
+        self.shared.poisoned()
+    }
+
+    /// Makes everything accepted durable, ends all threads and gives up the lock. Later calls get `Closed`. Not to be
+    /// called from a callback of the store.
+    ///
+    /// # Errors
+    /// `Timeout` if it was not done at `deadline`: it goes on, and may be called again. `Poisoned`, `Io` if the store
+    /// could not be closed in order: what was reported durable is durable all the same.
+    pub fn close(&self, deadline: Instant) -> Result<()> {
+        self.shared.inbox.end(Ending::Drain);
+        let mut running = self.running.lock();
+        let Some(ending) = running.as_ref() else { return Ok(()) };
+        let result = match ending.writer_ended.recv_deadline(deadline) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => {
+                let message = "the drive did not take everything before the deadline; try again with more time";
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(closed()),
+        };
+        let ended = running.take();
+        drop(running);
+        drop(self.verifiers.write().take());
+        if let Some(ended) = ended {
+            ended.end(&self.shared);
+        }
+        result
+    }
+}
+
+impl Running {
+    /// Ends what is left when the writer has ended. The lock goes last.
+    fn end(self, shared: &Shared) {
+        shared.drive.io().close();
+        for thread in self.verifiers.into_iter().chain([self.writer]) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the store panicked");
+            }
+        }
+        drop(self.index);
+        drop(self.directory);
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let Some(running) = self.running.get_mut().take() else { return };
+        self.shared.inbox.end(Ending::Abandon);
+        drop(self.verifiers.get_mut().take());
+        let shared = Arc::clone(&self.shared);
+        let end = move || {
+            if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {
+                tracing::error!("the store's writer did not end; its files stay open");
+                std::mem::forget(running);
+                return;
+            }
+            running.end(&shared);
+        };
+        // The last handle may go in a callback: a thread can not wait for itself.
+        if self.own_threads.contains(&std::thread::current().id()) {
+            drop(std::thread::Builder::new().name("pega-nvme-end".into()).spawn(end));
+        } else {
+            end();
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("uuid", &self.shared.uuid).finish_non_exhaustive()
+    }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the store is closed")
+}
+
+fn open_file(path: &Path) -> Result<File> {
+    open_direct(path).map(|(file, _, _)| file)
+}
+
+fn make_files(config: &StoreConfig, directory: &Directory) -> Result<()> {
+    preallocate(&directory.regions(), u64::from(config.region_count()) * config.region_bytes)?;
+    preallocate(&directory.superblock(), SUPERBLOCK_COPIES * PAGE_BYTES as u64)
+}
+
+fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(Superblock {
+        store: StoreUuid::random()?,
+        counter: 1,
+        region_bytes: config.region_bytes,
+        region_count: config.region_count(),
+        generation_ceiling: 1,
+        sequence_ceiling: 1,
+        is_clean: true,
+        created_unix_ms: since.map_or(0, |since| since.as_millis() as u64),
+    })
+}
+
+/// Grows the store to the configured capacity; the superblock says so with its next write.
+fn resize(config: &StoreConfig, directory: &Directory, superblock: Superblock) -> Result<Superblock> {
+    let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+    let (has, wants) = (superblock.region_bytes, config.region_bytes);
+    if has != wants {
+        return bad(format!(
+            "the store has regions of {has} bytes, the configuration says {wants}; give {has}, or an empty directory"
+        ));
+    }
+    if superblock.region_count > config.region_count() {
+        let bytes = u64::from(superblock.region_count) * has;
+        return bad(format!(
+            "the store has {bytes} bytes, the configuration says {}; a store can not shrink: give at least {bytes}, or an empty directory",
+            config.capacity_bytes
+        ));
+    }
+    preallocate(&directory.regions(), u64::from(config.region_count()) * has)?;
+    Ok(Superblock { region_count: config.region_count(), ..superblock })
+}

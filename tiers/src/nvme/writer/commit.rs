@@ -1,0 +1,166 @@
+//! Group commit: data, `fdatasync`, index, lookups, callbacks, in this order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{BUSY_PAUSE, Pending, What, Writer};
+use crate::block::RecordKind;
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{IndexChange, IndexRow, Location, RegionMark};
+use crate::nvme::drive::REGION_FILE;
+use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
+use crate::nvme::page::PAGE_BYTES;
+use crate::nvme::record_header::HeaderKind;
+use crate::nvme::stats::add;
+
+/// The name in the index under which a region's generation stands if it has records that hide older ones.
+pub(in crate::nvme) fn hiding_name(region: u32) -> String {
+    format!("hides/{region}")
+}
+
+impl Writer {
+    /// Starts a sync for the written prefix when it is time. Writes go on meanwhile, and belong to the next one.
+    pub(super) fn sync_if_due(&mut self) {
+        if self.syncing.is_some() || self.written == 0 || self.busy_until.is_some() || self.shared.poisoned().is_some()
+        {
+            return;
+        }
+        let is_old = self.pending.front().is_some_and(|oldest| oldest.since.elapsed() >= self.config.commit_interval);
+        let is_large = self.written_bytes >= self.config.commit_bytes;
+        if !(is_old || is_large || self.is_written_urgent || self.ending.is_some()) {
+            return;
+        }
+        let inbox = Arc::clone(&self.shared.inbox);
+        let request = IoRequest {
+            file: REGION_FILE,
+            kind: IoKind::Sync,
+            offset: 0,
+            buffer: None,
+            priority: IoPriority::Write,
+            done: Box::new(move |completion: IoCompletion| inbox.push_synced(completion.result)),
+        };
+        match self.shared.drive.io().submit(request) {
+            Ok(()) => {
+                self.syncing = Some(self.pending.drain(..self.written).collect());
+                self.reset_written();
+                self.advance_written();
+            }
+            Err((_, error)) if error.kind() == ErrorKind::Busy => self.busy_until = Some(Instant::now() + BUSY_PAUSE),
+            Err((_, error)) => {
+                self.shared.poison("a sync could not be started", &error);
+                self.shared.inbox.poke();
+            }
+        }
+    }
+
+    pub(super) fn reset_written(&mut self) {
+        (self.written, self.written_bytes, self.is_written_urgent) = (0, 0, false);
+    }
+
+    /// The sync ended. A failed one is never tried again: the kernel may have dropped the data and forgotten about it.
+    pub(super) fn finish_sync(&mut self, result: Result<()>) {
+        let Some(batch) = self.syncing.take() else { return };
+        let outcome = match result {
+            Err(error) => {
+                self.shared.poison("a sync of the store failed", &error);
+                Err(())
+            }
+            Ok(()) => self.commit(&batch).map_err(|error| {
+                self.shared.poison("the index took no commit", &error);
+            }),
+        };
+        match (outcome, self.shared.poisoned()) {
+            (Ok(()), _) => {
+                add(&self.shared.counts.commits, 1);
+                for pending in batch {
+                    self.announce(pending);
+                }
+            }
+            (Err(()), poison) => {
+                let error = poison.unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "the store is poisoned"));
+                for pending in batch {
+                    self.fail(pending, &error);
+                }
+            }
+        }
+    }
+
+    /// What is durable goes into the index, and with that to lookups.
+    fn commit(&mut self, batch: &[Pending]) -> Result<()> {
+        self.note_hiding_regions(batch)?;
+        let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
+        let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
+        self.index.commit(&changes, &marks)?;
+        self.marks.clear();
+        self.shared.publish(&self.index, &changes)
+    }
+
+    /// A region that gets its first record that hides older ones is noted before the record is: whoever reclaims the
+    /// region must know, also after a restart.
+    fn note_hiding_regions(&self, batch: &[Pending]) -> Result<()> {
+        for pending in batch {
+            if let What::Record { record, location, replaces, .. } = &pending.what
+                && (*replaces || record.kind == HeaderKind::Tombstone)
+                && self.shared.regions.set_hiding(location.region)
+            {
+                self.index.meta_put(&hiding_name(location.region), &location.generation.to_le_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How far each region of the batch is covered afterwards; a sealed one is, to its end.
+    fn marks_of(&self, batch: &[Pending]) -> impl Iterator<Item = RegionMark> + use<> {
+        let mut marks = BTreeMap::new();
+        let region_pages = self.shared.drive.region_pages();
+        for pending in batch {
+            let mark = match &pending.what {
+                What::Record { location: Location { region, generation, page, pages }, sequence, .. } => {
+                    RegionMark { region: *region, generation: *generation, page: page + pages, sequence: *sequence }
+                }
+                What::Seal { region, generation, sequence } => {
+                    RegionMark { region: *region, generation: *generation, page: region_pages, sequence: *sequence }
+                }
+                What::Forget { .. } | What::Flush(_) => continue,
+            };
+            marks.insert(mark.region, mark);
+        }
+        marks.into_values()
+    }
+
+    /// Tells whoever waits that it is durable.
+    fn announce(&mut self, pending: Pending) {
+        match pending.what {
+            What::Record { record, location, .. } => {
+                add(&self.shared.counts.appended_records, 1);
+                add(&self.shared.counts.appended_bytes, u64::from(location.pages) * PAGE_BYTES as u64);
+                self.resolve(record, Ok(location));
+            }
+            What::Flush(done) => done.call(Ok(())),
+            What::Seal { .. } | What::Forget { .. } => {}
+        }
+    }
+}
+
+fn change_of(pending: &Pending) -> Option<IndexChange> {
+    let (record, location, sequence) = match &pending.what {
+        What::Record { record, location, sequence, .. } => (record, *location, *sequence),
+        What::Forget { id, sequence } => return Some(IndexChange::Remove { id: *id, sequence: *sequence }),
+        What::Seal { .. } | What::Flush(_) => return None,
+    };
+    match record.kind.record_kind()? {
+        RecordKind::Tombstone => {
+            Some(IndexChange::Remove { id: record.id, sequence: record.hides.unwrap_or(sequence) })
+        }
+        kind => Some(IndexChange::Put(IndexRow {
+            id: record.id,
+            parent: record.parent,
+            depth: record.depth,
+            location,
+            payload_bytes: record.payload_bytes,
+            sequence,
+            kind,
+        })),
+    }
+}

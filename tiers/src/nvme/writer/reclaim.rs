@@ -1,0 +1,274 @@
+//! The life of regions: free, open, sealed, given up, free. One free region is kept in reserve, so that what has to be
+//! written before a region can be given up always has a place.
+//!
+//! A region that is given up may hold records that hide older ones elsewhere (tombstones, and objects that replaced an
+//! earlier version). As long as those may exist, they are hidden again by a new tombstone, durable before the region's
+//! generation is raised. The oldest region never needs that, which is why reclaiming can not come to a standstill.
+
+use std::time::{Duration, Instant};
+
+use super::{OpenRegion, Pending, REGION_WAIT, What, Writer};
+use crate::block::RecordId;
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::RegionMark;
+use crate::nvme::append::QueuedRecord;
+use crate::nvme::inbox::Entry;
+use crate::nvme::policy::RegionInfo;
+use crate::nvme::record_header::HeaderKind;
+use crate::nvme::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
+use crate::nvme::scan::{AtDamage, ScanRange, scan};
+use crate::nvme::stats::add;
+
+/// Tombstones that are written again for one region at most, as a share of its pages; past that another region goes.
+const KEPT_TOMBSTONES_SHARE: u32 = 8;
+/// After a region could not be reclaimed, how long until it is tried again while there is no need yet.
+const RECLAIM_PAUSE: Duration = Duration::from_millis(10);
+/// Stale entries in the table are removed when they are more than one in so many.
+const STALE_SHARE: u64 = 4;
+/// Below this they do not matter.
+const STALE_MIN: u64 = 4096;
+
+/// Regions reclaimed between two removals at most. The table keeps 16 bits of a generation, a life takes two of them: a
+/// stale entry must be gone before its bits come again.
+const LIVES_MAX: u64 = 1 << 13;
+
+/// A region on its way to being free.
+pub(super) struct Reclaim {
+    region: u32,
+    /// Tombstones that are not durable yet.
+    waits_for: usize,
+    has_failed: bool,
+}
+
+impl Writer {
+    /// The open region, with room for so many pages; opens another one if need be. `None`: there is none now.
+    pub(super) fn room_for(&mut self, pages: u32) -> Option<OpenRegion> {
+        let region_pages = self.shared.drive.region_pages();
+        if let Some(open) = self.open {
+            if open.next_page + pages <= region_pages {
+                return Some(open);
+            }
+            self.seal_open_region();
+        }
+        if self.free.is_empty() {
+            self.try_reclaim();
+        }
+        while let Some(region) = self.free.pop_front() {
+            match self.open_region(region) {
+                Ok(open) => {
+                    self.open = Some(open);
+                    self.set_starving(false);
+                    return Some(open);
+                }
+                Err(error) if self.shared.poisoned().is_some() => {
+                    tracing::debug!(%error, "no region is opened");
+                    return None;
+                }
+                // It stays out of use until the store is opened again.
+                Err(error) => tracing::warn!(region, error = format!("{error:#}"), "a region could not be opened"),
+            }
+        }
+        self.set_starving(true);
+        None
+    }
+
+    /// No more records go to the open region. The index learns it after the last of them.
+    pub(super) fn seal_open_region(&mut self) {
+        if let Some(open) = self.open.take() {
+            self.shared.regions.seal(open.region);
+            let (region, generation, sequence) = (open.region, open.generation, self.last_sequence);
+            self.pending.push_back(Pending::new(What::Seal { region, generation, sequence }));
+        }
+    }
+
+    fn open_region(&mut self, region: u32) -> Result<OpenRegion> {
+        let first_sequence = self.counters.sequence();
+        let generation = self.begin_generation(region, RegionPurpose::Records, first_sequence)?;
+        self.shared.regions.open(region, generation, first_sequence);
+        self.shared.regions.set_used(region, HEADER_SLOTS);
+        Ok(OpenRegion { region, generation, next_page: HEADER_SLOTS })
+    }
+
+    /// Writes a region's header with a new generation; durable when it returns.
+    fn begin_generation(&mut self, region: u32, purpose: RegionPurpose, first_sequence: u64) -> Result<u64> {
+        let header = RegionHeader {
+            store: self.shared.uuid,
+            region,
+            generation: self.counters.next_generation().inspect_err(|error| {
+                self.shared.poison("reserving generations failed", error);
+            })?,
+            purpose,
+            first_sequence,
+            region_bytes: u64::from(self.shared.drive.region_pages()) * crate::nvme::page::PAGE_BYTES as u64,
+        };
+        let slot = &mut self.header_slots[region as usize];
+        *slot = self.shared.drive.write_region_header(&header, *slot)?;
+        Ok(header.generation)
+    }
+
+    fn set_starving(&mut self, is_starving: bool) {
+        self.shared.regions.set_writer_starving(is_starving);
+        self.starving_since = is_starving.then(|| self.starving_since.unwrap_or_else(Instant::now));
+    }
+
+    /// Fails what is queued when no region could be had for too long: the cache is full of what readers hold.
+    pub(super) fn fail_if_starved(&mut self) {
+        let is_starved = self.starving_since.is_some_and(|since| since.elapsed() >= REGION_WAIT);
+        if !is_starved || self.queue.is_empty() || self.has_failed_write {
+            return;
+        }
+        for entry in std::mem::take(&mut self.queue) {
+            match entry {
+                Entry::Record(record) => {
+                    add(&self.shared.counts.starved_appends, 1);
+                    let message = "no region could be reclaimed: readers hold all of them; try again later";
+                    self.end(record, Err(Error::new(ErrorKind::Busy, message)));
+                }
+                Entry::Flush(done) => self.pending.push_back(Pending::new(What::Flush(done))),
+            }
+        }
+        self.advance_written();
+        self.sync_if_due();
+    }
+
+    /// Starts to reclaim a region when the last free one was taken.
+    pub(super) fn keep_a_spare_region(&mut self) {
+        let is_too_soon = self.reclaim_again_at.is_some_and(|at| Instant::now() < at);
+        if self.free.is_empty() && self.open.is_some() && !is_too_soon {
+            self.try_reclaim();
+        }
+    }
+
+    /// Chooses a region to give up and starts, unless one is on its way.
+    fn try_reclaim(&mut self) {
+        if self.reclaim.is_some()
+            || self.shared.poisoned().is_some()
+            || self.ending.is_some_and(|_| self.queue.is_empty())
+        {
+            return;
+        }
+        self.reclaim_again_at = None;
+        if !self.start_reclaim() {
+            self.reclaim_again_at = Some(Instant::now() + RECLAIM_PAUSE);
+        }
+    }
+
+    fn start_reclaim(&mut self) -> bool {
+        let candidates = self.shared.regions.candidates();
+        let chosen = self.shared.policy.victim(&candidates);
+        let chosen = chosen.and_then(|region| candidates.iter().find(|info| info.region == region));
+        let Some(chosen) = chosen else { return false };
+        let oldest = candidates.iter().min_by_key(|info| info.first_sequence);
+        let oldest = oldest.filter(|oldest| oldest.region != chosen.region);
+        [Some(chosen), oldest].into_iter().flatten().any(|info| self.start_reclaim_of(info))
+    }
+
+    /// Takes a region away from its readers and finds out what it hides; whether it is on its way to being free.
+    fn start_reclaim_of(&mut self, info: &RegionInfo) -> bool {
+        if self.shared.regions.begin_reclaim(info.region).is_none() {
+            return false;
+        }
+        match self.tombstones_to_keep(info) {
+            Ok(Some(tombstones)) => {
+                self.reclaim = Some(Reclaim { region: info.region, waits_for: tombstones.len(), has_failed: false });
+                add(&self.shared.counts.kept_tombstones, tombstones.len() as u64);
+                for tombstone in tombstones {
+                    self.queue.push_front(Entry::Record(Box::new(tombstone)));
+                }
+                self.finish_reclaim_if_ready();
+                true
+            }
+            Ok(None) => {
+                self.shared.regions.abort_reclaim(info.region);
+                false
+            }
+            Err(error) => {
+                tracing::warn!(region = info.region, error = format!("{error:#}"), "a region could not be reclaimed");
+                self.shared.regions.abort_reclaim(info.region);
+                false
+            }
+        }
+    }
+
+    /// The tombstones without which something older could come back; `None` if they are too many.
+    fn tombstones_to_keep(&self, info: &RegionInfo) -> Result<Option<Vec<QueuedRecord>>> {
+        let oldest = self.shared.regions.oldest_sequence_besides(info.region);
+        let Some(oldest) = oldest.filter(|_| self.shared.regions.is_hiding(info.region)) else {
+            return Ok(Some(Vec::new()));
+        };
+        let region_pages = self.shared.drive.region_pages();
+        let room = self.open.map_or(0, |open| region_pages - open.next_page);
+        let limit = room.min(region_pages / KEPT_TOMBSTONES_SHARE) as usize;
+        let range = ScanRange {
+            store: self.shared.uuid,
+            region: info.region,
+            generation: info.generation,
+            from_page: HEADER_SLOTS,
+            after_sequence: info.first_sequence.saturating_sub(1),
+            at_damage: AtDamage::Search,
+            checks_payloads: false,
+        };
+        let mut kept = Vec::new();
+        let namespaces = &self.shared.namespaces;
+        scan(&self.shared.drive, &range, &mut |found| {
+            let header = found.header;
+            let hides = match header.kind {
+                HeaderKind::Tombstone => header.hides,
+                _ if header.replaces => header.sequence,
+                _ => return Ok(()),
+            };
+            let identity = header.identity;
+            // No namespace, no lookup: nothing can come back.
+            if hides >= oldest
+                && kept.len() <= limit
+                && let Some(namespace) = namespaces.handle_of(&identity.namespace)
+            {
+                let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
+                kept.push(QueuedRecord::tombstone(id, identity, hides, true));
+            }
+            Ok(())
+        })?;
+        Ok((kept.len() <= limit).then_some(kept))
+    }
+
+    /// A tombstone that a reclaim waits for is durable, or failed.
+    pub(super) fn note_kept_tombstone(&mut self, is_durable: bool) {
+        if let Some(reclaim) = &mut self.reclaim {
+            reclaim.waits_for -= 1;
+            reclaim.has_failed |= !is_durable;
+        }
+        self.finish_reclaim_if_ready();
+    }
+
+    fn finish_reclaim_if_ready(&mut self) {
+        let Some(reclaim) = self.reclaim.take_if(|reclaim| reclaim.waits_for == 0) else { return };
+        let region = reclaim.region;
+        if reclaim.has_failed || self.shared.poisoned().is_some() {
+            return self.shared.regions.abort_reclaim(region);
+        }
+        match self.begin_generation(region, RegionPurpose::Free, 0) {
+            Ok(generation) => self.free_region(region, generation),
+            Err(error) => {
+                tracing::warn!(region, error = format!("{error:#}"), "a region could not be reclaimed");
+                self.shared.regions.abort_reclaim(region);
+            }
+        }
+    }
+
+    fn free_region(&mut self, region: u32, generation: u64) {
+        let records = self.shared.regions.finish_reclaim(region, generation);
+        self.free.push_back(region);
+        // The mark ends all rows of the region at once.
+        self.marks.push(RegionMark { region, generation, page: 0, sequence: 0 });
+        add(&self.shared.counts.reclaimed_regions, 1);
+        add(&self.shared.counts.reclaimed_records, records);
+        self.stale_records += records;
+        self.lives_since_sweep += 1;
+        let is_stale = self.stale_records >= STALE_MIN.max(self.shared.table.len() as u64 / STALE_SHARE);
+        if is_stale || self.lives_since_sweep >= LIVES_MAX {
+            (self.stale_records, self.lives_since_sweep) = (0, 0);
+            let regions = &self.shared.regions;
+            self.shared.table.retain(|location| regions.resolve(*location).is_some());
+        }
+    }
+}
