@@ -9,9 +9,9 @@ pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory};
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages,
-    ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig, StoreStats, Verified,
-    open_direct, open_engine,
+    Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
+    Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
+    StoreStats, Verified, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

@@ -145,7 +145,9 @@ impl Directory {
             file.write_all(version_text().as_bytes())?;
             file.sync_all()
         });
-        written.and_then(|()| self.sync()).map_err(|source| Error::from_io(format!("writing {}", path.display()), source))
+        written
+            .and_then(|()| self.sync())
+            .map_err(|source| Error::from_io(format!("writing {}", path.display()), source))
     }
 }
 
@@ -174,14 +176,14 @@ fn lock(path: &Path) -> Result<File> {
 }
 
 fn refuse_network_file_systems(path: &Path) -> Result<()> {
-    let found = statfs(path).map_err(|source| Error::from_io(format!("looking at {}", path.display()), source.into()))?;
+    let found =
+        statfs(path).map_err(|source| Error::from_io(format!("looking at {}", path.display()), source.into()))?;
     // The kernel's magic numbers have 32 bits, in a field that may be signed and wider.
     let magic = u64::from(found.f_type as u32);
     match NETWORK_FILE_SYSTEMS.iter().find(|(known, _)| *known == magic) {
         None => Ok(()),
         Some((_, name)) => {
-            let message =
-                format!("{} lies on {name}; a store needs a local file system: ext4 or XFS", path.display());
+            let message = format!("{} lies on {name}; a store needs a local file system: ext4 or XFS", path.display());
             Err(Error::new(ErrorKind::Unsupported, message))
         }
     }
@@ -211,7 +213,8 @@ fn refuse_foreign_content(path: &Path) -> Result<()> {
 /// # Errors
 /// `NoSpace` naming what is needed and what is free, otherwise what the file system reports.
 pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
-    let failed = |source: std::io::Error| Error::from_io(format!("taking {bytes} bytes for {}", path.display()), source);
+    let failed =
+        |source: std::io::Error| Error::from_io(format!("taking {bytes} bytes for {}", path.display()), source);
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let file = opened.map_err(failed)?;
     let held = file.metadata().map_err(failed)?.len();

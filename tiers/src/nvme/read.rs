@@ -116,9 +116,8 @@ impl Verifiers {
         let sender = self.sender.clone();
         let buffer = IoBuffer::Slot { slot: Arc::clone(&slot), bytes };
         let done = Done::new(done);
-        let reading =
-            Box::new(Reading { id, identity, location, slot, _pins: pins, in_flight, result: Ok(()), done });
-        let (hand_over, mut take_back) = parts(reading);
+        let reading = Box::new(Reading { id, identity, location, slot, _pins: pins, in_flight, result: Ok(()), done });
+        let (hand_over, take_back) = parts(reading);
         let request = IoRequest {
             file: REGION_FILE,
             kind: IoKind::Read,

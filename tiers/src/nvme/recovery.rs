@@ -199,9 +199,10 @@ impl Recovery<'_> {
         let mut dropped_rows = 0;
         self.index.scan(&mut |row| {
             let Location { region, generation, page, pages } = row.location;
-            let is_there = self.shared.regions.resolve(row.location).is_some_and(|there| there.generation == generation)
-                && page >= HEADER_SLOTS
-                && page + pages <= region_pages;
+            let is_there =
+                self.shared.regions.resolve(row.location).is_some_and(|there| there.generation == generation)
+                    && page >= HEADER_SLOTS
+                    && page + pages <= region_pages;
             if is_there {
                 self.shared.point_to(&row.id, row.parent, row.location);
                 self.shared.regions.set_used(region, page + pages);

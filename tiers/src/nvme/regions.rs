@@ -57,9 +57,7 @@ impl Regions {
             hides: false,
         };
         Self {
-            gates: (0..count)
-                .map(|_| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) })
-                .collect(),
+            gates: (0..count).map(|_| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) }).collect(),
             regions: Mutex::new(vec![free; count as usize]),
             tick: AtomicU64::new(1),
             is_writer_starving: AtomicBool::new(false),
@@ -105,7 +103,8 @@ impl Regions {
                 region.generation == generation && matches!(region.state, RegionState::Open | RegionState::Sealed)
             };
             if regions.get(number as usize).filter(is_readable).is_none() {
-                let message = format!("region {number} is no longer in generation {generation}; look the block up again");
+                let message =
+                    format!("region {number} is no longer in generation {generation}; look the block up again");
                 return Err(Error::new(ErrorKind::NotFound, message));
             }
         }
@@ -251,9 +250,9 @@ impl Regions {
     /// The lowest sequence that a record in a region other than `number` can have; `None` if there is no such record.
     pub(super) fn oldest_sequence_besides(&self, number: u32) -> Option<u64> {
         let regions = self.regions.lock();
-        let others = (0u32..).zip(regions.iter()).filter(|(other, region)| {
-            *other != number && region.state != RegionState::Free
-        });
+        let others = (0u32..)
+            .zip(regions.iter())
+            .filter(|(other, region)| *other != number && region.state != RegionState::Free);
         others.map(|(_, region)| region.first_sequence).min()
     }
 

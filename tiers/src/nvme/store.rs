@@ -88,7 +88,8 @@ impl Store {
         let files = [open_file(&directory.superblock())?, open_file(&directory.regions())?];
         let io = wrap(open_engine(config.io, &files, arena, config.queue_depth)?);
         let superblock = if directory.is_new() {
-            let made = first_superblock(&config).and_then(|first| Drive::write_superblock(&*io, &first).map(|()| first));
+            let made =
+                first_superblock(&config).and_then(|first| Drive::write_superblock(&*io, &first).map(|()| first));
             made.inspect_err(|_| directory.abandon())?
         } else {
             resize(&config, &directory, Drive::read_superblock(&*io)?)?
@@ -221,7 +222,9 @@ impl Store {
         }
         let slot_bytes = append.slot.as_ref().map_or(0, |slot| slot.payload_bytes());
         if payload_bytes == 0 || payload_bytes > slot_bytes as u64 {
-            return bad(format!("a payload of {payload_bytes} bytes in a slot for {slot_bytes}; give 1 to {slot_bytes}"));
+            return bad(format!(
+                "a payload of {payload_bytes} bytes in a slot for {slot_bytes}; give 1 to {slot_bytes}"
+            ));
         }
         let pages = self.pages_of_record(payload_bytes)?;
         match (append.kind, namespace) {
@@ -248,7 +251,8 @@ impl Store {
         let pages = pages_of(payload_bytes).saturating_add(1);
         u32::try_from(pages).ok().filter(|_| pages <= limit).ok_or_else(|| {
             let most = (limit - 1) * PAGE_BYTES as u64;
-            let message = format!("{payload_bytes} bytes do not fit in a region; give at most {most}, or larger regions");
+            let message =
+                format!("{payload_bytes} bytes do not fit in a region; give at most {most}, or larger regions");
             Error::new(ErrorKind::InvalidInput, message)
         })
     }
@@ -405,7 +409,7 @@ impl Drop for Store {
         drop(self.verifiers.get_mut().take());
         let shared = Arc::clone(&self.shared);
         let end = move || {
-            if running.writer_ended.recv_timeout(DROP_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {
                 tracing::error!("the store's writer did not end; its files stay open");
                 std::mem::forget(running);
                 return;

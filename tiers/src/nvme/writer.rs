@@ -85,11 +85,24 @@ struct Pending {
 }
 
 enum What {
-    Record { record: Box<QueuedRecord>, location: Location, sequence: u64, replaces: bool, write: Write },
+    Record {
+        record: Box<QueuedRecord>,
+        location: Location,
+        sequence: u64,
+        replaces: bool,
+        write: Write,
+    },
     /// The region will take no more records; the last one has this sequence.
-    Seal { region: u32, generation: u64, sequence: u64 },
+    Seal {
+        region: u32,
+        generation: u64,
+        sequence: u64,
+    },
     /// The index forgets a record up to this sequence.
-    Forget { id: RecordId, sequence: u64 },
+    Forget {
+        id: RecordId,
+        sequence: u64,
+    },
     Flush(Done<()>),
 }
 

@@ -22,7 +22,8 @@ pub(in crate::nvme) fn hiding_name(region: u32) -> String {
 impl Writer {
     /// Starts a sync for the written prefix when it is time. Writes go on meanwhile, and belong to the next one.
     pub(super) fn sync_if_due(&mut self) {
-        if self.syncing.is_some() || self.written == 0 || self.busy_until.is_some() || self.shared.poisoned().is_some() {
+        if self.syncing.is_some() || self.written == 0 || self.busy_until.is_some() || self.shared.poisoned().is_some()
+        {
             return;
         }
         let is_old = self.pending.front().is_some_and(|oldest| oldest.since.elapsed() >= self.config.commit_interval);

@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use super::{OpenRegion, Pending, REGION_WAIT, What, Writer};
+use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::RegionMark;
 use crate::nvme::append::QueuedRecord;
@@ -17,7 +18,6 @@ use crate::nvme::record_header::HeaderKind;
 use crate::nvme::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use crate::nvme::scan::{AtDamage, ScanRange, scan};
 use crate::nvme::stats::add;
-use crate::block::RecordId;
 
 /// Tombstones that are written again for one region at most, as a share of its pages; past that another region goes.
 const KEPT_TOMBSTONES_SHARE: u32 = 8;
@@ -141,7 +141,9 @@ impl Writer {
 
     /// Chooses a region to give up and starts, unless one is on its way.
     fn try_reclaim(&mut self) {
-        if self.reclaim.is_some() || self.shared.poisoned().is_some() || self.ending.is_some_and(|_| self.queue.is_empty())
+        if self.reclaim.is_some()
+            || self.shared.poisoned().is_some()
+            || self.ending.is_some_and(|_| self.queue.is_empty())
         {
             return;
         }
@@ -168,8 +170,7 @@ impl Writer {
         }
         match self.tombstones_to_keep(info) {
             Ok(Some(tombstones)) => {
-                self.reclaim =
-                    Some(Reclaim { region: info.region, waits_for: tombstones.len(), has_failed: false });
+                self.reclaim = Some(Reclaim { region: info.region, waits_for: tombstones.len(), has_failed: false });
                 add(&self.shared.counts.kept_tombstones, tombstones.len() as u64);
                 for tombstone in tombstones {
                     self.queue.push_front(Entry::Record(Box::new(tombstone)));
