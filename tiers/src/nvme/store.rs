@@ -174,6 +174,7 @@ impl Store {
     /// The request comes back, its `done` uncalled: `Busy` when too many bytes are not durable yet, `InvalidInput` for a
     /// payload that fits neither slot, geometry nor region, `NotFound` for an unknown namespace or group, `Poisoned`,
     /// `Closed`.
+    #[expect(clippy::result_large_err, reason = "a refused request comes back whole to its caller")]
     pub fn append(&self, append: Append) -> Result<(), (Append, Error)> {
         let prepared = match self.shared.poisoned() {
             Some(error) => Err(error),

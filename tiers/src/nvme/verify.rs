@@ -54,6 +54,9 @@ trait Reader {
     fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]>;
 }
 
+/// One way of reading everything.
+type Attempt = fn(&Job) -> Result<VerifyReport>;
+
 /// What one attempt works on.
 struct Job {
     shared: Arc<Shared>,
@@ -69,7 +72,7 @@ pub(super) fn verify(
     path: &Path,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
-    let attempts: [Option<fn(&Job) -> Result<VerifyReport>>; 2] = [on_tokio_uring(), Some(on_blocking_reads)];
+    let attempts: [Option<Attempt>; 2] = [on_tokio_uring(), Some(on_blocking_reads)];
     let mut last = Error::new(ErrorKind::Io, "the verification did not end");
     for attempt in attempts.into_iter().flatten() {
         let (sender, receiver) = bounded(PROGRESS_MAX);
@@ -100,12 +103,12 @@ fn on_blocking_reads(job: &Job) -> Result<VerifyReport> {
 }
 
 #[cfg(not(feature = "tokio-uring"))]
-fn on_tokio_uring() -> Option<fn(&Job) -> Result<VerifyReport>> {
+fn on_tokio_uring() -> Option<Attempt> {
     None
 }
 
 #[cfg(feature = "tokio-uring")]
-fn on_tokio_uring() -> Option<fn(&Job) -> Result<VerifyReport>> {
+fn on_tokio_uring() -> Option<Attempt> {
     use tokio_uring::buf::BoundedBuf;
 
     struct Ring {
@@ -155,7 +158,7 @@ impl Job {
                 self.check_region(reader, of_one_region, &mut report);
                 let progress = VerifyProgress { records: report.records, records_total: total };
                 // Whoever listens slowly misses some.
-                drop(self.progress.try_send(progress));
+                let _ = self.progress.try_send(progress);
             }
         }
         Ok(report)
@@ -198,34 +201,39 @@ impl Job {
         report: &mut VerifyReport,
     ) {
         let offset = self.shared.drive.offset(start.region, start.page);
-        let read = reader.read(offset, pages as usize * PAGE_BYTES).map(<[u8]>::to_vec);
-        for (location, id) in places {
-            let length = location.pages as usize * PAGE_BYTES;
-            let at = (location.page - start.page) as usize * PAGE_BYTES;
-            // What could not be read at once may be readable one by one.
-            let single;
-            let bytes = match &read {
-                Ok(bytes) => bytes.get(at..at + length),
-                Err(_) => {
-                    single = reader.read(offset + at as u64, length).map(<[u8]>::to_vec).ok();
-                    single.as_deref()
-                }
-            };
-            let checked = bytes.and_then(|bytes| {
-                let (header, payload) = bytes.split_at_checked(PAGE_BYTES)?;
-                let identity = self.shared.namespaces.identity(id)?;
-                check(&self.shared, &identity, location, header, payload).ok()
-            });
-            report.records += 1;
-            report.bytes += length as u64;
-            if checked.is_none() && self.shared.forget_at(id, location) {
-                report.corrupt += 1;
-                add(&self.shared.counts.bad_reads, 1);
-                tracing::warn!(?id, ?location, "a record is damaged; it is quarantined");
-                self.shared.inbox.push_bad_record(*id, *location);
+        if let Ok(bytes) = reader.read(offset, pages as usize * PAGE_BYTES) {
+            for (location, id) in places {
+                let at = (location.page - start.page) as usize * PAGE_BYTES;
+                self.check_record(id, location, bytes.get(at..at + length_of(location)), report);
             }
+            return;
+        }
+        // What can not be read at once may be readable one by one.
+        for (location, id) in places {
+            let offset = self.shared.drive.offset(location.region, location.page);
+            self.check_record(id, location, reader.read(offset, length_of(location)).ok(), report);
         }
     }
+
+    fn check_record(&self, id: &RecordId, location: &Location, bytes: Option<&[u8]>, report: &mut VerifyReport) {
+        let checked = bytes.and_then(|bytes| {
+            let (header, payload) = bytes.split_at_checked(PAGE_BYTES)?;
+            let identity = self.shared.namespaces.identity(id)?;
+            check(&self.shared, &identity, location, header, payload).ok()
+        });
+        report.records += 1;
+        report.bytes += length_of(location) as u64;
+        if checked.is_none() && self.shared.forget_at(id, location) {
+            report.corrupt += 1;
+            add(&self.shared.counts.bad_reads, 1);
+            tracing::warn!(?id, ?location, "a record is damaged; it is quarantined");
+            self.shared.inbox.push_bad_record(*id, *location);
+        }
+    }
+}
+
+fn length_of(location: &Location) -> usize {
+    location.pages as usize * PAGE_BYTES
 }
 
 /// Bytes of which a part starts at a multiple of a page in memory, as direct I/O wants it.
