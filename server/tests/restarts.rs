@@ -7,7 +7,7 @@ mod support;
 use std::process::Command;
 use std::time::Duration;
 
-use pegaflow_engine::{ErrorKind, SaveOutcome};
+use pegaflow_engine::{ErrorKind, LoadOutcome, SaveOutcome};
 use pegaflow_server::client::{CompletionResult, Endpoint};
 use support::{BLOCKS, Local, PATIENCE, Process, Worker, until};
 
@@ -159,4 +159,59 @@ fn every_problem_of_the_configuration_is_named_at_once() {
     let mut command = Process::command(&directory.path().join("p.sock"));
     let (code, _, stderr) = run(command.args(["--tcp", "0.0.0.0:0", "--insecure-loopback"]));
     assert!(code == Some(2) && stderr.contains("loopback"), "{stderr}");
+}
+
+/// A directory for a store: O_DIRECT needs a real file system.
+fn store_directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+fn with_store(socket: &std::path::Path, store: &std::path::Path) -> Command {
+    let mut command = Process::command(socket);
+    command.args(["--capacity", "64MiB", "--region", "16MiB", "--log", "error", "--path"]).arg(store);
+    command
+}
+
+#[test]
+fn what_was_saved_is_there_after_sigterm_and_a_new_start() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let socket = sockets.path().join("p.sock");
+    let mut worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+    worker.register();
+    let count = BLOCKS / 2;
+    (0..count).for_each(|block| worker.fill(block, block as u8));
+    let (mut server, _) = Process::start(with_store(&socket, &store));
+    worker.client.wait_connected(PATIENCE).expect("connects");
+    let operation = worker.start_save(count).expect("accepted");
+    worker.wait(operation);
+    server.signal("-TERM");
+    assert_eq!(server.wait_exit(), Some(0));
+    until("the client notices", || !worker.client.is_connected());
+    let (_server, ready) = Process::start(with_store(&socket, &store));
+    assert_eq!(ready["records"], count);
+    worker.client.wait_connected(PATIENCE).expect("registers by itself");
+    let operation = worker.start_load(count);
+    let loaded = LoadOutcome { loaded_dram: 0, loaded_nvme: count, failed: vec![] };
+    assert_eq!(worker.wait(operation), CompletionResult::Load(loaded));
+    for block in 0..count {
+        assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");
+    }
+}
+
+#[test]
+fn a_directory_in_use_or_of_something_else_is_refused_in_one_line() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let (_server, _) = Process::start(with_store(&sockets.path().join("1.sock"), &store));
+    let second = sockets.path().join("2.sock");
+    let (code, stdout, stderr) = run(&mut with_store(&second, &store));
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(3), "", 1), "{stderr}");
+    assert!(!second.exists());
+    let foreign = directory.path().join("foreign");
+    std::fs::create_dir(&foreign).expect("makes");
+    std::fs::write(foreign.join("VERSION"), "somebody else's\n").expect("writes");
+    let (code, _, stderr) = run(&mut with_store(&second, &foreign));
+    assert_eq!((code, stderr.lines().count()), (Some(4), 1), "{stderr}");
+    assert_eq!(std::fs::read(foreign.join("VERSION")).expect("reads"), b"somebody else's\n", "left as it was");
 }
