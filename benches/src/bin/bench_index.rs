@@ -156,7 +156,12 @@ fn write_store(prompts: &Prompts, options: &ServerOptions) -> Result<()> {
                 .map(|(block, (key, parent))| BlockSave { key, parent, depth: block, block })
                 .collect(),
         };
-        engine.save(save, Box::new(move |outcome| drop(sender.send(outcome))))?;
+        engine.save(
+            save,
+            Box::new(move |outcome| {
+                let _ = sender.send(outcome);
+            }),
+        )?;
         let outcome = ended.recv_timeout(PATIENCE)?;
         ensure!(outcome.saved as usize == PROMPT_BLOCKS, "prompt {number} was not saved: {outcome:?}");
         // DRAM takes only so much that is not durable yet.
