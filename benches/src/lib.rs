@@ -1,5 +1,7 @@
-//! What the benches share: made-up records that look like those of a cache. Measures nothing itself.
+//! What the benches share: made-up prompts and the smallest blocks to save. Measures nothing itself.
 
+mod prompts;
 mod records;
 
+pub use prompts::{BLOCK_BYTES, Prompts, block_memory, spec};
 pub use records::{PROMPT_BLOCKS, Records};

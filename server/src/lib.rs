@@ -19,7 +19,7 @@ mod wire;
 
 /// The protocol as generated from `proto/pegaflow.proto`, where every field is described.
 pub mod proto {
-    #![expect(missing_docs, reason = "generated code; the fields are described in pegaflow.proto")]
+    #![expect(missing_docs, clippy::allow_attributes, reason = "generated code; see pegaflow.proto")]
     tonic::include_proto!("pegaflow.v1");
 }
 

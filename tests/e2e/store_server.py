@@ -12,7 +12,7 @@ from typing import Any
 from processes import Process, free_port, wait_until
 
 _START_SECONDS = 60.0
-_LOADED_BLOCKS = re.compile(r"^pegaflow_loaded_(dram|nvme)_blocks_total (\S+)$", re.MULTILINE)
+_LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{tier="(dram|nvme)"\} (\S+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)

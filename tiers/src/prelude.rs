@@ -13,7 +13,7 @@ pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, 
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
     Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
-    StoreStats, Verified, open_direct, open_engine,
+    StoreStats, Verified, VerifyProgress, VerifyReport, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

@@ -111,9 +111,7 @@ fn gauges(socket: &Path, server: &ServerProcess) -> Result<Gauges> {
     let options = WorkerOptions { instance: "gauges".into(), model: "gauges".into(), block_bytes: 48, blocks: 1 };
     let worker = TestWorker::connect(socket, options, Duration::from_secs(30))?;
     let stats = worker.client.stats()?;
-    let number = |name: &str| {
-        stats.get(name).and_then(serde_json::Value::as_u64).with_context(|| format!("no {name} in {stats}"))
-    };
+    let number = |name: &str| stats["engine"][name].as_u64().with_context(|| format!("no {name} in {stats}"));
     let gauges = Gauges {
         leases: number("leases")?,
         operations: number("operations")?,

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::io::{BlockIo, FileId, IoBuffer, IoKind, Pages, sync_blocking, transfer_blocking};
 use super::page::{PAGE_BYTES, Page};
-use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -66,25 +65,6 @@ impl Drive {
     /// What the engine reports; then nothing written since the last success may be believed.
     pub(super) fn sync(&self) -> Result<()> {
         sync_blocking(&*self.io, REGION_FILE, DRIVE_TIMEOUT)
-    }
-
-    /// Begins a new generation of a region, durably: the header goes to the slot that does not hold the current one, so
-    /// that a torn write leaves that one. Once a header for records is durable the other slot gets it too, against decay;
-    /// the next sync makes that durable. Returns the slot.
-    ///
-    /// # Errors
-    /// What the engine reports for the first write and the sync.
-    pub(super) fn write_region_header(&self, header: &RegionHeader, current_slot: u32) -> Result<u32> {
-        let slot = (current_slot + 1) % HEADER_SLOTS;
-        let page = header.encode();
-        self.write(header.region, slot, &page)?;
-        self.sync()?;
-        if header.purpose == RegionPurpose::Records
-            && let Err(error) = self.write(header.region, current_slot, &page)
-        {
-            tracing::warn!(region = header.region, %error, "a region's second header could not be written");
-        }
-        Ok(slot)
     }
 
     /// The newest intact superblock.

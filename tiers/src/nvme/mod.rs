@@ -24,6 +24,7 @@ mod store;
 mod superblock;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod version;
 mod writer;
 
@@ -41,3 +42,4 @@ pub use recovery::RecoveryReport;
 pub use regions::RegionPins;
 pub use stats::StoreStats;
 pub use store::Store;
+pub use verify::{VerifyProgress, VerifyReport};

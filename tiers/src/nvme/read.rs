@@ -151,7 +151,7 @@ impl Verifiers {
 
 fn verify(shared: &Shared, reading: Reading) {
     let Reading { id, identity, location, slot, _pins, in_flight, result, done } = reading;
-    let outcome = result.and_then(|()| check(shared, &identity, &location, &slot));
+    let outcome = result.and_then(|()| check(shared, &identity, &location, &slot.read_header(), slot.payload()));
     add(&shared.counts.reads, 1);
     match &outcome {
         Ok(verified) => add(&shared.counts.read_bytes, verified.payload_bytes),
@@ -167,9 +167,15 @@ fn verify(shared: &Shared, reading: Reading) {
     done.call(outcome);
 }
 
-/// Everything that must hold before bytes from a drive are believed.
-fn check(shared: &Shared, identity: &DiskIdentity, location: &Location, slot: &Slot) -> Result<Verified> {
-    let header = RecordHeader::decode(&slot.read_header())?;
+/// Everything that must hold before bytes from a drive are believed: `payload` starts after the header page.
+pub(super) fn check(
+    shared: &Shared,
+    identity: &DiskIdentity,
+    location: &Location,
+    header: &[u8],
+    payload: &[u8],
+) -> Result<Verified> {
+    let header = RecordHeader::decode(header)?;
     header.check_place(shared.uuid, location.region, location.generation, location.page)?;
     header.check_identity(identity)?;
     let corrupt = |what: String| Error::new(ErrorKind::Corrupt, what);
@@ -182,7 +188,7 @@ fn check(shared: &Shared, identity: &DiskIdentity, location: &Location, slot: &S
     if header.codec != CODEC_STORED {
         return Err(corrupt(format!("a record has codec {}, this build knows none", header.codec)));
     }
-    let payload = slot.payload().get(..header.stored_bytes as usize);
+    let payload = payload.get(..header.stored_bytes as usize);
     let payload = payload.ok_or_else(|| corrupt("a record is longer than its pages".into()))?;
     let checksum = xxh3_64(payload);
     if checksum != header.stored_xxh3 || checksum != header.raw_xxh3 {

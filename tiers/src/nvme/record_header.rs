@@ -309,7 +309,7 @@ mod tests {
         assert_eq!(page[208..210], [0x88, 0x87]);
         assert_eq!(page[216..218], [0x98, 0x97]);
         assert!(page[232..].iter().all(|&byte| byte == 0));
-        assert_eq!(blake3::hash(&page).to_string(), "GOLDEN_RECORD");
+        assert_eq!(blake3::hash(&page).to_string(), "b3b16bb0a198813fb4856bc4e4f809c9000170d70ff818bbe0e2b0e2e3722bea");
     }
 
     #[test]

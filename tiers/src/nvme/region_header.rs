@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(page[48..56], [8, 7, 6, 5, 4, 3, 2, 1]);
         assert_eq!(page[56..64], [0, 0, 0, 1, 0, 0, 0, 0]);
         assert!(page[64..].iter().all(|&byte| byte == 0));
-        assert_eq!(blake3::hash(&page).to_string(), "GOLDEN_REGION");
+        assert_eq!(blake3::hash(&page).to_string(), "a38e4b9050b5ae071cfe86ecb08740c692b78526cfcc4b2aef4bfb0c40dc1eb9");
     }
 
     #[test]

@@ -26,6 +26,7 @@ use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
 use super::stats::StoreStats;
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
+use super::verify::{VerifyProgress, VerifyReport, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
@@ -173,6 +174,7 @@ impl Store {
     /// The request comes back, its `done` uncalled: `Busy` when too many bytes are not durable yet, `InvalidInput` for a
     /// payload that fits neither slot, geometry nor region, `NotFound` for an unknown namespace or group, `Poisoned`,
     /// `Closed`.
+    #[expect(clippy::result_large_err, reason = "a refused request comes back whole to its caller")]
     pub fn append(&self, append: Append) -> Result<(), (Append, Error)> {
         let prepared = match self.shared.poisoned() {
             Some(error) => Err(error),
@@ -331,6 +333,21 @@ impl Store {
     ) -> Result<()> {
         let verifiers = self.verifiers.read();
         verifiers.as_ref().ok_or_else(closed)?.read(&self.shared, id, location, slot, priority, done)
+    }
+
+    /// Reads every record once, in the order of the drive, and checks it as a read would; bad ones are quarantined. Runs
+    /// beside everything else, on tokio-uring where the kernel has it. `progress` is called now and then.
+    ///
+    /// # Errors
+    /// `Closed`, and `Io` if the region file can not be opened again. Damage is no error: it is in the report.
+    pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        let running = self.running.lock();
+        let (index, path) = running
+            .as_ref()
+            .map(|running| (Arc::clone(&running.index), running.directory.regions()))
+            .ok_or_else(closed)?;
+        drop(running);
+        verify(&self.shared, &index, &path, progress)
     }
 
     /// All regions, by number.

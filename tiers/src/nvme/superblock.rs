@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(page[64..72], [0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11]);
         assert_eq!(page[72..80], [0, 0xff, 0xee, 0xdd, 0xcc, 0xbb, 0xaa, 0x99]);
         assert!(page[88..].iter().all(|&byte| byte == 0));
-        assert_eq!(blake3::hash(&page).to_string(), "GOLDEN_SUPERBLOCK");
+        assert_eq!(blake3::hash(&page).to_string(), "d042e9d528557bbb4fee9897259d14390276560e5d57e950a701e192dba8c864");
     }
 
     #[test]

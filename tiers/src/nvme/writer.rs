@@ -220,6 +220,10 @@ impl Writer {
 
     /// When to look again though nothing has happened.
     fn deadline(&self) -> Option<Instant> {
+        let has_work = !self.queue.is_empty() || !self.pending.is_empty();
+        if has_work && self.in_flight == 0 && self.syncing.is_none() && self.shared.poisoned().is_some() {
+            return Some(Instant::now());
+        }
         let commit = self.pending.front().filter(|_| self.syncing.is_none() && self.written > 0);
         let commit = commit.map(|oldest| oldest.since + self.config.commit_interval);
         let starved = self.starving_since.filter(|_| !self.queue.is_empty()).map(|since| since + REGION_WAIT);
@@ -321,7 +325,6 @@ impl Writer {
             Ok(sequence) => sequence,
             Err(error) => {
                 self.shared.poison("reserving sequences failed", &error);
-                self.shared.inbox.poke();
                 return Err(record);
             }
         };

@@ -193,7 +193,7 @@ fn a_store_is_opened_as_it_was_made_or_larger() {
     let kind = |place: &Place| place.try_open().err().map(|error| error.kind());
     let (store, _) = place.open();
     put(&place, &store, (0..20).map(|name| (name, 1, 9000)));
-    let error = place.try_open().err().expect("locked");
+    let error = place.try_open().expect_err("locked");
     assert_eq!(error.kind(), ErrorKind::Locked);
     assert!(error.message().contains(&std::process::id().to_string()), "{error}");
     close(store);

@@ -49,7 +49,6 @@ impl Writer {
             Err((_, error)) if error.kind() == ErrorKind::Busy => self.busy_until = Some(Instant::now() + BUSY_PAUSE),
             Err((_, error)) => {
                 self.shared.poison("a sync could not be started", &error);
-                self.shared.inbox.poke();
             }
         }
     }

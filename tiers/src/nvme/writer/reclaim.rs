@@ -101,8 +101,19 @@ impl Writer {
             first_sequence,
             region_bytes: u64::from(self.shared.drive.region_pages()) * crate::nvme::page::PAGE_BYTES as u64,
         };
-        let slot = &mut self.header_slots[region as usize];
-        *slot = self.shared.drive.write_region_header(&header, *slot)?;
+        let current = self.header_slots[region as usize];
+        let other = (current + 1) % HEADER_SLOTS;
+        let page = header.encode();
+        // The slot with the current header stays as it is, so that a torn write leaves that one.
+        self.shared.drive.write(region, other, &page)?;
+        self.shared.drive.sync().inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
+        self.header_slots[region as usize] = other;
+        // Once it is durable the other slot gets it too, against decay; the next sync makes that durable.
+        if purpose == RegionPurpose::Records
+            && let Err(error) = self.shared.drive.write(region, current, &page)
+        {
+            tracing::warn!(region, %error, "a region's second header could not be written");
+        }
         Ok(header.generation)
     }
 

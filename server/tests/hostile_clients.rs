@@ -1,0 +1,264 @@
+//! Clients that break the protocol, go over a limit, vanish or send garbage: each gets a clear error or is cut off,
+//! nothing is held for it, and others are served as before.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use pegaflow_server::limits::{BLOCKS_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SESSIONS_MAX};
+use pegaflow_server::proto::pega_flow_client::PegaFlowClient;
+use pegaflow_server::proto::session_event::Event;
+use pegaflow_server::proto::{
+    Group, LoadRequest, LookupRequest, OpenSessionRequest, RegisterRequest, SaveRequest, SessionEvent,
+    ShareMemoryRequest,
+};
+use pegaflow_server::{ERROR_KIND, ServerConfig, memory_socket_path};
+use support::{BLOCK_BYTES, Local, PATIENCE, until};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+
+type Rpc = PegaFlowClient<Channel>;
+
+async fn connect(local: &Local) -> Rpc {
+    let path = local.socket.clone();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // Small windows: a client that does not read is noticed after some ten thousand events.
+    let channel = Endpoint::from_static("http://test")
+        .initial_stream_window_size(65_535)
+        .initial_connection_window_size(1 << 20)
+        .connect_with_connector(connector)
+        .await
+        .expect("connects");
+    Rpc::new(channel).max_encoding_message_size(4 * MESSAGE_BYTES_MAX)
+}
+
+async fn open(rpc: &mut Rpc) -> (u64, Streaming<SessionEvent>) {
+    let mut events = rpc.open_session(OpenSessionRequest::default()).await.expect("opens").into_inner();
+    match events.message().await {
+        Ok(Some(SessionEvent { event: Some(Event::Opened(opened)) })) => (opened.session, events),
+        other => panic!("no session: {other:?}"),
+    }
+}
+
+fn register(session: u64) -> RegisterRequest {
+    RegisterRequest {
+        session,
+        instance: "engine".into(),
+        namespace: [("model".to_owned(), "m".to_owned())].into(),
+        groups: vec![Group { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
+        shard: 0,
+    }
+}
+
+fn lookup(session: u64, keys: usize) -> LookupRequest {
+    LookupRequest { session, instance: "engine".into(), keys: vec![1; keys * 32].into(), ..Default::default() }
+}
+
+fn save(session: u64, count: usize) -> SaveRequest {
+    SaveRequest {
+        session,
+        instance: "engine".into(),
+        keys: vec![1; count * 32].into(),
+        parents: vec![0; count * 32].into(),
+        depths: vec![0; count],
+        slots: vec![0; count],
+        ..Default::default()
+    }
+}
+
+/// The code and the machine-readable reason.
+fn reason<T>(result: Result<T, Status>) -> Result<(), (Code, Option<String>)> {
+    result.map(drop).map_err(|status| {
+        let kind = status.metadata().get(ERROR_KIND).and_then(|kind| kind.to_str().ok()).map(str::to_owned);
+        (status.code(), kind)
+    })
+}
+
+fn refusal(code: Code, kind: &str) -> Result<(), (Code, Option<String>)> {
+    Err((code, Some(kind.to_owned())))
+}
+
+#[test]
+fn requests_over_a_limit_are_refused_and_those_at_it_are_not() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, _events) = open(&mut rpc).await;
+        rpc.register(register(session)).await.expect("registers");
+        let invalid = refusal(Code::InvalidArgument, "invalid_input");
+        for (keys, expected) in [(BLOCKS_MAX - 1, Ok(())), (BLOCKS_MAX, Ok(())), (BLOCKS_MAX + 1, invalid.clone())] {
+            assert_eq!(reason(rpc.lookup(lookup(session, keys)).await), expected, "{keys} keys");
+        }
+        assert_eq!(reason(rpc.lookup(LookupRequest { keys: vec![1; 33].into(), ..lookup(session, 1) }).await), invalid);
+        assert_eq!(reason(rpc.save(save(session, 1)).await), invalid, "no shared memory yet");
+        let shared = ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 2 };
+        rpc.share_memory(shared).await.expect("shares");
+        assert_eq!(reason(rpc.save(SaveRequest { slots: vec![2], ..save(session, 1) }).await), invalid, "slot 2 of 2");
+        assert_eq!(reason(rpc.save(SaveRequest { depths: vec![], ..save(session, 1) }).await), invalid);
+        assert_eq!(reason(rpc.save(save(session, BLOCKS_MAX + 1)).await), invalid);
+        let load =
+            LoadRequest { session, lease: vec![0; 16].into(), indexes: vec![0], slots: vec![0], ..Default::default() };
+        assert_eq!(reason(rpc.load(load).await), refusal(Code::NotFound, "not_found"), "an unknown lease");
+        for slots in [0, u32::MAX] {
+            let request = ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots };
+            assert_eq!(reason(rpc.share_memory(request).await), invalid, "{slots} slots");
+        }
+        let (second, _events) = open(&mut rpc).await;
+        let other = RegisterRequest {
+            groups: vec![Group { group: 0, block_bytes: BLOCK_BYTES + 16, shards: 1 }],
+            ..register(second)
+        };
+        assert_eq!(reason(rpc.register(other).await), refusal(Code::FailedPrecondition, "geometry_mismatch"));
+    });
+}
+
+#[test]
+fn a_message_over_8_mib_is_refused_before_it_is_read() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, _events) = open(&mut rpc).await;
+        // The field's tag and length, the session and the instance take a few bytes.
+        let frame = |bytes: usize| LookupRequest { session, keys: vec![1; bytes].into(), ..Default::default() };
+        let overhead = prost::Message::encoded_len(&frame(MESSAGE_BYTES_MAX)) - MESSAGE_BYTES_MAX;
+        for bytes in [MESSAGE_BYTES_MAX - 1, MESSAGE_BYTES_MAX] {
+            let result = reason(rpc.lookup(frame(bytes - overhead)).await);
+            assert_eq!(result, refusal(Code::InvalidArgument, "invalid_input"), "{bytes} bytes are read, then checked");
+        }
+        let result = reason(rpc.lookup(frame(MESSAGE_BYTES_MAX + 1 - overhead)).await);
+        assert_eq!(result, Err((Code::OutOfRange, None)), "refused by its length");
+    });
+}
+
+#[test]
+fn an_unknown_session_gets_the_remedy() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let status = rpc.lookup(lookup(42, 1)).await.expect_err("unknown");
+        assert!(status.message().contains("OpenSession"), "{}", status.message());
+        assert_eq!(reason::<()>(Err(status)), refusal(Code::NotFound, "not_found"));
+    });
+}
+
+#[test]
+fn a_dropped_stream_ends_the_session_and_frees_what_it_held() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, events) = open(&mut rpc).await;
+        rpc.register(register(session)).await.expect("registers");
+        rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 8 }).await.expect("shares");
+        assert_eq!((local.server().sessions(), local.engine.stats().instances), (1, 1));
+        drop(events);
+        let freed = || {
+            let stats = local.engine.stats();
+            (local.server().sessions(), local.server().shared_bytes(), stats.instances, stats.sessions) == (0, 0, 0, 0)
+        };
+        tokio::task::block_in_place(|| until("the session is freed", freed));
+        assert_eq!(reason(rpc.lookup(lookup(session, 1)).await), refusal(Code::NotFound, "not_found"));
+    });
+}
+
+#[test]
+fn the_number_of_sessions_is_bounded() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut events = Vec::new();
+        let mut rpcs = Vec::new();
+        // A connection takes a few hundred requests at once, and a session is one.
+        while events.len() < SESSIONS_MAX {
+            let mut rpc = connect(&local).await;
+            for _ in 0..128.min(SESSIONS_MAX - events.len()) {
+                events.push(open(&mut rpc).await.1);
+            }
+            rpcs.push(rpc);
+        }
+        let mut rpc = connect(&local).await;
+        let refused = reason(rpc.open_session(OpenSessionRequest::default()).await);
+        assert_eq!(refused, refusal(Code::ResourceExhausted, "busy"));
+        events.pop();
+        let again = || async { connect(&local).await.open_session(OpenSessionRequest::default()).await.is_ok() };
+        let mut is_open = false;
+        for _ in 0..1000 {
+            is_open = again().await;
+            if is_open {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(is_open, "its place is free again");
+    });
+}
+
+#[test]
+fn a_client_that_does_not_read_its_completions_is_held_up_itself() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, events) = open(&mut rpc).await;
+        rpc.register(register(session)).await.expect("registers");
+        rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 1 }).await.expect("shares");
+        let mut refused = None;
+        // The kernel's and HTTP/2's buffers take some events; the queue behind them is bounded.
+        for operation in 0..200_000u64 {
+            if let Err(status) = rpc.save(SaveRequest { operation, ..save(session, 1) }).await {
+                refused = Some((operation, reason::<()>(Err(status))));
+                break;
+            }
+        }
+        let (accepted, why) = refused.expect("bounded");
+        assert!(accepted as usize >= OPERATIONS_MAX, "{accepted}");
+        assert_eq!(why, refusal(Code::ResourceExhausted, "busy"));
+        let (other, _events) = open(&mut connect(&local).await).await;
+        assert_ne!(other, session, "others are served");
+        drop(events);
+    });
+}
+
+#[test]
+fn garbage_on_either_socket_ends_that_connection_only() {
+    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200), ..ServerConfig::default() };
+    let local = Local::with(&config, None);
+    let mut garbage = Vec::new();
+    let mut state = 0x9e37_79b9_u32;
+    for _ in 0..70_000 {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        garbage.push((state >> 24) as u8);
+    }
+    for path in [local.socket.clone(), memory_socket_path(&local.socket)] {
+        for length in [1, 15, 16, 24, 4096, garbage.len()] {
+            let mut stream = UnixStream::connect(&path).expect("connects");
+            // The server may close while we write.
+            let _closed = stream.write_all(&garbage[..length]);
+            let _closed = stream.shutdown(std::net::Shutdown::Write);
+            stream.set_read_timeout(Some(PATIENCE)).expect("set");
+            let mut answer = Vec::new();
+            match stream.read_to_end(&mut answer) {
+                Ok(_) => {}
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{length} bytes"),
+            }
+        }
+    }
+    let worker = local.worker();
+    assert_eq!(worker.lookup(1).expect("served").hit_blocks, 0);
+}
+
+#[test]
+fn one_byte_a_second_does_not_hold_the_memory_socket() {
+    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200), ..ServerConfig::default() };
+    let local = Local::with(&config, None);
+    let mut slow = UnixStream::connect(memory_socket_path(&local.socket)).expect("connects");
+    slow.write_all(&[1]).expect("writes");
+    slow.set_read_timeout(Some(PATIENCE)).expect("set");
+    let worker = local.worker();
+    assert!(worker.client.is_connected(), "another is served meanwhile");
+    assert!(!matches!(slow.read(&mut [0]), Ok(1..)), "cut off");
+}

@@ -1,0 +1,57 @@
+//! What operators and their probes see: alive, ready or why not, and the numbers.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use pegaflow_server::{HttpServer, Metrics, Readiness};
+use support::{Local, PATIENCE};
+
+fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("connects");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("writes");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("reads");
+    let (head, body) = text.split_once("\r\n\r\n").expect("an answer");
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, body.to_owned())
+}
+
+fn serve(runtime: &tokio::runtime::Runtime, readiness: &Readiness) -> HttpServer {
+    let address = "127.0.0.1:0".parse().expect("an address");
+    runtime.block_on(HttpServer::start(address, readiness.clone())).expect("listens")
+}
+
+#[test]
+fn readiness_says_why_and_metrics_have_the_numbers() {
+    let mut local = Local::start();
+    let http = serve(&local.runtime, &local.readiness);
+    let worker = local.worker();
+    let operation = worker.start_save(5).expect("accepted");
+    worker.wait(operation);
+    assert_eq!(get(http.address(), "/health").0, 200);
+    assert_eq!(get(http.address(), "/ready").0, 200);
+    assert_eq!(get(http.address(), "/nothing").0, 404);
+    let (status, text) = get(http.address(), "/metrics");
+    assert_eq!(status, 200);
+    for line in ["pegaflow_saved_blocks_total 5", "pegaflow_sessions 1", "pegaflow_ready 1"] {
+        assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
+    }
+    local.stop().expect("stops");
+    let (status, why) = get(http.address(), "/ready");
+    assert!(status == 503 && why.starts_with("closed"), "{status} {why}");
+    assert_eq!(get(http.address(), "/health").0, 200, "alive all the same");
+}
+
+#[test]
+fn a_server_that_is_still_starting_is_alive_and_not_ready() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let http = serve(&runtime, &Readiness::new(Metrics::new()));
+    assert_eq!(get(http.address(), "/health").0, 200);
+    let (status, why) = get(http.address(), "/ready");
+    assert!(status == 503 && why.contains("starting"), "{status} {why}");
+    assert!(get(http.address(), "/metrics").1.contains("pegaflow_ready 0"));
+}

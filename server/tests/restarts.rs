@@ -1,0 +1,217 @@
+//! Servers come, go and are killed under their clients: clients find them by themselves, register again, and no operation
+//! is left hanging. And how the programs start, refuse to start and stop.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::process::Command;
+use std::time::Duration;
+
+use pegaflow_engine::{ErrorKind, LoadOutcome, SaveOutcome};
+use pegaflow_server::client::{CompletionResult, Endpoint};
+use support::{BLOCKS, Local, PATIENCE, Process, Worker, until};
+
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let output = command.output().expect("runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_client_waits_for_its_server_and_follows_it_through_kill_9() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("p.sock");
+    let mut worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+    worker.register();
+    let mut epoch = 0;
+    for round in 0..3 {
+        let (mut server, ready) = Process::start(Process::command(&socket));
+        assert_eq!(ready["ready"], true);
+        worker.client.wait_connected(PATIENCE).expect("finds the server by itself");
+        assert!(worker.client.epoch() > epoch, "a new session");
+        epoch = worker.client.epoch();
+        worker.fill(0, round);
+        let operation = worker.start_save(4).expect("accepted");
+        let saved = SaveOutcome { saved: 4, present: 0, dropped: 0 };
+        assert_eq!(worker.wait(operation), CompletionResult::Save(saved), "registered with the new server");
+        assert_eq!(worker.lookup(4).expect("answers").hit_blocks, 4);
+        server.child.kill().expect("kill -9");
+        until("the client notices", || !worker.client.is_connected());
+        assert_eq!(worker.lookup(4).map_err(|error| error.kind()), Err(ErrorKind::Closed));
+    }
+}
+
+#[test]
+fn operations_in_flight_end_when_the_server_is_killed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("p.sock");
+    for delay_us in [0, 100, 1_000, 5_000] {
+        let (mut server, _) = Process::start(Process::command(&socket));
+        // Two slots: operations wait for each other in every stage.
+        let worker = Worker::new(Endpoint::Unix(socket.clone()), 2 * support::BLOCK_BYTES);
+        worker.register();
+        worker.client.wait_connected(PATIENCE).expect("connects");
+        let operation = worker.start_save(BLOCKS / 2).expect("accepted");
+        worker.wait(operation);
+        let mut open = std::collections::HashSet::new();
+        open.insert(worker.start_load(BLOCKS / 2));
+        for _ in 0..8 {
+            open.insert(worker.start_save(BLOCKS / 2).expect("accepted"));
+        }
+        std::thread::sleep(Duration::from_micros(delay_us));
+        server.child.kill().expect("kill -9");
+        while !open.is_empty() {
+            assert!(worker.client.wait_completion(PATIENCE), "{} operations hang", open.len());
+            for ended in worker.client.poll() {
+                assert!(open.remove(&ended.operation), "operation {} ended twice", ended.operation.0);
+            }
+        }
+        worker.client.close(PATIENCE);
+        assert!(worker.client.poll().is_empty());
+    }
+}
+
+#[test]
+fn a_stopped_server_process_of_a_worker_is_told_by_the_stream() {
+    let mut local = Local::start();
+    let worker = local.worker();
+    let operation = worker.start_save(3).expect("accepted");
+    worker.wait(operation);
+    assert_eq!(local.stop().map_err(|error| error.kind()), Ok(()));
+    until("the client notices", || !worker.client.is_connected());
+    assert!(!local.socket.exists(), "the socket is gone");
+    assert_eq!(local.engine.ready().map_err(|error| error.kind()), Err(ErrorKind::Closed));
+}
+
+#[test]
+fn sigterm_and_sigint_end_the_server_in_order() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("p.sock");
+    for signal in ["-TERM", "-INT"] {
+        let (mut server, _) = Process::start(Process::command(&socket));
+        let worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+        worker.register();
+        worker.client.wait_connected(PATIENCE).expect("connects");
+        let operation = worker.start_save(BLOCKS).expect("accepted");
+        server.signal(signal);
+        assert_eq!(server.wait_exit(), Some(0), "{signal}");
+        worker.wait(operation);
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn a_second_server_on_the_socket_is_refused_in_one_line_and_the_first_is_unharmed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("p.sock");
+    let (_server, _) = Process::start(Process::command(&socket));
+    let (code, stdout, stderr) = run(Process::command(&socket).args(["--log", "error"]));
+    assert_eq!((code, stdout.as_str()), (Some(3), ""));
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.contains("already") && stderr.contains("p.sock"), "{stderr}");
+    let (code, stdout, _) = run(cli(&socket).arg("ping"));
+    assert_eq!(code, Some(0));
+    assert!(stdout.contains("answered"));
+}
+
+fn cli(socket: &std::path::Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pegaflow"));
+    command.arg("--socket").arg(socket);
+    command
+}
+
+#[test]
+fn the_command_line_asks_the_server() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("p.sock");
+    let (code, _, stderr) = run(cli(&socket).arg("stats"));
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("no server") && stderr.lines().count() == 1, "{stderr}");
+    let (_server, _) = Process::start(Process::command(&socket));
+    let (code, stdout, _) = run(cli(&socket).args(["stats", "--json"]));
+    assert_eq!(code, Some(0));
+    let stats: serde_json::Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(stats["engine"]["dram_capacity_bytes"], 32 << 20);
+    let (code, stdout, _) = run(cli(&socket).arg("stats"));
+    assert!(code == Some(0) && stdout.contains("dram_capacity_bytes"), "{stdout}");
+    let (code, stdout, stderr) = run(cli(&socket).arg("flush"));
+    assert_eq!((code, stdout.as_str()), (Some(0), "flushed\n"), "{stderr}");
+    let (code, ..) = run(cli(&socket).arg("dance"));
+    assert_eq!(code, Some(2));
+}
+
+#[test]
+fn every_problem_of_the_configuration_is_named_at_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut command = Process::command(&directory.path().join("p.sock"));
+    command.args(["--validate", "--path", "/nowhere", "--capacity", "7", "--region", "5", "--log", "=="]);
+    let (code, _, stderr) = run(&mut command);
+    assert_eq!(code, Some(2));
+    for part in ["nvme.capacity", "nvme.region", "--log"] {
+        assert!(stderr.contains(part), "{part} not in {stderr}");
+    }
+    let mut command = Process::command(&directory.path().join("p.sock"));
+    let (code, stdout, _) = run(command.arg("--validate"));
+    assert!(code == Some(0) && stdout.contains("valid"), "{stdout}");
+    let mut command = Process::command(&directory.path().join("p.sock"));
+    let (code, _, stderr) = run(command.args(["--tcp", "127.0.0.1:0"]));
+    assert!(code == Some(2) && stderr.contains("insecure-loopback"), "{stderr}");
+    let mut command = Process::command(&directory.path().join("p.sock"));
+    let (code, _, stderr) = run(command.args(["--tcp", "0.0.0.0:0", "--insecure-loopback"]));
+    assert!(code == Some(2) && stderr.contains("loopback"), "{stderr}");
+}
+
+/// A directory for a store: O_DIRECT needs a real file system.
+fn store_directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+fn with_store(socket: &std::path::Path, store: &std::path::Path) -> Command {
+    let mut command = Process::command(socket);
+    command.args(["--capacity", "64MiB", "--region", "16MiB", "--log", "error", "--path"]).arg(store);
+    command
+}
+
+#[test]
+fn what_was_saved_is_there_after_sigterm_and_a_new_start() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let socket = sockets.path().join("p.sock");
+    let mut worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+    worker.register();
+    let count = BLOCKS / 2;
+    (0..count).for_each(|block| worker.fill(block, block as u8));
+    let (mut server, _) = Process::start(with_store(&socket, &store));
+    worker.client.wait_connected(PATIENCE).expect("connects");
+    let operation = worker.start_save(count).expect("accepted");
+    worker.wait(operation);
+    server.signal("-TERM");
+    assert_eq!(server.wait_exit(), Some(0));
+    until("the client notices", || !worker.client.is_connected());
+    let (_server, ready) = Process::start(with_store(&socket, &store));
+    assert_eq!(ready["records"], count);
+    worker.client.wait_connected(PATIENCE).expect("registers by itself");
+    let operation = worker.start_load(count);
+    let loaded = LoadOutcome { loaded_dram: 0, loaded_nvme: count, failed: vec![] };
+    assert_eq!(worker.wait(operation), CompletionResult::Load(loaded));
+    for block in 0..count {
+        assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");
+    }
+}
+
+#[test]
+fn a_directory_in_use_or_of_something_else_is_refused_in_one_line() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let (_server, _) = Process::start(with_store(&sockets.path().join("1.sock"), &store));
+    let second = sockets.path().join("2.sock");
+    let (code, stdout, stderr) = run(&mut with_store(&second, &store));
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(3), "", 1), "{stderr}");
+    assert!(!second.exists());
+    let foreign = directory.path().join("foreign");
+    std::fs::create_dir(&foreign).expect("makes");
+    std::fs::write(foreign.join("VERSION"), "somebody else's\n").expect("writes");
+    let (code, _, stderr) = run(&mut with_store(&second, &foreign));
+    assert_eq!((code, stderr.lines().count()), (Some(4), 1), "{stderr}");
+    assert_eq!(std::fs::read(foreign.join("VERSION")).expect("reads"), b"somebody else's\n", "left as it was");
+}

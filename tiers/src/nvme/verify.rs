@@ -1,0 +1,258 @@
+//! Reads a whole store once and checks every record: a long sequential job beside the data plane. It runs on a thread of
+//! its own, on tokio-uring where that works, with blocking reads where it does not: tokio-uring panics where the kernel
+//! interrupts or refuses it, and such a panic ends only that attempt.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crossbeam_channel::{Sender, bounded};
+
+use super::io::open_direct;
+use super::page::PAGE_BYTES;
+use super::read::check;
+use super::shared::Shared;
+use super::stats::add;
+use crate::block::RecordId;
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{IndexLog, Location};
+
+/// Records whose places are held in memory at once; a larger store is gone through in several passes.
+const RECORDS_AT_ONCE: u64 = 1 << 20;
+/// Bytes read at once, unless one record is larger.
+const READ_BYTES: u64 = 4 << 20;
+/// How many progress reports may wait for whoever listens.
+const PROGRESS_MAX: usize = 16;
+
+/// What a verification found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VerifyReport {
+    /// Records that were read and checked.
+    pub records: u64,
+    /// Bytes of these, headers and padding included.
+    pub bytes: u64,
+    /// Records that failed; they are out of the index now.
+    pub corrupt: u64,
+    /// What read: `tokio_uring` or `blocking`.
+    pub engine: &'static str,
+}
+
+/// How far a verification has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VerifyProgress {
+    /// Records that were checked.
+    pub records: u64,
+    /// Records there were when it began.
+    pub records_total: u64,
+}
+
+/// Reads the region file in large pieces.
+trait Reader {
+    /// Fills `bytes` from `offset`; both multiples of a page.
+    fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]>;
+}
+
+/// One way of reading everything.
+type Attempt = fn(&Job) -> Result<VerifyReport>;
+
+/// What one attempt works on.
+struct Job {
+    shared: Arc<Shared>,
+    index: Arc<IndexLog>,
+    file: File,
+    progress: Sender<VerifyProgress>,
+}
+
+/// Verifies; see [`super::store::Store::verify`].
+pub(super) fn verify(
+    shared: &Arc<Shared>,
+    index: &Arc<IndexLog>,
+    path: &Path,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
+    let attempts: [Option<Attempt>; 2] = [on_tokio_uring(), Some(on_blocking_reads)];
+    let mut last = Error::new(ErrorKind::Io, "the verification did not end");
+    for attempt in attempts.into_iter().flatten() {
+        let (sender, receiver) = bounded(PROGRESS_MAX);
+        let (file, ..) = open_direct(path)?;
+        let job = Job { shared: Arc::clone(shared), index: Arc::clone(index), file, progress: sender };
+        let started = std::thread::Builder::new().name("pega-verify-store".into()).spawn(move || attempt(&job));
+        let thread = started.map_err(|source| Error::from_io("starting the verification", source))?;
+        receiver.iter().for_each(&mut *progress);
+        match thread.join() {
+            Ok(Err(error)) if error.kind() == ErrorKind::Unsupported => last = error,
+            Ok(result) => return result,
+            Err(_) => tracing::warn!("the verification's engine panicked; it starts over with blocking reads"),
+        }
+    }
+    Err(last)
+}
+
+fn on_blocking_reads(job: &Job) -> Result<VerifyReport> {
+    struct Blocking<'a>(&'a File, Aligned);
+    impl Reader for Blocking<'_> {
+        fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]> {
+            let buffer = self.1.first(bytes);
+            self.0.read_exact_at(buffer, offset)?;
+            Ok(buffer)
+        }
+    }
+    job.run("blocking", &mut Blocking(&job.file, Aligned::default()))
+}
+
+#[cfg(not(feature = "tokio-uring"))]
+fn on_tokio_uring() -> Option<Attempt> {
+    None
+}
+
+#[cfg(feature = "tokio-uring")]
+fn on_tokio_uring() -> Option<Attempt> {
+    use tokio_uring::buf::BoundedBuf;
+
+    struct Ring {
+        runtime: tokio_uring::Runtime,
+        file: tokio_uring::fs::File,
+        buffer: Aligned,
+    }
+    impl Reader for Ring {
+        fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]> {
+            let start = self.buffer.start(bytes);
+            let mut done = 0;
+            while done < bytes {
+                let piece = std::mem::take(&mut self.buffer.bytes).slice(start + done..start + bytes);
+                let (read, piece) = self.runtime.block_on(self.file.read_at(piece, offset + done as u64));
+                self.buffer.bytes = piece.into_inner();
+                match read {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(read) => done += read,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(&self.buffer.bytes[start..start + bytes])
+        }
+    }
+    fn run(job: &Job) -> Result<VerifyReport> {
+        let unsupported =
+            |error: io::Error| Error::new(ErrorKind::Unsupported, format!("no ring for the verification: {error}"));
+        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(unsupported)?;
+        let file = job.file.try_clone().map_err(unsupported)?;
+        // Inside the runtime, where the file registers with its driver.
+        let file = runtime.block_on(async { tokio_uring::fs::File::from_std(file) });
+        job.run("tokio_uring", &mut Ring { runtime, file, buffer: Aligned::default() })
+    }
+    Some(run)
+}
+
+impl Job {
+    fn run(&self, engine: &'static str, reader: &mut dyn Reader) -> Result<VerifyReport> {
+        let total = self.shared.table.len() as u64;
+        let passes = u32::try_from(total / RECORDS_AT_ONCE + 1).unwrap_or(u32::MAX);
+        let mut report = VerifyReport { engine, ..VerifyReport::default() };
+        for pass in 0..passes {
+            let mut places = self.places(|region| region % passes == pass)?;
+            places.sort_unstable_by_key(|(location, _)| (location.region, location.page));
+            for of_one_region in places.chunk_by(|(a, _), (b, _)| a.region == b.region) {
+                self.check_region(reader, of_one_region, &mut report);
+                let progress = VerifyProgress { records: report.records, records_total: total };
+                // Whoever listens slowly misses some.
+                let _ = self.progress.try_send(progress);
+            }
+        }
+        Ok(report)
+    }
+
+    /// Where the records of some regions lie, as the durable index says and lookups find.
+    fn places(&self, is_wanted: impl Fn(u32) -> bool) -> Result<Vec<(Location, RecordId)>> {
+        let mut places = Vec::new();
+        self.index.scan(&mut |row| {
+            if is_wanted(row.location.region) && self.shared.locate(row.id.fingerprint()) == Some(row.location) {
+                places.push((row.location, row.id));
+            }
+            Ok(())
+        })?;
+        Ok(places)
+    }
+
+    /// Checks the records of a region, given in the order of their pages; nothing if it was reclaimed meanwhile.
+    fn check_region(&self, reader: &mut dyn Reader, places: &[(Location, RecordId)], report: &mut VerifyReport) {
+        let Some((first, _)) = places.first() else { return };
+        let Ok(_pins) = self.shared.regions.pin(&[*first]) else { return };
+        let mut rest = places;
+        while let Some((start, _)) = rest.first() {
+            let end_of = |location: &Location| location.page + location.pages;
+            let fits = |location: &Location| u64::from(end_of(location) - start.page) * PAGE_BYTES as u64 <= READ_BYTES;
+            let count = rest.iter().take_while(|(location, _)| fits(location)).count().max(1);
+            let (now, later) = rest.split_at(count);
+            rest = later;
+            let pages = now.last().map_or(0, |(last, _)| end_of(last) - start.page);
+            self.check_piece(reader, *start, pages, now, report);
+        }
+    }
+
+    fn check_piece(
+        &self,
+        reader: &mut dyn Reader,
+        start: Location,
+        pages: u32,
+        places: &[(Location, RecordId)],
+        report: &mut VerifyReport,
+    ) {
+        let offset = self.shared.drive.offset(start.region, start.page);
+        if let Ok(bytes) = reader.read(offset, pages as usize * PAGE_BYTES) {
+            for (location, id) in places {
+                let at = (location.page - start.page) as usize * PAGE_BYTES;
+                self.check_record(id, location, bytes.get(at..at + length_of(location)), report);
+            }
+            return;
+        }
+        // What can not be read at once may be readable one by one.
+        for (location, id) in places {
+            let offset = self.shared.drive.offset(location.region, location.page);
+            self.check_record(id, location, reader.read(offset, length_of(location)).ok(), report);
+        }
+    }
+
+    fn check_record(&self, id: &RecordId, location: &Location, bytes: Option<&[u8]>, report: &mut VerifyReport) {
+        let checked = bytes.and_then(|bytes| {
+            let (header, payload) = bytes.split_at_checked(PAGE_BYTES)?;
+            let identity = self.shared.namespaces.identity(id)?;
+            check(&self.shared, &identity, location, header, payload).ok()
+        });
+        report.records += 1;
+        report.bytes += length_of(location) as u64;
+        if checked.is_none() && self.shared.forget_at(id, location) {
+            report.corrupt += 1;
+            add(&self.shared.counts.bad_reads, 1);
+            tracing::warn!(?id, ?location, "a record is damaged; it is quarantined");
+            self.shared.inbox.push_bad_record(*id, *location);
+        }
+    }
+}
+
+fn length_of(location: &Location) -> usize {
+    location.pages as usize * PAGE_BYTES
+}
+
+/// Bytes of which a part starts at a multiple of a page in memory, as direct I/O wants it.
+#[derive(Default)]
+struct Aligned {
+    bytes: Vec<u8>,
+}
+
+impl Aligned {
+    /// Where the aligned part begins; it has room for `bytes`.
+    fn start(&mut self, bytes: usize) -> usize {
+        if self.bytes.len() < bytes + PAGE_BYTES {
+            self.bytes = vec![0; bytes + PAGE_BYTES];
+        }
+        self.bytes.as_ptr().align_offset(PAGE_BYTES)
+    }
+
+    fn first(&mut self, bytes: usize) -> &mut [u8] {
+        let start = self.start(bytes);
+        &mut self.bytes[start..start + bytes]
+    }
+}
