@@ -38,7 +38,7 @@ pub struct RegionInfo {
 
 /// Decides which region is given up when the store needs one.
 pub trait ReclaimPolicy: Send + Sync {
-    /// One of `candidates` (sealed regions without pins, by number), or `None` if none may go. Called on the store's
+    /// One of `candidates` (sealed regions without pins of which everything is durable, by number), or `None` if none may go. Called on the store's
     /// writer thread, which waits for it: it must not call the store. The store itself takes the oldest region instead
     /// where giving up the chosen one would mean to copy more tombstones than the copy is worth.
     fn victim(&self, candidates: &[RegionInfo]) -> Option<u32>;

@@ -39,7 +39,8 @@ pub struct Verified {
     pub kind: RecordKind,
 }
 
-/// Called exactly once for every read that was accepted, on a verifier thread of the store, without any lock.
+/// Called exactly once for every read that was accepted, on one of the store's two verifier threads, without any lock.
+/// Should be short: the next read is verified when it returns.
 pub type ReadDone = Box<dyn FnOnce(Result<Verified>) + Send>;
 
 /// A read on its way. Its pins keep the region from being overwritten under it.

@@ -67,12 +67,13 @@ pub(super) fn recover(
     superblock: Superblock,
 ) -> Result<(RecoveryReport, Handover)> {
     let started = Instant::now();
-    let (headers, header_slots) = read_region_headers(shared, &superblock)?;
+    let headers = read_region_headers(shared, &superblock)?;
     let mut counters = Counters::start(Arc::clone(&shared.drive), superblock)?;
+    free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
     let begin = |index: IndexLog, index_rebuilt| -> Result<(Recovery<'_>, Vec<Live>)> {
         let report = RecoveryReport { clean: superblock.is_clean, index_rebuilt, ..RecoveryReport::default() };
         let mut recovery = Recovery { shared, index: Arc::new(index), report, changes: Vec::new(), marks: Vec::new() };
-        let live = recovery.restore_regions(&headers)?;
+        let live = recovery.restore_regions(&headers.found)?;
         if !index_rebuilt {
             recovery.load_rows()?;
         }
@@ -100,13 +101,22 @@ pub(super) fn recover(
     let used: HashSet<u32> = live.iter().map(|live| live.header.region).collect();
     let free: VecDeque<u32> = (0..shared.regions.count()).filter(|region| !used.contains(region)).collect();
     (report.records, report.elapsed) = (shared.table.len() as u64, started.elapsed());
-    Ok((report, Handover { counters, index, open, free, header_slots }))
+    Ok((report, Handover { counters, index, open, free, header_slots: headers.slots }))
 }
 
-/// The header that counts of every region, and the slot that it is in.
-fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<(Vec<Option<RegionHeader>>, Vec<u32>)> {
-    let mut headers = Vec::new();
-    let mut slots = Vec::new();
+/// What the regions' headers say, by region.
+#[derive(Default)]
+struct Headers {
+    /// The header that counts.
+    found: Vec<Option<RegionHeader>>,
+    /// The slot that it is in.
+    slots: Vec<u32>,
+    /// Regions whose headers the drive can not read.
+    unreadable: Vec<u32>,
+}
+
+fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<Headers> {
+    let mut headers = Headers::default();
     for region in 0..shared.regions.count() {
         let found = match shared.drive.read(region, 0, HEADER_SLOTS) {
             Ok(pages) => RegionHeader::newest(
@@ -116,15 +126,35 @@ fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<(Vec<
                 superblock.region_bytes,
             ),
             Err(error) if error.kind() == ErrorKind::Io => {
-                tracing::warn!(region, %error, "a region's header can not be read; the region is taken as free");
+                tracing::warn!(region, %error, "a region's header can not be read; the region is given up");
+                headers.unreadable.push(region);
                 None
             }
             Err(error) => return Err(error),
         };
-        slots.push(found.map_or(0, |(slot, _)| slot));
-        headers.push(found.map(|(_, header)| header));
+        headers.slots.push(found.map_or(0, |(slot, _)| slot));
+        headers.found.push(found.map(|(_, header)| header));
     }
-    Ok((headers, slots))
+    Ok(headers)
+}
+
+/// A region that was taken as free once must not come back when the drive can read its header again: what was removed
+/// meanwhile would come back with it.
+fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counters, regions: &[u32]) -> Result<()> {
+    for &region in regions {
+        let header = RegionHeader {
+            store: shared.uuid,
+            region,
+            generation: counters.next_generation()?,
+            purpose: RegionPurpose::Free,
+            first_sequence: 0,
+            region_bytes: superblock.region_bytes,
+        };
+        for slot in 0..HEADER_SLOTS {
+            shared.drive.write(region, slot, &header.encode())?;
+        }
+    }
+    if regions.is_empty() { Ok(()) } else { shared.drive.sync() }
 }
 
 /// Opens the index; `None` if it has to be made anew, because it is missing, damaged, or not this store's.

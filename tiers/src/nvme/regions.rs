@@ -31,6 +31,15 @@ struct Region {
     pins: u32,
     /// Whether it holds records that hide older ones elsewhere.
     hides: bool,
+    /// Whether everything in it is durable and in the index. To give up a region with records on their way would lose
+    /// what was never found, and removals with it.
+    is_settled: bool,
+}
+
+impl Region {
+    fn may_go(&self) -> bool {
+        self.state == RegionState::Sealed && self.is_settled && self.pins == 0
+    }
 }
 
 /// All regions of a store.
@@ -55,6 +64,7 @@ impl Regions {
             used_pages: 0,
             pins: 0,
             hides: false,
+            is_settled: false,
         };
         Self {
             gates: (0..count).map(|_| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) }).collect(),
@@ -136,7 +146,14 @@ impl Regions {
         let mut regions = self.regions.lock();
         let region = &mut regions[number as usize];
         assert_eq!(region.state, RegionState::Free, "invariant: only a free region is opened");
-        *region = Region { state: RegionState::Open, generation, first_sequence, hides: false, ..region.clone() };
+        *region = Region {
+            state: RegionState::Open,
+            generation,
+            first_sequence,
+            hides: false,
+            is_settled: false,
+            ..region.clone()
+        };
         self.publish(number, generation);
     }
 
@@ -153,13 +170,14 @@ impl Regions {
             live_bytes: 0,
             used_pages: 0,
             pins: 0,
+            is_settled: true,
         };
         self.publish(number, generation);
     }
 
     /// Goes on with a region that recovery found to have room.
     pub(super) fn reopen(&self, number: u32) {
-        self.change(number, |region| region.state = RegionState::Open);
+        self.change(number, |region| (region.state, region.is_settled) = (RegionState::Open, false));
     }
 
     /// No more records go to an open region.
@@ -168,6 +186,11 @@ impl Regions {
             assert_eq!(region.state, RegionState::Open, "invariant: only an open region is sealed");
             region.state = RegionState::Sealed;
         });
+    }
+
+    /// Everything in a sealed region is durable and in the index: from now on it may be given up.
+    pub(super) fn settle(&self, number: u32) {
+        self.change(number, |region| region.is_settled = true);
     }
 
     /// Pages up to `page` were written.
@@ -210,7 +233,7 @@ impl Regions {
     pub(super) fn begin_reclaim(&self, number: u32) -> Option<RegionInfo> {
         let mut regions = self.regions.lock();
         let region = regions.get_mut(number as usize)?;
-        if region.state != RegionState::Sealed || region.pins > 0 {
+        if !region.may_go() {
             return None;
         }
         region.state = RegionState::Reclaiming;
@@ -243,6 +266,7 @@ impl Regions {
             used_pages: 0,
             hides: false,
             pins: 0,
+            is_settled: false,
         };
         records
     }
@@ -261,11 +285,11 @@ impl Regions {
         self.regions.lock()[number as usize].hides
     }
 
-    /// Sealed regions without pins.
+    /// The regions that may be given up.
     pub(super) fn candidates(&self) -> Vec<RegionInfo> {
-        let mut infos = self.infos();
-        infos.retain(|info| info.state == RegionState::Sealed && info.pins == 0);
-        infos
+        let regions = self.regions.lock();
+        let candidates = (0u32..).zip(regions.iter()).filter(|(_, region)| region.may_go());
+        candidates.map(|(number, region)| self.info(number, region)).collect()
     }
 
     /// All regions.

@@ -45,6 +45,8 @@ pub struct Store {
     region_bytes: u64,
     verifiers: RwLock<Option<Verifiers>>,
     running: Mutex<Option<Running>>,
+    /// Held by whoever closes; nobody else waits for it.
+    closing: Mutex<()>,
     own_threads: Vec<ThreadId>,
 }
 
@@ -146,6 +148,7 @@ impl Store {
             region_bytes,
             verifiers: RwLock::new(Some(verifiers)),
             running: Mutex::new(Some(running)),
+            closing: Mutex::new(()),
             own_threads,
         })
     }
@@ -385,18 +388,19 @@ impl Store {
     /// could not be closed in order: what was reported durable is durable all the same.
     pub fn close(&self, deadline: Instant) -> Result<()> {
         self.shared.inbox.end(Ending::Drain);
-        let mut running = self.running.lock();
-        let Some(ending) = running.as_ref() else { return Ok(()) };
-        let result = match ending.writer_ended.recv_deadline(deadline) {
+        let late = || {
+            let message = "the drive did not take everything before the deadline; try again with more time";
+            Error::new(ErrorKind::Timeout, message)
+        };
+        let _closing = self.closing.try_lock_until(deadline).ok_or_else(late)?;
+        let writer_ended = self.running.lock().as_ref().map(|running| running.writer_ended.clone());
+        let Some(writer_ended) = writer_ended else { return Ok(()) };
+        let result = match writer_ended.recv_deadline(deadline) {
             Ok(result) => result,
-            Err(RecvTimeoutError::Timeout) => {
-                let message = "the drive did not take everything before the deadline; try again with more time";
-                return Err(Error::new(ErrorKind::Timeout, message));
-            }
+            Err(RecvTimeoutError::Timeout) => return Err(late()),
             Err(RecvTimeoutError::Disconnected) => Err(closed()),
         };
-        let ended = running.take();
-        drop(running);
+        let ended = self.running.lock().take();
         drop(self.verifiers.write().take());
         if let Some(ended) = ended {
             ended.end(&self.shared);

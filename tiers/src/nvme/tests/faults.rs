@@ -274,3 +274,22 @@ fn a_verification_reads_everything_and_finds_every_damage() {
     close(store);
     assert_eq!(place.open().0.verify(&mut drop).expect("verified").records, 197);
 }
+
+/// A region whose header could not be read once is free for good: with it, what was removed meanwhile would come back.
+#[test]
+fn a_region_that_could_not_be_read_once_does_not_come_back() {
+    let place = Place::new(IoChoice::Psync, 20);
+    let (store, _) = place.open();
+    put(&place, &store, (0..40).map(|name| (name, 1, 30_000)));
+    let lost = store.locate(&object_id(0)).expect("there").region;
+    close(store);
+    // Reads of an open: one of the superblock, then one of each region's header.
+    let plan = FaultPlan::default().fail(IoKind::Read, 2 + u64::from(lost), FaultAction::Errno(libc::EIO));
+    let (store, drive) = place.open_faulty(plan);
+    assert_eq!((drive.fired(), store.locate(&object_id(0))), (1, None));
+    drop(store);
+    place.wipe_index();
+    let (store, _) = place.open();
+    assert_eq!(store.locate(&object_id(0)), None);
+    assert_object(&place, &store, 39, 1, 30_000);
+}

@@ -126,7 +126,9 @@ fn a_tombstone_outlives_its_region_as_long_as_it_hides_something() {
     put(&place, &store, (10..17).map(|name| (name, 1, 30_000)));
     remove(&store, [1]);
     put(&place, &store, [(2, 2, 100)]);
-    put(&place, &store, (100..160).map(|name| (name, 1, 30_000)));
+    for name in 100..160 {
+        put(&place, &store, [(name, 1, 30_000)]);
+    }
     let stats = store.stats();
     assert!(stats.kept_tombstones >= 4, "{stats:?}");
     assert!(store.regions()[old as usize].state == RegionState::Sealed, "the old versions are still there");
@@ -183,6 +185,32 @@ fn an_append_goes_on_when_a_pin_goes() {
     drop(pins);
     assert!(ends.wait().iter().all(|(_, end)| end.is_ok()));
     assert_object(&place, &store, 100, 1, 30_000);
+}
+
+/// Regions are sealed faster than their records become durable: none may go before.
+#[test]
+fn a_region_is_not_given_up_before_its_records_are_durable() {
+    let mut place = Place::new(IoChoice::Psync, 4);
+    (place.config.commit_interval, place.config.commit_bytes) = (Duration::from_secs(3600), 1 << 30);
+    let (store, drive) = place.open_faulty(FaultPlan::default());
+    let mut ends = Ends::new();
+    // A write of the first region is held back until the store has no other region to write to.
+    let first = drive.seen(IoKind::Write) + 5;
+    drive.inject(Fault { kind: IoKind::Write, first, times: 1, action: FaultAction::Hold });
+    for name in 0..30 {
+        append(&store, object(&place, name, 1, 30_000, ends.done(name)));
+    }
+    while store.regions().iter().any(|info| info.state == RegionState::Free) {
+        std::thread::yield_now();
+    }
+    assert_eq!(store.stats().reclaimed_regions, 0);
+    drive.release();
+    store.flush(soon()).expect("flushed");
+    assert!(ends.wait().iter().all(|(_, end)| end.is_ok()));
+    assert!(store.stats().reclaimed_regions > 0);
+    for name in 20..30 {
+        assert_object(&place, &store, name, 1, 30_000);
+    }
 }
 
 /// A policy that refuses, or names a region that may not go, does not stop the store for ever.

@@ -28,7 +28,9 @@ impl Writer {
         }
         let is_old = self.pending.front().is_some_and(|oldest| oldest.since.elapsed() >= self.config.commit_interval);
         let is_large = self.written_bytes >= self.config.commit_bytes;
-        if !(is_old || is_large || self.is_written_urgent || self.ending.is_some()) {
+        // A region can only be given up when all of it is durable.
+        let is_starving = self.starving_since.is_some();
+        if !(is_old || is_large || is_starving || self.is_written_urgent || self.ending.is_some()) {
             return;
         }
         let inbox = Arc::clone(&self.shared.inbox);
@@ -137,7 +139,8 @@ impl Writer {
                 self.resolve(record, Ok(location));
             }
             What::Flush(done) => done.call(Ok(())),
-            What::Seal { .. } | What::Forget { .. } => {}
+            What::Seal { region, .. } => self.shared.regions.settle(region),
+            What::Forget { .. } => {}
         }
     }
 }
