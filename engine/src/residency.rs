@@ -4,7 +4,7 @@
 //! Blocks leave least recently used first, leaves of a chain before their ancestors: a block without its ancestors is
 //! worthless. This module moves no bytes; it gives and takes slots.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -16,6 +16,8 @@ use pegaflow_tiers::{Arena, BlockKey, RecordId, Slot};
 
 /// How many blocks one search for a victim looks at before it takes the oldest that may leave.
 const VICTIM_TRIES: usize = 1024;
+/// How many of the oldest blocks of another size have their chunks looked at when one is to be emptied.
+const CHUNK_TRIES: usize = 16;
 /// Dirty bytes may take this share of DRAM (in percent); beyond it saves are dropped, so that loads always find room.
 const DIRTY_PERCENT_MAX: u64 = 75;
 
@@ -79,6 +81,8 @@ type Build = BuildHasherDefault<KeyHasher>;
 #[derive(Default)]
 struct State {
     blocks: HashMap<RecordId, Arc<Resident>, Build>,
+    /// Who lies in which chunk of the arena.
+    by_chunk: BTreeSet<(u32, RecordId)>,
     /// By slot size: who leaves next, with the tick of the last use.
     order: BTreeMap<usize, LruCache<RecordId, u64, Build>>,
     /// Named objects whose removal is not durable yet, by the number of the removal: the store may still know them.
@@ -183,6 +187,7 @@ impl Residency {
             parent.children.fetch_add(1, Ordering::Relaxed);
         }
         let (id, slot_bytes) = (block.id, block.slot.bytes());
+        state.by_chunk.insert((block.slot.chunk(), id));
         state.blocks.insert(id, Arc::clone(&block));
         state.touch(&id, slot_bytes);
         block
@@ -244,6 +249,7 @@ impl State {
     fn detach(&mut self, id: &RecordId) -> Option<Arc<Resident>> {
         let block = self.blocks.remove(id)?;
         let slot_bytes = block.slot.bytes();
+        self.by_chunk.remove(&(block.slot.chunk(), *id));
         if let Some(order) = self.order.get_mut(&slot_bytes) {
             order.pop(id);
             if order.is_empty() {
@@ -312,19 +318,16 @@ impl State {
         parent_that_may_leave.and_then(|id| self.detach(&id))
     }
 
-    /// All blocks of one chunk, if all may leave: the chunk of the oldest block for which that holds.
+    /// All blocks of one chunk: the first chunk of which all may leave, among those of the oldest blocks of a size.
     fn take_chunk(&mut self, slot_bytes: usize) -> Vec<Arc<Resident>> {
         let Some(order) = self.order.get(&slot_bytes) else { return Vec::new() };
-        let mut chunks: HashMap<u32, (u64, bool, Vec<RecordId>)> = HashMap::new();
-        for (id, &tick) in order {
-            let Some(block) = self.blocks.get(id) else { continue };
-            let (age, free, ids) = chunks.entry(block.slot.chunk()).or_insert((u64::MAX, true, Vec::new()));
-            *age = tick.min(*age);
-            *free &= self.may_leave(id);
-            ids.push(*id);
-        }
-        let coldest = chunks.into_values().filter(|(_, free, _)| *free).min_by_key(|(age, ..)| *age);
-        coldest.map_or_else(Vec::new, |(_, _, ids)| ids.iter().filter_map(|id| self.detach(id)).collect())
+        let oldest = order.iter().rev().take(CHUNK_TRIES).filter_map(|(id, _)| Some(self.blocks.get(id)?.slot.chunk()));
+        let members = |chunk: u32| -> Vec<RecordId> {
+            let from_here = self.by_chunk.range((chunk, RecordId::LEAST)..);
+            from_here.take_while(|(of, _)| *of == chunk).map(|(_, id)| *id).collect()
+        };
+        let free = oldest.map(members).find(|ids| ids.iter().all(|id| self.may_leave(id)));
+        free.unwrap_or_default().iter().filter_map(|id| self.detach(id)).collect()
     }
 }
 

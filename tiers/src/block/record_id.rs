@@ -41,6 +41,9 @@ pub struct RecordId {
 }
 
 impl RecordId {
+    /// Comes before all others in the order of identities; no record has it.
+    pub const LEAST: Self = Self { namespace: NamespaceHandle(0), group: 0, shard: 0, key: BlockKey::ROOT };
+
     /// A 64-bit fingerprint, uniform because the key is a hash; never 0, which tables use for "empty".
     pub fn fingerprint(&self) -> u64 {
         let place = (u64::from(self.namespace.0) << 32) | (u64::from(self.group) << 16) | u64::from(self.shard);
