@@ -352,3 +352,22 @@ def test_a_worker_that_refuses_stops_the_scheduler_too(make, cache, make_request
     report(scheduler, refused="no identity")
     assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (0, False)
     assert cache.calls == []
+
+
+def test_a_worker_that_refuses_later_ends_what_was_ordered(make, cache, make_request, step, blocks) -> None:
+    cache.stored.update(keys_of(PROMPT))
+    scheduler = make()
+    loading, waiting, saving = make_request("l", PROMPT), make_request("w", PROMPT), make_request("s", range(200, 218))
+    tokens, _ = scheduler.matched_tokens(loading, 0)
+    scheduler.allocated(loading, blocks(range(5)), tokens)
+    (load,) = scheduler.build_meta(step()).loads
+    cache.leases.remove(load.lease)
+    assert scheduler.matched_tokens(waiting, 0) == (tokens, True)
+    assert scheduler.matched_tokens(saving, 0) == (0, False)
+    saving.num_computed_tokens = 18
+    assert scheduler.finished(saving, [11, 12, 13, 14, 15])
+    report(scheduler, refused="other weights")
+    assert cache.leases == set()
+    meta = scheduler.build_meta(step())
+    assert (meta.loads, meta.saves, meta.cancelled, meta.finished) == ([], [], [load.operation], ["s"])
+    assert scheduler.matched_tokens(waiting, 0) == (0, False)

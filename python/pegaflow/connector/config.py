@@ -52,6 +52,9 @@ class ConnectorConfig:
     """How long the scheduler waits for a lookup, in milliseconds; a slower one is a miss. 1 to 10,000."""
     lease_ms: int = 60_000
     """How long found blocks are kept readable until their load starts, in milliseconds. 1,000 to 600,000."""
+    verify_weights: bool = True
+    """Whether all bytes of the weight files are digested once, in the background, and compared with what was recorded
+    for weights with the same sampled digest."""
     staging: str | int = "256MiB"
     """Memory shared with a server through which blocks are copied. Server mode only."""
     kill_switch: str = ""
@@ -94,6 +97,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "lease_ms": (1_000, 600_000),
 }
 _SIZES = ("dram", "nvme", "staging")
+_SWITCHES = ("save_decode", "verify_weights")
 
 
 def _problem(name: str, value: Any) -> str | None:
@@ -105,7 +109,7 @@ def _problem(name: str, value: Any) -> str | None:
         low, high = _RANGES[name]
         good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
         return None if good else f"{name} is {value!r}; give a whole number from {low} to {high}"
-    if name == "save_decode":
+    if name in _SWITCHES:
         return None if isinstance(value, bool) else f"{name} is {value!r}; give true or false"
     if name in _SIZES:
         good = (isinstance(value, str | int) and not isinstance(value, bool)) or (name == "nvme" and value is None)

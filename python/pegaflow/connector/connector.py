@@ -60,7 +60,10 @@ class PegaKVConnector(KVConnectorBase_V1):
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             self._scheduler = PegaScheduler(config, cache, self._instance, block_size, workers, KillSwitch(config))
         else:
-            self._worker = PegaWorker(cache, parallel.rank % workers, workers)
+            shard = parallel.rank % workers
+            # The shards share their files: one looks at them for all.
+            verifies = config.verify_weights and shard == 0
+            self._worker = PegaWorker(cache, shard, workers, verify_weights=verifies)
 
     @property
     def requires_kv_delivery(self) -> bool:

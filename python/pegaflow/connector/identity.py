@@ -77,8 +77,7 @@ def _canonical(value: Any) -> str:
 
 
 def _weights(vllm_config: VllmConfig) -> str:
-    model = vllm_config.model_config
-    load_format = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
+    model, load_format = vllm_config.model_config, _load_format(vllm_config)
     if load_format == "dummy":
         # vLLM draws dummy weights from a generator with a fixed seed; the generator is torch's.
         return f"dummy seed={model.seed} torch={torch.__version__}"
@@ -89,6 +88,22 @@ def _weights(vllm_config: VllmConfig) -> str:
         )
     directory = _directory_of(model.model, model.revision, vllm_config.load_config.download_dir)
     return _native.digest_weights(weight_files(directory))
+
+
+def _load_format(vllm_config: VllmConfig) -> str:
+    load_format = vllm_config.load_config.load_format
+    return str(getattr(load_format, "value", load_format))
+
+
+def weight_sets(vllm_config: VllmConfig) -> list[list[Path]]:
+    """The weight files of the model, and those of a drafter; none of dummy weights. Raises `UnknownIdentityError`."""
+    if _load_format(vllm_config) == "dummy":
+        return []
+    models = [vllm_config.model_config]
+    if (draft := _draft_model(vllm_config)) is not None:
+        models.append(draft)
+    download_dir = vllm_config.load_config.download_dir
+    return [weight_files(_directory_of(model.model, model.revision, download_dir)) for model in models]
 
 
 def _directory_of(name: str, revision: str | None, download_dir: str | None) -> Path:
@@ -148,11 +163,17 @@ def _speculative(vllm_config: VllmConfig) -> Any:
     if speculative is None:
         return None
     identity = {"method": speculative.method, "tokens": speculative.num_speculative_tokens}
-    draft = speculative.draft_model_config
-    if draft is not None and draft.model != vllm_config.model_config.model:
+    if (draft := _draft_model(vllm_config)) is not None:
         directory = _directory_of(draft.model, draft.revision, vllm_config.load_config.download_dir)
         identity["weights"] = _native.digest_weights(weight_files(directory))
     return identity
+
+
+def _draft_model(vllm_config: VllmConfig) -> ModelConfig | None:
+    """The drafter, if its weights are in files of its own."""
+    speculative = vllm_config.speculative_config
+    draft = speculative.draft_model_config if speculative is not None else None
+    return draft if draft is not None and draft.model != vllm_config.model_config.model else None
 
 
 class LoraDigests:

@@ -234,6 +234,7 @@ class PegaScheduler:
             return
         if report.refused and not self._refused:
             self._refused = report.refused
+            self._take_back()
             logger.warning("PegaFlow: nothing is cached: %s", report.refused)
         for request_id in report.failed_loads:
             if tracked := self._tracked.get(request_id):
@@ -258,14 +259,7 @@ class PegaScheduler:
         The name of the epoch is random: nobody knows the identity of weights that were changed in memory.
         """
         self._instance = f"{self._base_instance}#{uuid.uuid4().hex}"
-        for tracked in self._tracked.values():
-            self._forget_found(tracked)
-            tracked.stored_blocks = 0
-            if tracked.loading is not None:
-                self._meta.cancelled.append(tracked.loading)
-        for order in self._meta.saves:
-            self._drop(order)
-        self._meta.saves.clear()
+        self._take_back()
         self._meta.instance = self._instance
         logger.info("PegaFlow: the cache was reset; a new epoch starts")
 
@@ -277,6 +271,17 @@ class PegaScheduler:
 
     def _is_on(self) -> bool:
         return not self._refused and not self._kill_switch.is_off(self._clock())
+
+    def _take_back(self) -> None:
+        """Nothing that was found or is being loaded may be used, and nothing that is final now may be saved."""
+        for tracked in self._tracked.values():
+            self._forget_found(tracked)
+            tracked.stored_blocks = 0
+            if tracked.loading is not None:
+                self._meta.cancelled.append(tracked.loading)
+        for order in self._meta.saves:
+            self._drop(order)
+        self._meta.saves.clear()
 
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)

@@ -17,6 +17,7 @@ from pegaflow.connector import compat
 from pegaflow.connector.identity import UnknownIdentityError, namespace_of
 from pegaflow.connector.metadata import PegaWorkerMetadata
 from pegaflow.connector.metrics import PegaStats
+from pegaflow.connector.weights_check import WeightsCheck
 from pegaflow.errors import GeometryMismatchError, InvalidInputError, PegaError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _GROUP = 0
 _FENCE_LIMIT_S = 60.0
 _FENCE_WARNING_S = 5.0
 _REGISTER_RETRY_S = 1.0
+_SHARED_IDENTITY = "other weights share the sampled digest of these; the worker's error says more"
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Report:
 class PegaWorker:
     """The worker's side of the connector."""
 
-    def __init__(self, cache: CachePort, shard: int, shards: int) -> None:
+    def __init__(self, cache: CachePort, shard: int, shards: int, *, verify_weights: bool = False) -> None:
         self._cache = cache
         self._shard = shard
         self._shards = shards
@@ -81,6 +83,8 @@ class PegaWorker:
         self._wanted_instance = ""
         self._next_register = 0.0
         self._refused = ""
+        self._verifies_weights = verify_weights
+        self._check: WeightsCheck | None = None
         self._loads: dict[int, Loading] = {}
         self._saves: dict[int, str] = {}
         self._unsaved: list[SaveOrder] = []
@@ -107,6 +111,8 @@ class PegaWorker:
         """
         self._geometry = geometry_of(compat.layer_memory(kv_cache_config, kv_caches), kv_caches)
         self._wanted_instance = instance
+        # Before the sampled digest is taken: what is checked later are the files as they were then.
+        self._check = WeightsCheck.of(vllm_config) if self._verifies_weights else None
         try:
             self._descriptor = namespace_of(vllm_config, kv_cache_config, kv_caches)
         except (UnknownIdentityError, PegaError, OSError) as error:
@@ -142,6 +148,8 @@ class PegaWorker:
             logger.warning("PegaFlow: worker %d of %s is not registered yet: %s", self._shard, name, error)
         else:
             self._instance = self._wanted_instance
+            if self._check is not None:
+                self._check.start()
             logger.info(
                 "PegaFlow: worker %d of %d registered %d blocks of %d bytes in %d layers",
                 self._shard, self._shards, geometry.blocks, geometry.block_bytes, len(geometry.fragments),
@@ -151,6 +159,18 @@ class PegaWorker:
         self._refused = why
         self._report.meta.refused = why
         logger.warning("PegaFlow: worker %d caches nothing: %s", self._shard, why)
+
+    def _take_verdict(self) -> None:
+        """If the weights turned out to share their identity with others: stops, and ends what runs."""
+        if self._check is None or self._refused or not (verdict := self._check.verdict()):
+            return
+        self._refused = self._report.meta.refused = _SHARED_IDENTITY
+        logger.error("PegaFlow: worker %d stops caching: %s", self._shard, verdict)
+        for operation, load in [*self._loads.items()]:
+            load.is_cancelled = True
+            self._cancel(operation)
+        for operation in [*self._saves]:
+            self._cancel(operation)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +207,7 @@ class PegaWorker:
     def bind(self, meta: PegaMetadata) -> None:
         """A step begins: takes its orders. Loads start with `start_loads`, saves with `start_saves`."""
         self._wanted_instance = meta.instance
+        self._take_verdict()
         self._register()
         for operation in meta.cancelled:
             if load := self._loads.get(operation):
@@ -201,6 +222,10 @@ class PegaWorker:
         """Starts the step's loads."""
         for order in orders:
             self._loads[order.operation] = Loading(order)
+            if self._refused:
+                # Ordered before the scheduler's side knew.
+                self._load_ended(order.operation, 0, 0, order.blocks)
+                continue
             try:
                 self._cache.load(order.operation, order.lease, self._shard, order.indices, order.blocks)
             except PegaError as error:
@@ -212,7 +237,7 @@ class PegaWorker:
         orders, self._unsaved = self._unsaved, []
         for order in orders:
             count = len(order.blocks)
-            if self._instance != self._wanted_instance:
+            if self._refused or self._instance != self._wanted_instance:
                 self._save_ended(order.operation, 0, 0, count)
                 continue
             try:
@@ -236,6 +261,7 @@ class PegaWorker:
         """Requests whose saves have ended and which were finished before; whose loads have ended; and of the latter
         those whose load failed. Each is told once.
         """
+        self._take_verdict()
         self._poll()
         busy = set(self._saves.values())
         sent = {request for request in self._finishing if request not in busy}
@@ -256,6 +282,8 @@ class PegaWorker:
 
     def close(self, timeout: float) -> None:
         """Cancels everything and ends the session once the copies have ended."""
+        if self._check is not None:
+            self._check.stop()
         for operation in [*self._loads, *self._saves]:
             self._cancel(operation)
         self._cache.close(timeout)
