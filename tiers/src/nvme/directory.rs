@@ -291,7 +291,17 @@ pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
         Err(error) => {
             // Only what was just added is given back: the file may hold a store.
             let _ = file.set_len(held);
-            if error == rustix::io::Errno::NOSPC { Err(no_space()) } else { Err(failed(error.into())) }
+            match error {
+                rustix::io::Errno::NOSPC => Err(no_space()),
+                rustix::io::Errno::FBIG => {
+                    let message = format!(
+                        "{} of {bytes} bytes is larger than a file may be here; raise the limit (ulimit -f), or give a smaller capacity",
+                        path.display()
+                    );
+                    Err(Error::new(ErrorKind::NoSpace, message))
+                }
+                error => Err(failed(error.into())),
+            }
         }
     }
 }
