@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use pegaflow_tiers::{
-    Arena, ArenaConfig, Error, ErrorKind, GroupGeometry, HostDevice, HugePages, IoChoice, NamespaceDescriptor,
-    NamespaceHandle, Result, Slot, Store, StoreConfig,
+    Arena, ArenaConfig, Error, ErrorKind, HostDevice, HugePages, IoChoice, Result, Slot, Store, StoreConfig,
 };
 
 use crate::api::{
@@ -24,6 +23,7 @@ use crate::reclaim::LeastRecentlyUsed;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
+use crate::volatile_namespaces::VolatileNamespaces;
 use crate::{lookup, objects};
 
 /// A group commit happens at the latest after this many bytes.
@@ -70,7 +70,7 @@ impl Engine {
             registry: Registry::default(),
             counters: Counters::default(),
             object_order: Mutex::new(()),
-            volatile_namespaces: Mutex::new(vec![NamespaceDescriptor::objects()]),
+            volatile_namespaces: VolatileNamespaces::default(),
             recovered_records,
             is_closed: AtomicBool::new(false),
             config,
@@ -114,7 +114,7 @@ impl Engine {
         inner.registry.check(session, &spec)?;
         let namespace = match &inner.store {
             Some(store) => store.namespace(&spec.namespace, &spec.groups)?,
-            None => volatile_namespace(inner, &spec.namespace, &spec.groups),
+            None => inner.volatile_namespaces.register(&spec.namespace, &spec.groups)?,
         };
         inner.registry.add_worker(session, &spec, namespace);
         Ok(())
@@ -335,19 +335,6 @@ fn add_store(stats: &mut Stats, store: &Store) {
     stats.durable_records = of_store.appended_records;
     stats.quarantined_records = of_store.bad_reads;
     stats.reclaimed_regions = of_store.reclaimed_regions;
-}
-
-fn volatile_namespace(inner: &Inner, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry]) -> NamespaceHandle {
-    // Without a store nothing outlives the engine, so the geometry may be part of the name.
-    let named = groups
-        .iter()
-        .fold(descriptor.clone(), |named, group| named.with(format!("geometry.{}", group.group), format!("{group:?}")));
-    let mut known = inner.volatile_namespaces.lock();
-    let index = known.iter().position(|other| *other == named).unwrap_or_else(|| {
-        known.push(named);
-        known.len() - 1
-    });
-    NamespaceHandle(index as u32)
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
-use pegaflow_tiers::{Arena, CopyBatch, Device, Error, ErrorKind, NamespaceDescriptor, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, CopyBatch, Device, Error, ErrorKind, RecordId, Result, Store};
 
 use crate::api::SessionId;
 use crate::config::EngineConfig;
@@ -18,6 +18,7 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
+use crate::volatile_namespaces::VolatileNamespaces;
 
 /// How long one wait for copies lasts before the log says that it goes on.
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
@@ -36,7 +37,7 @@ pub(crate) struct Inner {
     pub(crate) counters: Counters,
     pub(crate) object_order: Mutex<()>,
     /// Namespaces of an engine without a store.
-    pub(crate) volatile_namespaces: Mutex<Vec<NamespaceDescriptor>>,
+    pub(crate) volatile_namespaces: VolatileNamespaces,
     pub(crate) recovered_records: u64,
     pub(crate) is_closed: AtomicBool,
 }

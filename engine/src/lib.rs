@@ -19,5 +19,6 @@ mod registry;
 mod residency;
 mod save;
 mod spill;
+mod volatile_namespaces;
 
 pub use prelude::*;

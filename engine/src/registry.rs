@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use parking_lot::RwLock;
-use pegaflow_tiers::{Error, ErrorKind, GroupGeometry, NamespaceHandle, NamespaceId, Result};
+use pegaflow_tiers::{Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, Result};
 
 use crate::api::{InstanceId, InstanceSpec, SessionId};
 
@@ -87,6 +87,9 @@ impl Registry {
                 "the instance's name has {} bytes; give 1 to {INSTANCE_BYTES_MAX}",
                 spec.instance.0.len()
             ));
+        }
+        if spec.namespace == NamespaceDescriptor::objects() {
+            return bad("the namespace is the one of objects; describe one of your own".into());
         }
         if spec.groups.is_empty() || spec.groups.len() > GROUPS_MAX {
             return bad(format!("{} groups; give 1 to {GROUPS_MAX}", spec.groups.len()));

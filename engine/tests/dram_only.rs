@@ -87,6 +87,8 @@ fn bad_requests_are_refused_and_change_nothing() {
     assert_eq!(kind(spec(&InstanceId("a".into()), 17, 1, 0)), Err(ErrorKind::InvalidInput));
     assert_eq!(kind(spec(&InstanceId("a".into()), BLOCK, 1, 1)), Err(ErrorKind::InvalidInput));
     assert_eq!(kind(spec(&InstanceId("".into()), BLOCK, 1, 0)), Err(ErrorKind::InvalidInput));
+    let objects = InstanceSpec { namespace: NamespaceDescriptor::objects(), ..spec(&worker.instance, BLOCK, 1, 0) };
+    assert_eq!(kind(objects), Err(ErrorKind::InvalidInput));
     let stranger = worker.engine.register(SessionId(999), spec(&InstanceId("a".into()), BLOCK, 1, 0));
     assert_eq!(stranger.map_err(|error| error.kind()), Err(ErrorKind::NotFound));
     let request =
@@ -137,4 +139,10 @@ fn objects_are_put_replaced_and_removed() {
     engine.close(Instant::now() + Duration::from_secs(5)).expect("closed");
     assert_eq!(engine.put(b"a", b"x").map_err(|error| error.kind()), Err(ErrorKind::Closed));
     assert_eq!(engine.get(b"a").map(|_| ()).map_err(|error| error.kind()), Err(ErrorKind::Closed));
+}
+
+#[test]
+fn a_namespace_keeps_its_geometry_as_long_as_the_engine_lives() {
+    let worker = Worker::new(dram(16));
+    support::assert_geometry_is_kept(&worker.engine, worker.session);
 }

@@ -143,6 +143,7 @@ fn a_namespace_keeps_its_geometry_across_restarts() {
     let other = support::spec(&worker.instance, BLOCK * 2, 1, 0);
     assert_eq!(engine.register(session, other).map_err(|error| error.kind()), Err(ErrorKind::GeometryMismatch));
     engine.register(session, support::spec(&worker.instance, BLOCK, 1, 0)).expect("the same as before");
+    support::assert_geometry_is_kept(&engine, session);
 }
 
 #[test]

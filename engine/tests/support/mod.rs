@@ -122,3 +122,22 @@ pub(crate) fn keys(count: u32, seed: u32) -> Vec<BlockKey> {
     let mut chain = KeyChain::new();
     (0..count).map(|i| chain.next(&[seed, i], b"")).collect()
 }
+
+/// The namespace of [`spec`] is known with blocks of `BLOCK`: nobody registers it otherwise, under whatever name, and
+/// whoever tried is as before.
+pub(crate) fn assert_geometry_is_kept(engine: &Engine, session: SessionId) {
+    let instance = InstanceId("test".into());
+    let other_session = engine.start_session();
+    for session in [session, other_session] {
+        for instance in [&instance, &InstanceId("other".into())] {
+            let error = engine.register(session, spec(instance, BLOCK * 2, 1, 0)).expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::GeometryMismatch, "{error}");
+        }
+    }
+    engine.end_session(other_session, Duration::from_secs(1)).expect("ended");
+    assert!(engine.is_registered(&instance));
+    let mut other = spec(&instance, BLOCK * 2, 1, 0);
+    other.namespace = other.namespace.with("dtype", "other");
+    engine.register(session, other).expect("another namespace");
+    engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("the same as at first");
+}

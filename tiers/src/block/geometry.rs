@@ -1,6 +1,7 @@
 //! Where the bytes of a block lie in a device's memory: a list of affine fragments, checked once when registered,
 //! so that no block number can ever form an address outside the registered memory.
 
+use super::namespace::NamespaceId;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most fragments a layout may have. vLLM's deepest models have fewer than 256 layers, each with K and V.
@@ -125,18 +126,32 @@ impl GroupGeometry {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
-                    "a block size of {} bytes is not a multiple of {FRAGMENT_ALIGN} between {FRAGMENT_ALIGN} and {BLOCK_BYTES_MAX}",
-                    self.block_bytes
+                    "a block of group {} has {} bytes; give a multiple of {FRAGMENT_ALIGN} from {FRAGMENT_ALIGN} to {BLOCK_BYTES_MAX}",
+                    self.group, self.block_bytes
                 ),
             ));
         }
         if self.shards == 0 || self.shards > 1024 {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("{} shards; there must be 1 to 1024", self.shards),
+                format!("group {} has {} shards; give 1 to 1024", self.group, self.shards),
             ));
         }
         Ok(())
+    }
+
+    /// The error for a namespace that is registered with other groups than it is known with.
+    pub fn mismatch(namespace: NamespaceId, known: &[Self], given: &[Self]) -> Error {
+        let show = |groups: &[Self]| {
+            let each = groups.iter().map(|g| format!("{}: {} bytes in {} shards", g.group, g.block_bytes, g.shards));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        let message = format!(
+            "namespace {namespace} is known with the groups [{}], not [{}]; register these, or add to its descriptor what makes them differ",
+            show(known),
+            show(given)
+        );
+        Error::new(ErrorKind::GeometryMismatch, message)
     }
 }
 

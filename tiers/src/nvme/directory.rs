@@ -48,26 +48,26 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates the directory if it is missing, locks it and finds out what it holds.
+    /// Creates the directory if it is missing, locks it and finds out what it holds. A directory that is refused is left
+    /// as it was.
     ///
     /// # Errors
     /// `Locked` naming the process that holds it, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `Unsupported` for
     /// a network file system, `Io`.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let doing = |what: &str| format!("{what} the store's directory {}", path.display());
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(|source| Error::from_io(doing("making"), source))?;
+        make(path)?;
         refuse_network_file_systems(path)?;
-        refuse_foreign_content(path)?;
-        let lock = lock(path)?;
-        let is_new = match fs::read(path.join(VERSION)) {
-            Ok(text) => {
-                check_version_text(&text).map_err(|error| error.with("path", path.display()))?;
-                false
+        let found = try_lock(path, false)?;
+        // Without a lock to take, whatever is not ours must be seen before one is made.
+        let lock = match found {
+            Some(lock) => lock,
+            None => {
+                content(path)?;
+                try_lock(path, true)?.ok_or_else(|| Error::new(ErrorKind::Io, "LOCK was made and is not there"))?
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-            Err(source) => return Err(Error::from_io(doing("reading VERSION in"), source)),
         };
+        let is_new = content(path)? == Content::Nothing;
+        note_holder(path, &lock)?;
         let directory = Self { path: path.to_owned(), _lock: lock, is_new };
         if is_new {
             directory.start_over()?;
@@ -126,6 +126,7 @@ impl Directory {
 
     /// Undoes the making of a store that did not succeed, as far as possible.
     pub(super) fn abandon(&self) {
+        // The mark goes last: as long as it is there, what lies beside it is known to be ours.
         for name in [REGIONS, SUPERBLOCK, NAMESPACES, VERSION_NEW] {
             let _ = fs::remove_file(self.path.join(name));
         }
@@ -138,8 +139,8 @@ impl Directory {
 
     /// Removes what an interrupted making left and marks that a new one has begun.
     fn start_over(&self) -> Result<()> {
-        self.abandon();
         self.wipe_index()?;
+        self.abandon();
         let path = self.path.join(VERSION_NEW);
         let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|mut file| {
             file.write_all(version_text().as_bytes())?;
@@ -151,13 +152,45 @@ impl Directory {
     }
 }
 
-/// Takes the lock, and leaves this process's number in it for whoever comes second.
-fn lock(path: &Path) -> Result<File> {
+/// What a directory holds that is not refused.
+#[derive(PartialEq, Eq)]
+enum Content {
+    Store,
+    /// Nothing, or what an interrupted making left.
+    Nothing,
+}
+
+fn make(path: &Path) -> Result<()> {
+    if fs::metadata(path).is_ok_and(|found| !found.is_dir()) {
+        let message = format!("{} is a file, not a directory; give a directory for the store", path.display());
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    }
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| refused_by_system(&format!("making the store's directory {}", path.display()), source))
+}
+
+/// The system's error, with the remedy where rights are missing.
+fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
+    let error = Error::from_io(doing, source);
+    if error.kind() != ErrorKind::PermissionDenied {
+        return error;
+    }
+    let user = rustix::process::geteuid().as_raw();
+    let message = format!("{}; give a directory that user {user} may write, or change its owner", error.message());
+    Error::new(ErrorKind::PermissionDenied, message)
+}
+
+/// Takes the lock; `None` if there is no such file and none is to be made. Changes nothing else.
+fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
     let name = path.join(LOCK);
-    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&name);
-    let mut file = opened.map_err(|source| Error::from_io(format!("opening {}", name.display()), source))?;
+    let opened = OpenOptions::new().read(true).write(true).create(make).truncate(false).mode(0o600).open(&name);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) if !make && error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(refused_by_system(&format!("opening {}", name.display()), source)),
+    };
     match file.try_lock() {
-        Ok(()) => {}
+        Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => {
             let mut holder = String::new();
             let _ = (&file).take(32).read_to_string(&mut holder);
@@ -166,13 +199,16 @@ fn lock(path: &Path) -> Result<File> {
                 path.display(),
                 holder.trim()
             );
-            return Err(Error::new(ErrorKind::Locked, message));
+            Err(Error::new(ErrorKind::Locked, message))
         }
-        Err(TryLockError::Error(source)) => return Err(Error::from_io(format!("locking {}", name.display()), source)),
+        Err(TryLockError::Error(source)) => Err(Error::from_io(format!("locking {}", name.display()), source)),
     }
-    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
-    written.map_err(|source| Error::from_io(format!("writing {}", name.display()), source))?;
-    Ok(file)
+}
+
+/// Leaves this process's number in the lock for whoever comes second.
+fn note_holder(path: &Path, mut lock: &File) -> Result<()> {
+    let written = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
+    written.map_err(|source| Error::from_io(format!("writing {}", path.join(LOCK).display()), source))
 }
 
 fn refuse_network_file_systems(path: &Path) -> Result<()> {
@@ -189,15 +225,31 @@ fn refuse_network_file_systems(path: &Path) -> Result<()> {
     }
 }
 
-/// A directory without `VERSION` may hold nothing but what an interrupted making leaves.
-fn refuse_foreign_content(path: &Path) -> Result<()> {
-    if path.join(VERSION).exists() || path.join(VERSION_NEW).exists() {
-        return Ok(());
+/// Finds out what a directory holds. Without `VERSION` that may be nothing but what an interrupted making leaves: it is
+/// removed afterwards, so nobody else's file may be taken for it.
+fn content(path: &Path) -> Result<Content> {
+    let failed = |source| refused_by_system(&format!("reading {}", path.display()), source);
+    let read = |name: &str| match fs::read(path.join(name)) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(failed(source)),
+    };
+    if let Some(text) = read(VERSION)? {
+        check_version_text(&text).map_err(|error| error.with("path", path.display()))?;
+        return Ok(Content::Store);
     }
-    let read = |source| Error::from_io(format!("reading {}", path.display()), source);
-    for entry in fs::read_dir(path).map_err(read)? {
-        let name = entry.map_err(read)?.file_name();
-        if name != OsStr::new(LOCK) && name != OsStr::new(LOST_AND_FOUND) {
+    let begun = read(VERSION_NEW)?;
+    let ours: &[&str] = match &begun {
+        Some(text) if check_version_text(text).is_ok() => {
+            &[LOCK, LOST_AND_FOUND, VERSION_NEW, REGIONS, SUPERBLOCK, NAMESPACES, INDEX]
+        }
+        // The mark is the first file of a making: where it is torn, there is no other.
+        Some(text) if version_text().as_bytes().starts_with(text) => &[LOCK, LOST_AND_FOUND, VERSION_NEW],
+        _ => &[LOCK, LOST_AND_FOUND],
+    };
+    for entry in fs::read_dir(path).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        if !ours.iter().any(|known| name == OsStr::new(known)) {
             let message = format!(
                 "{} holds {name:?} and no {VERSION}, so it is no store of this engine; give an empty directory",
                 path.display()
@@ -205,7 +257,7 @@ fn refuse_foreign_content(path: &Path) -> Result<()> {
             return Err(Error::new(ErrorKind::ForeignFormat, message));
         }
     }
-    Ok(())
+    Ok(Content::Nothing)
 }
 
 /// Makes a file of `bytes` bytes, or grows it to them, all taken from the file system now.
@@ -239,13 +291,25 @@ pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
         Err(error) => {
             // Only what was just added is given back: the file may hold a store.
             let _ = file.set_len(held);
-            if error == rustix::io::Errno::NOSPC { Err(no_space()) } else { Err(failed(error.into())) }
+            match error {
+                rustix::io::Errno::NOSPC => Err(no_space()),
+                rustix::io::Errno::FBIG => {
+                    let message = format!(
+                        "{} of {bytes} bytes is larger than a file may be here; raise the limit (ulimit -f), or give a smaller capacity",
+                        path.display()
+                    );
+                    Err(Error::new(ErrorKind::NoSpace, message))
+                }
+                error => Err(failed(error.into())),
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::ffi::OsString;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -299,9 +363,61 @@ mod tests {
         assert_eq!(kind(at.path()), Some(ErrorKind::NewerFormat));
     }
 
+    /// Every file of a directory with its content.
+    fn snapshot(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
+        let entries = fs::read_dir(path).expect("read").map(|entry| entry.expect("entry"));
+        entries.map(|entry| (entry.file_name(), fs::read(entry.path()).expect("read"))).collect()
+    }
+
+    #[test]
+    fn a_refused_directory_is_left_as_it_was() {
+        let cases: [&[(&str, &str)]; 7] = [
+            &[("thesis.tex", "precious")],
+            &[(VERSION, "another-store 1\n"), (REGIONS, "precious")],
+            &[(VERSION, "pegaflow-store 2\n"), (REGIONS, "precious")],
+            &[(LOCK, ""), ("CURRENT", "precious")],
+            &[(LOCK, "somebody"), (VERSION, "pegaflow-store 2\n")],
+            &[(VERSION_NEW, "my own notes"), (REGIONS, "precious")],
+            &[(VERSION_NEW, "pegaflow-store 1\n"), (REGIONS, "half"), ("thesis.tex", "precious")],
+        ];
+        for files in cases {
+            let at = temporary();
+            for (name, text) in files {
+                fs::write(at.path().join(name), text).expect("written");
+            }
+            let before = snapshot(at.path());
+            let kind = kind(at.path());
+            assert!(matches!(kind, Some(ErrorKind::ForeignFormat | ErrorKind::NewerFormat)), "{files:?}: {kind:?}");
+            assert_eq!(snapshot(at.path()), before, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn a_making_that_was_interrupted_at_its_mark_is_started_over() {
+        for text in ["", "pegaflow"] {
+            let at = temporary();
+            fs::write(at.path().join(VERSION_NEW), text).expect("written");
+            assert_eq!(kind(at.path()), None, "{text:?}");
+        }
+    }
+
     #[test]
     fn a_directory_that_may_not_be_made_is_a_matter_of_rights() {
-        assert_eq!(kind(Path::new("/sys/pegaflow-test")), Some(ErrorKind::PermissionDenied));
+        let error = Directory::open(Path::new("/sys/pegaflow-test")).err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        let user = rustix::process::geteuid().as_raw().to_string();
+        assert!(error.message().contains("/sys/pegaflow-test") && error.message().contains(&user), "{error}");
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_directory_is_named() {
+        let at = temporary();
+        let path = at.path().join("file");
+        fs::write(&path, b"precious").expect("written");
+        let error = Directory::open(&path).err().expect("refused");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.message().contains("is a file"), "{error}");
+        assert_eq!(fs::read(&path).expect("there"), b"precious");
     }
 
     #[test]

@@ -94,7 +94,11 @@ impl Namespaces {
             let known = self.known.read();
             if let Some(row) = known.by_id.get(&id).and_then(|handle| known.by_handle.get(handle)) {
                 let is_same = row.groups == groups;
-                return if is_same { Ok((row.handle, None)) } else { Err(geometry_mismatch(id, &row.groups, &groups)) };
+                return if is_same {
+                    Ok((row.handle, None))
+                } else {
+                    Err(GroupGeometry::mismatch(id, &row.groups, &groups))
+                };
             }
             if known.by_handle.len() >= NAMESPACES_MAX {
                 let message = format!("the store has {NAMESPACES_MAX} namespaces, the limit; give an empty directory");
@@ -187,19 +191,6 @@ fn checked_groups(groups: &[GroupGeometry]) -> Result<Vec<GroupGeometry>> {
             Err(Error::new(ErrorKind::InvalidInput, format!("group {} is given twice; give it once", pair[0].group)))
         }
     }
-}
-
-fn geometry_mismatch(id: NamespaceId, known: &[GroupGeometry], given: &[GroupGeometry]) -> Error {
-    let show = |groups: &[GroupGeometry]| {
-        let each = groups.iter().map(|g| format!("{}: {} bytes in {} shards", g.group, g.block_bytes, g.shards));
-        each.collect::<Vec<_>>().join(", ")
-    };
-    let message = format!(
-        "namespace {id} is known with the groups [{}], not [{}]; its descriptor lacks what makes them differ",
-        show(known),
-        show(given)
-    );
-    Error::new(ErrorKind::GeometryMismatch, message)
 }
 
 fn encode(row: &NamespaceRow, store: StoreUuid) -> Result<Vec<u8>> {
