@@ -35,10 +35,11 @@ async fn connect_channel(local: &Local) -> Channel {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    // Small windows: a client that does not read is noticed after some ten thousand events.
+    // A small window of the stream: a client that does not read is noticed after some ten thousand events. A large one of
+    // the connection: h2 ends a connection with too many small frames unread for its window, before the server's bound.
     Endpoint::from_static("http://test")
         .initial_stream_window_size(65_535)
-        .initial_connection_window_size(1 << 20)
+        .initial_connection_window_size(64 << 20)
         .connect_with_connector(connector)
         .await
         .expect("connects")
