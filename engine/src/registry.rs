@@ -23,8 +23,9 @@ struct Instance {
     namespace: NamespaceHandle,
     id: NamespaceId,
     groups: Vec<GroupGeometry>,
-    /// Which session holds which shard.
-    workers: HashMap<u16, SessionId>,
+    /// Which sessions hold which shard: a restarted worker may come before its predecessor has gone, and neither takes
+    /// the shard from the other.
+    workers: HashMap<u16, HashSet<SessionId>>,
 }
 
 impl Instance {
@@ -64,7 +65,10 @@ impl Registry {
         let mut state = self.state.write();
         state.sessions.remove(&session);
         state.instances.retain(|_, instance| {
-            instance.workers.retain(|_, worker| *worker != session);
+            instance.workers.retain(|_, sessions| {
+                sessions.remove(&session);
+                !sessions.is_empty()
+            });
             !instance.workers.is_empty()
         });
     }
@@ -109,7 +113,7 @@ impl Registry {
         }
         let state = self.state.read();
         if let Some(known) = state.instances.get(&spec.instance)
-            && known.workers.values().any(|worker| *worker != session)
+            && known.workers.values().flatten().any(|worker| *worker != session)
             && (known.id != spec.namespace.id() || known.groups != spec.groups)
         {
             return Err(Error::new(
@@ -135,7 +139,7 @@ impl Registry {
         if instance.id != id || instance.groups != spec.groups {
             *instance = fresh();
         }
-        instance.workers.insert(spec.shard, session);
+        instance.workers.entry(spec.shard).or_default().insert(session);
     }
 
     /// What is registered under a name, for one group.

@@ -80,6 +80,17 @@ fn an_instance_is_found_only_when_all_of_its_shards_are_there() {
 }
 
 #[test]
+fn a_worker_that_comes_and_goes_does_not_take_the_shard_of_another() {
+    let worker = Worker::new(dram(16));
+    let second = worker.engine.start_session();
+    worker.engine.register(second, spec(&worker.instance, BLOCK, 1, 0)).expect("the same worker, started again");
+    worker.engine.end_session(second, Duration::from_secs(1)).expect("ended");
+    assert!(worker.engine.is_registered(&worker.instance), "the first is still there");
+    worker.engine.end_session(worker.session, Duration::from_secs(1)).expect("ended");
+    assert!(!worker.engine.is_registered(&worker.instance));
+}
+
+#[test]
 fn bad_requests_are_refused_and_change_nothing() {
     let worker = Worker::new(dram(16));
     let kind = |spec| worker.engine.register(worker.session, spec).map_err(|error| error.kind());

@@ -20,7 +20,14 @@ pub(crate) fn size(value: &Bound<'_, PyAny>) -> PyResult<ByteSize> {
     if let Ok(text) = value.cast::<PyString>() {
         return text.to_str()?.parse().map_err(|error| to_python(value.py(), &error));
     }
-    Ok(ByteSize(value.extract()?))
+    match value.extract() {
+        Ok(bytes) => Ok(ByteSize(bytes)),
+        // Negative or beyond 64 bits: refused as the same digits in a text are.
+        Err(error) if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(value.py()) => {
+            value.str()?.to_str()?.parse().map_err(|error| to_python(value.py(), &error))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// The configuration for the three fields that Python gives; everything else by default.

@@ -103,6 +103,8 @@ def test_bad_sizes_are_refused_with_a_remedy(store_path: Path) -> None:
     assert isinstance(caught.value, PegaError)
     with pytest.raises(PegaError, match="'much' is not a size"):
         PegaEngine(store_path, dram="much", nvme=None)
+    with pytest.raises(PegaError, match="'-1' is not a size"):
+        PegaEngine(store_path, dram=-1, nvme=None)
 
 
 def test_bad_keys_and_objects_are_refused(engine: PegaEngine) -> None:

@@ -36,13 +36,13 @@ fn instance(name: &str) -> Result<InstanceId> {
 }
 
 fn group(value: u32) -> Result<u16> {
-    u16::try_from(value).map_err(|_| invalid(format!("group {value} is above {}", u16::MAX)))
+    u16::try_from(value).map_err(|_| invalid(format!("group {value}; give 0 to {}", u16::MAX)))
 }
 
 fn shard(value: u32) -> Result<u16> {
     match u16::try_from(value) {
         Ok(shard) if value < SHARDS_MAX => Ok(shard),
-        _ => Err(invalid(format!("shard {value} is above {}", SHARDS_MAX - 1))),
+        _ => Err(invalid(format!("shard {value}; give 0 to {}", SHARDS_MAX - 1))),
     }
 }
 
@@ -64,7 +64,7 @@ fn check_equal(what: &str, count: usize, expected: usize) -> Result<()> {
 fn keys(what: &str, bytes: &[u8]) -> Result<Vec<BlockKey>> {
     let (keys, rest) = bytes.as_chunks::<KEY_BYTES>();
     if !rest.is_empty() {
-        return Err(invalid(format!("{what} has {} bytes, which is no multiple of {KEY_BYTES}", bytes.len())));
+        return Err(invalid(format!("{what} has {} bytes; give {KEY_BYTES} for each key", bytes.len())));
     }
     if keys.len() > BLOCKS_MAX {
         return Err(invalid(format!("{} {what}; give at most {BLOCKS_MAX} in one request", keys.len())));
@@ -81,9 +81,9 @@ pub(crate) fn join_keys<'a>(keys: impl ExactSizeIterator<Item = &'a BlockKey>) -
 
 /// A lease from its 16 bytes.
 pub(crate) fn lease(bytes: &[u8]) -> Result<LeaseId> {
-    <[u8; LEASE_BYTES]>::try_from(bytes)
-        .map(|bytes| LeaseId(u128::from_le_bytes(bytes)))
-        .map_err(|_| invalid(format!("a lease of {} bytes; a lease has {LEASE_BYTES}", bytes.len())))
+    <[u8; LEASE_BYTES]>::try_from(bytes).map(|bytes| LeaseId(u128::from_le_bytes(bytes))).map_err(|_| {
+        invalid(format!("a lease of {} bytes; give the {LEASE_BYTES} bytes of a lookup's reply", bytes.len()))
+    })
 }
 
 /// The bytes of a lease.

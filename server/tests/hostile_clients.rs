@@ -9,34 +9,40 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use pegaflow_engine::LoadOutcome;
+use pegaflow_server::client::CompletionResult;
 use pegaflow_server::limits::{BLOCKS_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SESSIONS_MAX};
 use pegaflow_server::proto::pega_flow_client::PegaFlowClient;
 use pegaflow_server::proto::session_event::Event;
 use pegaflow_server::proto::{
-    Group, LoadRequest, LookupRequest, OpenSessionRequest, RegisterRequest, SaveRequest, SessionEvent,
+    Group, LoadRequest, LookupReply, LookupRequest, OpenSessionRequest, RegisterRequest, SaveRequest, SessionEvent,
     ShareMemoryRequest,
 };
 use pegaflow_server::{ERROR_KIND, ServerConfig, memory_socket_path};
-use support::{BLOCK_BYTES, Local, PATIENCE, until};
+use support::{BLOCK_BYTES, BLOCKS, Local, PATIENCE, until};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
 type Rpc = PegaFlowClient<Channel>;
 
 async fn connect(local: &Local) -> Rpc {
+    Rpc::new(connect_channel(local).await).max_encoding_message_size(4 * MESSAGE_BYTES_MAX)
+}
+
+async fn connect_channel(local: &Local) -> Channel {
     let path = local.socket.clone();
     let connector = tower::service_fn(move |_| {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    // Small windows: a client that does not read is noticed after some ten thousand events.
-    let channel = Endpoint::from_static("http://test")
+    // A small window of the stream: a client that does not read is noticed after some ten thousand events. A large one of
+    // the connection: h2 ends a connection with too many small frames unread for its window, before the server's bound.
+    Endpoint::from_static("http://test")
         .initial_stream_window_size(65_535)
-        .initial_connection_window_size(1 << 20)
+        .initial_connection_window_size(64 << 20)
         .connect_with_connector(connector)
         .await
-        .expect("connects");
-    Rpc::new(channel).max_encoding_message_size(4 * MESSAGE_BYTES_MAX)
+        .expect("connects")
 }
 
 async fn open(rpc: &mut Rpc) -> (u64, Streaming<SessionEvent>) {
@@ -132,8 +138,36 @@ fn a_message_over_8_mib_is_refused_before_it_is_read() {
             let result = reason(rpc.lookup(frame(bytes - overhead)).await);
             assert_eq!(result, refusal(Code::InvalidArgument, "invalid_input"), "{bytes} bytes are read, then checked");
         }
-        let result = reason(rpc.lookup(frame(MESSAGE_BYTES_MAX + 1 - overhead)).await);
+        let result = rpc.lookup(frame(MESSAGE_BYTES_MAX + 1 - overhead)).await;
+        let message = result.as_ref().err().map_or("", |status| status.message());
+        assert!(
+            [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1].iter().all(|n| message.contains(&n.to_string())),
+            "{message}"
+        );
+        let result = reason(result);
         assert_eq!(result, Err((Code::OutOfRange, None)), "refused by its length");
+    });
+}
+
+#[test]
+fn a_message_that_is_no_request_is_refused_and_the_connection_goes_on() {
+    let local = Local::start();
+    local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, _events) = open(&mut rpc).await;
+        rpc.register(register(session)).await.expect("registers");
+        // Field 1 of a lookup is a number; this sends text in it.
+        let mut raw = tonic::client::Grpc::new(connect_channel(&local).await);
+        for _ in 0..3 {
+            raw.ready().await.expect("connected");
+            let path = tonic::codegen::http::uri::PathAndQuery::from_static("/pegaflow.v1.PegaFlow/Lookup");
+            let codec = tonic_prost::ProstCodec::<String, LookupReply>::default();
+            let status =
+                raw.unary(tonic::Request::new("no number".to_owned()), path, codec).await.expect_err("refused");
+            assert_eq!(status.code(), Code::Internal, "{status}");
+            assert!(status.message().contains("session"), "names the field: {status}");
+        }
+        rpc.lookup(lookup(session, 1)).await.expect("served as before");
     });
 }
 
@@ -165,6 +199,36 @@ fn a_dropped_stream_ends_the_session_and_frees_what_it_held() {
         tokio::task::block_in_place(|| until("the session is freed", freed));
         assert_eq!(reason(rpc.lookup(lookup(session, 1)).await), refusal(Code::NotFound, "not_found"));
     });
+}
+
+#[test]
+fn a_client_that_disappears_mid_save_leaves_nothing_held_and_harms_nobody() {
+    let local = Local::start();
+    let mut other = local.worker();
+    (0..BLOCKS / 2).for_each(|block| other.fill(block, block as u8));
+    other.wait(other.start_save(BLOCKS / 2).expect("accepted"));
+    let shared = local.server().shared_bytes();
+    local.runtime.block_on(async {
+        for _ in 0..8 {
+            let mut rpc = connect(&local).await;
+            let (session, events) = open(&mut rpc).await;
+            rpc.register(register(session)).await.expect("registers");
+            rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 1 }).await.expect("shares");
+            for operation in 0..200 {
+                rpc.save(SaveRequest { operation, ..save(session, 1000) }).await.expect("accepted");
+            }
+            drop((events, rpc));
+        }
+    });
+    until("its sessions are freed", || local.server().sessions() == 1 && local.engine.stats().sessions == 1);
+    until("its operations have ended", || local.engine.stats().operations == 0);
+    until("its memory is freed", || local.server().shared_bytes() == shared);
+    let operation = other.start_load(BLOCKS / 2);
+    let loaded = LoadOutcome { loaded_dram: BLOCKS / 2, loaded_nvme: 0, failed: vec![] };
+    assert_eq!(other.wait(operation), CompletionResult::Load(loaded));
+    for block in 0..BLOCKS / 2 {
+        assert!(other.read(block) == other.read(BLOCKS - BLOCKS / 2 + block), "block {block}");
+    }
 }
 
 #[test]

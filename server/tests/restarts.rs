@@ -215,3 +215,18 @@ fn a_directory_in_use_or_of_something_else_is_refused_in_one_line() {
     assert_eq!((code, stderr.lines().count()), (Some(4), 1), "{stderr}");
     assert_eq!(std::fs::read(foreign.join("VERSION")).expect("reads"), b"somebody else's\n", "left as it was");
 }
+
+#[test]
+fn a_store_larger_than_a_file_may_be_is_refused_in_one_line() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let limited = with_store(&sockets.path().join("p.sock"), &store);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 20000; exec \"$@\"", "sh"]).arg(limited.get_program()).args(limited.get_args());
+    let (code, stdout, stderr) = run(&mut command);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(6), "", 1), "{stderr}");
+    assert!(stderr.contains("ulimit") && stderr.contains("capacity"), "{stderr}");
+    assert!(!store.join("regions.0").exists(), "nothing is left of it");
+    let (_server, ready) = Process::start(with_store(&sockets.path().join("p.sock"), &store));
+    assert_eq!(ready["ready"], true, "without the limit it starts");
+}

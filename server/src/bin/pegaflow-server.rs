@@ -179,8 +179,18 @@ fn raise_open_files() {
     }
 }
 
+/// A write over the limit of file sizes (`ulimit -f`) ends a process silently, unless the signal has a handler: then the
+/// write fails, and the error says what to do.
+fn report_file_size_limit() -> Result<()> {
+    let number = rustix::process::Signal::XFSZ.as_raw();
+    // The handler stays when the stream goes.
+    let handler = signal(SignalKind::from_raw(number)).map(drop);
+    handler.map_err(|error| Error::from_io("cannot listen for signals", error))
+}
+
 async fn run(options: &Options) -> Result<()> {
     let mut stop = StopSignals::new()?;
+    report_file_size_limit()?;
     let metrics = Metrics::new();
     metrics.install();
     let readiness = Readiness::new(metrics);
