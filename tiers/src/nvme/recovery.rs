@@ -296,7 +296,7 @@ impl Recovery<'_> {
             Some(RecordKind::Tombstone) => {
                 self.changes.push(IndexChange::Remove { id, sequence: header.hides });
             }
-            // What replaced an older version and is damaged still hides it.
+            // What replaced an older version and is damaged still hides it: a miss, not something stale.
             Some(_) if !found.is_intact => {
                 tracing::warn!(?id, location = ?header.location, "a record is damaged; it is left out");
                 if header.replaces {

@@ -16,12 +16,12 @@ const WINDOW_PAGES_MAX: u32 = 256;
 /// Pages read first: one, since most scans find nothing.
 const WINDOW_PAGES_MIN: u32 = 1;
 
-/// What a scan does where there is no valid header.
+/// What a scan does where there is no valid header, or a payload is not what its header says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AtDamage {
-    /// It ends: here the log ends.
+    /// It ends: here the log ends, and what comes behind was never reported durable.
     Stop,
-    /// It looks for the next one, page by page, to the end of the region.
+    /// It looks for the next header, page by page, to the end of the region. Records with a wrong payload are reported.
     Search,
 }
 
@@ -74,7 +74,11 @@ pub(super) fn scan(drive: &Drive, range: &ScanRange, each: &mut dyn FnMut(Found)
                 }
             }
         };
-        let is_intact = !range.checks_payloads || is_payload_intact(&mut window, &header)?;
+        let has_payload = header.kind.has_payload();
+        let is_intact = !(has_payload && range.checks_payloads) || is_payload_intact(&mut window, &header)?;
+        if !is_intact && range.at_damage == AtDamage::Stop {
+            break;
+        }
         page += header.location.pages;
         end = LogEnd { page, sequence: header.sequence };
         if header.kind != HeaderKind::Fence {

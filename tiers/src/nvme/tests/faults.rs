@@ -120,6 +120,33 @@ fn a_record_whose_second_write_fails_too_is_reported() {
     close(store);
 }
 
+/// A replacement whose write failed for good leaves the old version alone, also when the region goes that the failed
+/// write reached.
+#[test]
+fn a_failed_replacement_leaves_the_old_version() {
+    let mut place = Place::with_policy(IoChoice::Psync, 6, Arc::new(LeastRecent));
+    place.config.queue_depth = 1;
+    let (store, drive) = place.open_faulty(FaultPlan::default());
+    put(&place, &store, [(1, 1, 10_000)]);
+    put(&place, &store, (10..16).map(|name| (name, 1, 30_000)));
+    let first = drive.seen(IoKind::Write) + 1;
+    for nth in [first, first + 3] {
+        let torn = FaultAction::Torn { bytes: 8192 };
+        drive.inject(Fault { kind: IoKind::Write, first: nth, times: 1, action: torn });
+    }
+    let mut ends = Ends::new();
+    append(&store, object(&place, 1, 2, 10_000, ends.done(1)));
+    assert_eq!(store.flush(soon()).map_err(|error| error.kind()), Err(ErrorKind::Io));
+    assert!(ends.wait().iter().all(|(_, end)| end.is_err()));
+    for name in 100..160 {
+        put(&place, &store, [(name, 1, 30_000)]);
+        assert_object(&place, &store, 1, 1, 10_000);
+    }
+    assert!(store.stats().reclaimed_regions > 4);
+    close(store);
+    assert_object(&place, &place.open().0, 1, 1, 10_000);
+}
+
 fn a_failed_sync_ends_all_writing(io: IoChoice) {
     let mut place = Place::new(io, 50);
     place.config.commit_interval = Duration::from_secs(3600);

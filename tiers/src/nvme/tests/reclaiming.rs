@@ -126,6 +126,8 @@ fn a_tombstone_outlives_its_region_as_long_as_it_hides_something() {
     put(&place, &store, (10..17).map(|name| (name, 1, 30_000)));
     remove(&store, [1]);
     put(&place, &store, [(2, 2, 100)]);
+    close(store);
+    let (store, _) = place.open();
     for name in 100..160 {
         put(&place, &store, [(name, 1, 30_000)]);
     }
@@ -198,7 +200,12 @@ fn a_region_is_not_given_up_before_its_records_are_durable() {
     let first = drive.seen(IoKind::Write) + 5;
     drive.inject(Fault { kind: IoKind::Write, first, times: 1, action: FaultAction::Hold });
     for name in 0..30 {
-        append(&store, object(&place, name, 1, 30_000, ends.done(name)));
+        // When it is durable it is also there: its region can not have gone before.
+        let (done, handle) = (ends.done(name), Arc::clone(&store));
+        let checked: AppendDone = Box::new(move |end| {
+            done(end.and_then(|location| handle.pin(&[location]).map(|_| location)));
+        });
+        append(&store, object(&place, name, 1, 30_000, checked));
     }
     while store.regions().iter().any(|info| info.state == RegionState::Free) {
         std::thread::yield_now();

@@ -14,7 +14,7 @@ use crate::index::RegionMark;
 use crate::nvme::append::QueuedRecord;
 use crate::nvme::inbox::Entry;
 use crate::nvme::policy::RegionInfo;
-use crate::nvme::record_header::HeaderKind;
+use crate::nvme::record_header::{HeaderKind, RecordHeader};
 use crate::nvme::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use crate::nvme::scan::{AtDamage, ScanRange, scan};
 use crate::nvme::stats::add;
@@ -220,7 +220,6 @@ impl Writer {
             checks_payloads: false,
         };
         let mut kept = Vec::new();
-        let namespaces = &self.shared.namespaces;
         scan(&self.shared.drive, &range, &mut |found| {
             let header = found.header;
             let hides = match header.kind {
@@ -230,16 +229,22 @@ impl Writer {
             };
             let identity = header.identity;
             // No namespace, no lookup: nothing can come back.
-            if hides >= oldest
-                && kept.len() <= limit
-                && let Some(namespace) = namespaces.handle_of(&identity.namespace)
-            {
-                let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
+            let namespace = self.shared.namespaces.handle_of(&identity.namespace);
+            let Some(namespace) = namespace.filter(|_| hides >= oldest && kept.len() <= limit) else { return Ok(()) };
+            let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
+            if !self.was_never_committed(&id, &header, hides)? {
                 kept.push(QueuedRecord::tombstone(id, identity, hides, true));
             }
             Ok(())
         })?;
         Ok((kept.len() <= limit).then_some(kept))
+    }
+
+    /// Whether an entry of the log that should hide what is older does not: its write was reported as failed, though it
+    /// reached the drive. The older record is still the one that counts.
+    fn was_never_committed(&self, id: &RecordId, header: &RecordHeader, hides: u64) -> Result<bool> {
+        let row = self.index.get(id)?;
+        Ok(row.is_some_and(|row| row.sequence <= hides && row.location != header.location))
     }
 
     /// A tombstone that a reclaim waits for is durable, or failed.
