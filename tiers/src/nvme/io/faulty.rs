@@ -20,7 +20,7 @@ const LATE_MAX: usize = 4096;
 pub enum FaultAction {
     /// It fails with this error number and does not reach the drive.
     Errno(i32),
-    /// One bit of its bytes changes silently: on its way back for a read, on the medium for a write. Nothing for a sync.
+    /// One bit of its bytes changes silently: on its way back for a read, on the medium for a write.
     FlipBit {
         /// Which byte of the buffer; past its end it counts from the start again.
         byte: usize,

@@ -211,7 +211,11 @@ pub(super) fn close_completes_everything_once(open: &Open) {
             scope.spawn(|| rig.engine.close());
         }
         // The engine refuses requests before it waits for what is in flight.
-        while rig.engine.submit(read(0, IoPriority::Write, |_| ())).is_ok() {
+        let is_open = |outcome: Result<(), (IoRequest, Error)>| match outcome {
+            Ok(()) => true,
+            Err((_, error)) => error.kind() != ErrorKind::Closed,
+        };
+        while is_open(rig.engine.submit(read(0, IoPriority::Write, |_| ()))) {
             std::thread::yield_now();
         }
         drop(release);
@@ -219,15 +223,19 @@ pub(super) fn close_completes_everything_once(open: &Open) {
     assert_eq!(outcomes(&receiver, OPERATIONS), vec![Some(ErrorKind::Closed); OPERATIONS]);
 
     // In full flow: some have ended, some are in flight, some wait.
-    let Some(rig) = Rig::new(open, 4, MIB) else { return };
-    let (sender, receiver) = bounded(OPERATIONS + 1);
-    for i in 0..OPERATIONS {
-        rig.submit(read(i % 256 * PAGE, IoPriority::Demand, report(&sender)));
+    for _ in 0..5 {
+        let Some(rig) = Rig::new(open, 16, MIB) else { return };
+        let (sender, receiver) = bounded(101);
+        for i in 0..100 {
+            let large = Some(pages(64 * PAGE));
+            rig.submit(request(IoKind::Write, i % 4 * 64 * PAGE, large, IoPriority::Write, report(&sender)));
+        }
+        let first = receiver.recv_timeout(PATIENCE).expect("a completion");
+        rig.engine.close();
+        assert_eq!(receiver.len(), 99, "close returns when everything has been completed");
+        let ended = outcomes(&receiver, 99);
+        assert!(ended.iter().chain([&first]).all(|end| matches!(end, None | Some(ErrorKind::Closed))), "{ended:?}");
     }
-    rig.engine.close();
-    assert_eq!(receiver.len(), OPERATIONS, "close returns when everything has been completed");
-    let ended = outcomes(&receiver, OPERATIONS);
-    assert!(ended.iter().all(|outcome| matches!(outcome, None | Some(ErrorKind::Closed))));
 }
 
 pub(super) fn buffers_live_until_their_operation_has_ended(open: &Open) {

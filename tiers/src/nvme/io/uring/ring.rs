@@ -32,7 +32,8 @@ const WAKE_RETRIES: u32 = 16;
 /// `IORING_ENTER_GETEVENTS` of the kernel's interface.
 const ENTER_GETEVENTS: u32 = 1;
 
-/// The body of the thread. Says through `ready` whether there is a ring, and its descriptor; then serves until the engine is closed.
+/// The body of the thread. Says through `ready` whether there is a ring, and its descriptor; then serves until the
+/// engine is closed.
 pub(super) fn serve(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions, ready: &Sender<Result<RawFd>>) {
     let mut ring = match Ring::new(Arc::clone(&shared), arena, options) {
         Ok(ring) => ring,
