@@ -2,7 +2,7 @@
 //! one JSON object to standard output, as its last line.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -96,7 +96,7 @@ fn main() -> Result<()> {
 }
 
 /// Writes all records as a store that ran would have: in commits, and without a last flush of the memtables.
-fn write_log(records: &Records, path: &std::path::Path) -> Result<()> {
+fn write_log(records: &Records, path: &Path) -> Result<()> {
     let log = IndexLog::open(path)?;
     let mut batch = Vec::with_capacity(COMMIT_ROWS);
     let commit = |batch: &mut Vec<IndexChange>| {
@@ -125,8 +125,10 @@ fn write_log(records: &Records, path: &std::path::Path) -> Result<()> {
 }
 
 /// Fills a table from the log, as a store does when it opens.
-fn open_table(path: &std::path::Path) -> Result<Table> {
+fn open_table(path: &Path) -> Result<Table> {
+    let start = Instant::now();
     let log = IndexLog::open(path)?;
+    progress(&format!("the log was open after {} ms", start.elapsed().as_millis()));
     let table = Table::new();
     log.scan(&mut |row| {
         // The low half is what the table keeps of a parent.
@@ -134,6 +136,7 @@ fn open_table(path: &std::path::Path) -> Result<Table> {
         table.insert(row.id.fingerprint(), parent, row.location);
         Ok(())
     })?;
+    progress(&format!("the table was full after {} ms", start.elapsed().as_millis()));
     Ok(table)
 }
 
@@ -143,9 +146,10 @@ fn measure(lookups: &mut dyn Lookups, records: &Records, arguments: &Arguments) 
     let mut times = Histogram::new(3)?;
     let unmeasured = arguments.lookups / 10;
     for round in 0..unmeasured + arguments.lookups {
-        let prompt = &records.ids()[records.random_prompt(&mut random)];
+        // A copy, so that the keys are in the cache, as those of a request are that was just read.
+        let prompt = records.ids()[records.random_prompt(&mut random)].to_vec();
         let start = Instant::now();
-        let found = lookups.lookup(prompt)?;
+        let found = lookups.lookup(&prompt)?;
         let elapsed = start.elapsed();
         ensure!(found == prompt.len(), "a lookup found {found} of {} keys", prompt.len());
         if round >= unmeasured {

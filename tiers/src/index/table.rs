@@ -1,8 +1,8 @@
 //! The table in memory that answers every lookup: fingerprint to location, at most 48 bytes a key. Owns no record and
 //! does no I/O; it is filled from the log when a store opens and kept up by whoever appends and reclaims. Two records
 //! with equal fingerprints (one pair among 2^32 keys) share an entry, the later one wins: the reader checks the
-//! identity in the record's header, so that is a miss. 256 shards, each under its own lock; a shard that grows copies
-//! itself, under a millisecond for up to 25 million keys in the table.
+//! identity in the record's header, so that is a miss. 256 shards, each under its own lock; one that grows or shrinks
+//! copies itself meanwhile, that is a 256th of the table.
 
 mod shard;
 

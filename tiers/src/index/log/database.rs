@@ -17,14 +17,14 @@ const CACHE_BYTES: usize = 128 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// The memtables of the family of records: three of these at most.
-const RECORDS_BUFFER_BYTES: usize = 64 << 20;
+const RECORDS_BUFFER_BYTES: usize = 32 << 20;
 const RECORDS_BUFFERS: i32 = 3;
 /// All memtables together.
-const BUFFER_BYTES_MAX: usize = 256 << 20;
+const BUFFER_BYTES_MAX: usize = 128 << 20;
 /// The other families hold a row for each region or namespace.
 const SMALL_BUFFER_BYTES: usize = 1 << 20;
-/// All write-ahead logs together: what an open has to replay at most, and what it takes on disk.
-const WAL_BYTES_MAX: u64 = 128 << 20;
+/// All write-ahead logs together. An open replays them, several microseconds a row: 32 MiB are a quarter of a million rows.
+const WAL_BYTES_MAX: u64 = 32 << 20;
 const TABLE_FILE_BYTES: u64 = 64 << 20;
 const MANIFEST_BYTES_MAX: usize = 16 << 20;
 const INFO_LOG_BYTES_MAX: usize = 4 << 20;

@@ -84,9 +84,12 @@ impl Shard {
         if self.entries.is_empty() { 0 } else { size_of_val::<[Entry]>(&self.entries) + ALLOCATION_BYTES }
     }
 
-    /// The fingerprint at the place where a search would start: only to bring the entry into the cache.
+    /// Brings the entries into the cache that a search is likely to read: the one where it starts, and the second after
+    /// it, which mostly lies in the next cache line. The value is of no use but to keep the loads.
     pub(super) fn touch(&self, spread: u64) -> u64 {
-        self.entries.get(self.home(spread)).map_or(EMPTY, |entry| entry.fingerprint)
+        let home = self.home(spread);
+        let load = |slot: usize| self.entries.get(slot).map_or(EMPTY, |entry| entry.fingerprint);
+        load(home) ^ load(home + 2)
     }
 
     pub(super) fn get(&self, fingerprint: u64, spread: u64) -> Option<&Entry> {
