@@ -128,7 +128,10 @@ fn a_failed_replacement_leaves_the_old_version() {
     place.config.queue_depth = 1;
     let (store, drive) = place.open_faulty(FaultPlan::default());
     put(&place, &store, [(1, 1, 10_000)]);
-    put(&place, &store, (10..16).map(|name| (name, 1, 30_000)));
+    // The failed write goes to the second region, which is searched for what it hides when it goes.
+    put(&place, &store, (10..17).map(|name| (name, 1, 30_000)));
+    put(&place, &store, [(2, 1, 100)]);
+    put(&place, &store, [(2, 2, 100)]);
     let first = drive.seen(IoKind::Write) + 1;
     for nth in [first, first + 3] {
         let torn = FaultAction::Torn { bytes: 8192 };
