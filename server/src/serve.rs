@@ -21,6 +21,8 @@ use crate::transport::{Listeners, SocketFiles, tcp_connections, unix_connections
 /// HTTP/2 windows: a full message goes out without waiting for the other side.
 const STREAM_WINDOW_BYTES: u32 = MESSAGE_BYTES_MAX as u32;
 const CONNECTION_WINDOW_BYTES: u32 = 4 * STREAM_WINDOW_BYTES;
+/// The keys of a lookup come in one frame, not in 16 KiB pieces that each wake somebody.
+const FRAME_BYTES: u32 = 1 << 20;
 /// A client that answers no ping for this long is gone.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -94,6 +96,7 @@ impl Server {
                 .max_concurrent_streams(CONNECTION_REQUESTS_MAX as u32)
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .max_frame_size(FRAME_BYTES)
                 .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
                 .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
                 .add_service(service)
