@@ -55,8 +55,10 @@ class VllmSettings:
 
     def environment(self) -> dict[str, str]:
         """The process environment: nothing is fetched or reported, and threads fit a small machine."""
+        # The compilers are ours (perhaps behind a compiler cache); torch takes CXX for the name of one program.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
         return {
-            **os.environ,
+            **inherited,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_COLOR": "0",
