@@ -41,7 +41,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint torture stress bench bench-index doc clean
-.PHONY: toolchain tools vllm wheel story torture-build
+.PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -73,16 +73,19 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh; fi
 	@echo "lint: clean" >&2
 
-torture: toolchain ## Kill the server at random moments during saves, reopen, check every block. KILLS=50 SEEDS=0
+server: toolchain
+	@cargo build --release --quiet --locked -p pegaflow-server --bins
+
+torture: server ## Kill the server at random moments during saves, reopen, check every block. KILLS=50 SEEDS=0
 	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS)
 
-stress: toolchain ## 64 clients for 60 s on one server: no leak, no wrong byte
+stress: server ## 64 clients for 60 s on one server: no leak, no wrong byte
 	@cargo run --release --quiet -p pegaflow-tests --bin stress
 
 bench: toolchain ## All criterion benches
 	@cargo bench -p pegaflow-benches
 
-bench-index: toolchain ## Lookup latency and bytes per key of the index. KEYS=1000000
+bench-index: server ## Lookup latency and bytes per key of the index. KEYS=1000000
 	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS)
 
 doc: toolchain ## The documentation of all crates

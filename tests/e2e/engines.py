@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from processes import Process, StoryError, free_port, wait_until
+from processes import Process, StoryError, free_port, http_get, wait_until
 from prompts import Prompt
 
 BLOCK_TOKENS = 32
@@ -210,24 +210,15 @@ class HttpEngine:
             self.process.kill()
             raise
 
-    def _get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
-
     def _is_healthy(self) -> bool:
         self.process.check_running()
         try:
-            return self._get("/health")[0] == 200
+            return http_get(self._port, "/health")[0] == 200
         except OSError:
             return False
 
     def _tokens_by_source(self) -> dict[str, int]:
-        status, text = self._get("/metrics")
+        status, text = http_get(self._port, "/metrics")
         if status != 200:
             raise self.process.failure(f"/metrics answered {status}")
         counts: dict[str, int] = {}

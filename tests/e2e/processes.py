@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -133,3 +134,14 @@ def kill_at_once(processes: Sequence[Process]) -> None:
                 continue
     for process in processes:
         process.kill()
+
+
+def http_get(port: int, path: str) -> tuple[int, str]:
+    """Status and body of a GET to a port of this host."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import Process, free_port, wait_until
+from processes import Process, free_port, http_get, wait_until
 
 _START_SECONDS = 60.0
 _LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{tier="(dram|nvme)"\} (\S+)$', re.MULTILINE)
@@ -55,25 +54,16 @@ class StoreServer:
             self.process.kill()
             raise
 
-    def _get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
-
     def _is_ready(self) -> bool:
         self.process.check_running()
         try:
-            return self._get("/ready")[0] == 200
+            return http_get(self._port, "/ready")[0] == 200
         except OSError:
             return False
 
     def loaded_blocks(self) -> dict[str, int]:
         """How many blocks were loaded since start, by the tier that held them."""
-        status, text = self._get("/metrics")
+        status, text = http_get(self._port, "/metrics")
         if status != 200:
             raise self.process.failure(f"/metrics answered {status}")
         return {tier: int(float(value)) for tier, value in _LOADED_BLOCKS.findall(text)}
