@@ -18,8 +18,17 @@ CHECK_FLIP ?=
 # Random kills, and simulated power losses, of `torture`.
 KILLS ?= 50
 SEEDS ?= 0
+# What `bench-gpu` merges: a JSON file with tpot_median_rise and tpot_p99_rise.
+TPOT ?=
+# Where the killed workers of `kill-workers` have their KV cache.
+DEVICE ?= host
 # Keys in the index of `bench-index`.
 KEYS ?= 1000000
+# An interpreter with vLLM for GPUs, for the benches that need one, and the systems that `bench-ttft` measures.
+PYTHON ?= python3
+ONLY ?=
+# More of those benches' own options, such as '--eager' or '--lengths 2048'.
+OPTIONS ?=
 
 TARGET := $(CURDIR)/target
 CARGO_OUT := $(or $(CARGO_TARGET_DIR),$(TARGET))
@@ -40,7 +49,8 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress bench bench-index doc clean
+.PHONY: help run test test-vllm lint torture stress bench bench-index bench-gpu bench-ttft bench-pairs bench-interference
+.PHONY: check-bytes kill-workers ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -64,9 +74,9 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	    cargo deny --log-level error check --config .cargo/deny.toml bans licenses sources; \
 	  else echo "lint: cargo deny is not installed; licences and bans are not checked" >&2; fi
 	@echo "lint: ruff and mypy" >&2
-	@$(TOOLS)/bin/ruff format --check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e
-	@$(TOOLS)/bin/ruff check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e
-	@$(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e
+	@$(TOOLS)/bin/ruff format --check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
+	@$(TOOLS)/bin/ruff check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
+	@$(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
 	@$(TOOLS)/bin/ruff format --check --quiet python
 	@$(TOOLS)/bin/ruff check --quiet python
 	@cd python && $(TOOLS)/bin/mypy
@@ -79,6 +89,9 @@ server: toolchain
 torture: server ## Kill the server at random moments during saves, reopen, check every block. KILLS=50 SEEDS=0
 	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS)
 
+kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 DEVICE=host, or cuda:0
+	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 50,$(KILLS)),18) --device $(DEVICE)
+
 stress: server ## 64 clients for 60 s on one server: no leak, no wrong byte
 	@cargo run --release --quiet -p pegaflow-tests --bin stress
 
@@ -87,6 +100,28 @@ bench: toolchain ## All criterion benches
 
 bench-index: server ## Lookup latency and bytes per key of the index. KEYS=1000000
 	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS)
+
+bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')
+
+# These take a server that was built elsewhere (SERVER=path): a GPU host need not have Rust.
+SERVER ?= $(CARGO_OUT)/release/pegaflow-server
+TTFT = $(PYTHON) benches/ttft/$(1).py --python $(PYTHON) --server $(SERVER) --state $(TARGET)/ttft
+
+bench-ttft: ## Time to first token with a GPU, ours and peers, in steps under ten minutes: repeat until 0. PYTHON= ONLY=none,pegaflow EAGER=1
+	@$(call TTFT,ttft) $(if $(ONLY),--only $(ONLY)) $(OPTIONS)
+
+bench-pairs: ## Cold requests with and without the connector, in turns on one GPU: ratio with confidence interval. PYTHON=
+	@$(call TTFT,pairs) $(OPTIONS)
+
+bench-interference: ## What loads and saves at full speed cost a decode batch. PYTHON=
+	@$(call TTFT,interference) $(OPTIONS)
+
+check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
+	@$(call TTFT,check_bytes) $(OPTIONS)
+
+ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
+	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc
 
 doc: toolchain ## The documentation of all crates
 	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

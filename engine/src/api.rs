@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_tiers::{BlockKey, DeviceMemory, GroupGeometry, NamespaceDescriptor};
+use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place};
 use serde::Serialize;
 
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
@@ -57,6 +57,18 @@ pub struct LookupRequest {
     /// The name of the asker's request. A lookup repeated with the same tag replaces the earlier lease: lookups are
     /// idempotent.
     pub tag: u64,
+    /// Tell where the blocks lie if all that were found are in DRAM, for a worker that copies them itself. The lease then
+    /// outlives the session that took it.
+    pub with_places: bool,
+}
+
+/// Where leased blocks lie in DRAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// Which arena.
+    pub arena: ArenaId,
+    /// For shard 0 the place of every block that was found, in order, then for shard 1, and so on.
+    pub places: Vec<Place>,
 }
 
 /// Where a block was found.
@@ -70,7 +82,7 @@ pub enum HitTier {
 }
 
 /// What a lookup found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct LookupReply {
     /// How many keys from the first on were found in all shards.
     pub hit_blocks: u32,
@@ -79,6 +91,9 @@ pub struct LookupReply {
     /// The lease on them, if one was asked for and something was found.
     #[serde(skip)]
     pub lease: Option<LeaseId>,
+    /// Where they lie, if that was asked for, a lease was taken and all are in DRAM.
+    #[serde(skip)]
+    pub places: Option<Places>,
 }
 
 /// One block of a load.
@@ -90,7 +105,7 @@ pub struct LoadBlock {
     pub block: u32,
 }
 
-/// Copies leased blocks into a device's memory.
+/// Copies leased blocks into a worker's KV cache.
 #[derive(Clone)]
 pub struct LoadRequest {
     /// The session that asks.
@@ -102,7 +117,7 @@ pub struct LoadRequest {
     /// Which shard to load.
     pub shard: u16,
     /// Where to.
-    pub memory: Arc<dyn DeviceMemory>,
+    pub memory: Arc<dyn KvCache>,
     /// Which blocks. At most 65,536.
     pub blocks: Vec<LoadBlock>,
 }
@@ -131,7 +146,7 @@ pub struct BlockSave {
     pub block: u32,
 }
 
-/// Copies blocks out of a device's memory.
+/// Copies blocks out of a worker's KV cache.
 #[derive(Clone)]
 pub struct SaveRequest {
     /// The session that asks.
@@ -145,7 +160,7 @@ pub struct SaveRequest {
     /// The shard.
     pub shard: u16,
     /// Where from.
-    pub memory: Arc<dyn DeviceMemory>,
+    pub memory: Arc<dyn KvCache>,
     /// Which blocks, ancestors first. At most 65,536.
     pub blocks: Vec<BlockSave>,
 }
@@ -166,6 +181,8 @@ pub struct SaveOutcome {
 pub struct Stats {
     /// Bytes of DRAM for blocks.
     pub dram_capacity_bytes: u64,
+    /// Bytes of DRAM that blocks can be in by now: grows to `dram_capacity_bytes` after the start.
+    pub dram_ready_bytes: u64,
     /// Bytes of slots in use.
     pub dram_used_bytes: u64,
     /// Bytes not yet durable.

@@ -172,6 +172,10 @@ pub struct EngineConfig {
     /// Ask for 2 MiB pages; without them 4 KiB pages are used, with one line that says so. Default: false.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Let workers in other processes map the DRAM. Such memory has 2 MiB pages only with `huge_pages`. Default: false; the
+    /// server sets it.
+    #[serde(default)]
+    pub shared_dram: bool,
     /// The store; without it blocks live in DRAM only. Default: none.
     #[serde(default)]
     pub nvme: Option<NvmeConfig>,
@@ -216,6 +220,7 @@ impl Default for EngineConfig {
         Self {
             dram: default_dram(),
             huge_pages: false,
+            shared_dram: false,
             nvme: None,
             load_threads: default_load_threads(),
             save_threads: default_save_threads(),

@@ -1,12 +1,13 @@
 //! The engine: one open cache, shared by everybody in the process.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use pegaflow_tiers::{
-    Arena, ArenaConfig, Error, ErrorKind, HostDevice, HugePages, IoChoice, Result, Slot, Store, StoreConfig,
+    Arena, ArenaConfig, ArenaId, ArenaView, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store, StoreConfig,
 };
 
 use crate::api::{
@@ -16,7 +17,7 @@ use crate::api::{
 use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::inner::{Inner, Workers};
-use crate::lease::Leases;
+use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::operations::Operations;
 use crate::reclaim::LeastRecentlyUsed;
@@ -41,14 +42,15 @@ struct Shared {
 }
 
 impl Engine {
-    /// Opens the cache: takes the DRAM, locks and recovers the store.
+    /// Opens the cache: takes the first of the DRAM (the rest is taken in the background), locks and recovers the store.
     ///
     /// # Errors
     /// `InvalidInput`, `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` or `Io`.
     pub fn open(config: EngineConfig) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
-        let arena = Arena::new(ArenaConfig { huge_pages, ..ArenaConfig::new(config.dram.0) })?;
+        let arena =
+            Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
         let mut recovered_records = 0;
         let store = match &config.nvme {
             None => None,
@@ -63,7 +65,6 @@ impl Engine {
         let inner = Arc::new(Inner {
             residency: Residency::new(Arc::clone(&arena)),
             arena,
-            device: Arc::new(HostDevice),
             store,
             leases: Leases::new(),
             operations: Operations::default(),
@@ -144,18 +145,38 @@ impl Engine {
     /// # Errors
     /// `NotFound` for a lease that is over, `Busy` for a full queue, `InvalidInput` for a block outside lease or memory.
     pub fn load(&self, request: LoadRequest, done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
-        let job = LoadJob::new(self.inner()?, request, false, done)?;
+        let job = LoadJob::new(self.inner()?, request, done)?;
         self.shared.workers.read().load(job)
     }
 
-    /// As [`Engine::load`], but the lease stays: more loads of it follow. For a load that is cut in parts because the
-    /// memory that it goes through is smaller than the load; the last part is an [`Engine::load`].
-    ///
-    /// # Errors
-    /// As [`Engine::load`].
-    pub fn load_part(&self, request: LoadRequest, done: Box<dyn FnOnce(LoadOutcome) + Send>) -> Result<()> {
-        let job = LoadJob::new(self.inner()?, request, true, done)?;
-        self.shared.workers.read().load(job)
+    /// A worker has copied its shard's blocks of a lease itself, at the places that the lookup told. An unknown lease is
+    /// ignored.
+    pub fn consume(&self, lease: LeaseId, shard: u16) {
+        let inner = &self.shared.inner;
+        if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
+            inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
+            let slot_bytes = |hit: &Hit| match hit {
+                Hit::Dram(resident) => resident.slot.bytes(),
+                Hit::Nvme(..) => 0,
+            };
+            let used: Vec<_> = taken.hits.iter().map(|hit| (hit.id(), slot_bytes(hit))).collect();
+            drop(taken);
+            if let Some((_, bytes)) = used.first() {
+                inner.residency.touch_chain(used.iter().map(|(id, _)| (id, *bytes)));
+            }
+            inner.residency.notify_room();
+        }
+    }
+
+    /// The DRAM that blocks lie in, for a worker in this process.
+    pub fn arena(&self) -> Arc<ArenaView> {
+        self.shared.inner.arena.view()
+    }
+
+    /// The descriptor by which another process can map the DRAM, its name and its length; `None` if it is not shared.
+    pub fn shared_arena(&self) -> Option<(BorrowedFd<'_>, ArenaId, u64)> {
+        let arena = &self.shared.inner.arena;
+        arena.fd().map(|fd| (fd, arena.id(), arena.capacity_bytes()))
     }
 
     /// Starts a save. `done` is called exactly once, on a thread of the engine, when the device's blocks are no longer
@@ -225,6 +246,7 @@ impl Engine {
         let counters = &inner.counters;
         let mut stats = Stats {
             dram_capacity_bytes: inner.arena.capacity_bytes(),
+            dram_ready_bytes: inner.arena.ready_bytes(),
             dram_used_bytes: inner.arena.used_bytes(),
             dram_dirty_bytes,
             dram_blocks,

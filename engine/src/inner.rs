@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
-use pegaflow_tiers::{Arena, CopyBatch, Device, Error, ErrorKind, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, CopyBatch, Error, ErrorKind, RecordId, Result, Store};
 
 use crate::api::SessionId;
 use crate::config::EngineConfig;
@@ -18,8 +18,11 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
+use crate::spares;
 use crate::volatile_namespaces::VolatileNamespaces;
 
+/// How long a thread waits for copies before another takes its place.
+const SPARE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long one wait for copies lasts before the log says that it goes on.
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -29,7 +32,6 @@ pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
     pub(crate) residency: Residency,
-    pub(crate) device: Arc<dyn Device>,
     pub(crate) store: Option<Arc<Store>>,
     pub(crate) leases: Leases,
     pub(crate) operations: Operations,
@@ -59,8 +61,14 @@ impl Inner {
 }
 
 /// Waits until copies have ended. Memory that a copy may still write is never given back, so this has no deadline of
-/// its own: it says in the log that it goes on waiting.
+/// its own: it says in the log that it goes on waiting. A worker that is stopped must not stop the others: the thread is
+/// replaced meanwhile.
 pub(crate) fn wait_copies(running: &mut dyn CopyBatch) -> Result<()> {
+    match running.wait(Instant::now() + SPARE_PATIENCE) {
+        Err(error) if error.kind() == ErrorKind::Timeout => {}
+        ended => return ended,
+    }
+    let _spare = spares::replace_this_thread();
     loop {
         match running.wait(Instant::now() + COPY_PATIENCE) {
             Err(error) if error.kind() == ErrorKind::Timeout => {
@@ -83,14 +91,16 @@ impl Workers {
         let bound = inner.config.queue_operations as usize;
         let mut workers = Self { loads: None, saves: Vec::new(), threads: Vec::new() };
         let (loads, load_jobs) = bounded::<LoadJob>(bound);
+        let spares = Arc::default();
         for number in 0..inner.config.load_threads {
-            let jobs = load_jobs.clone();
-            workers.spawn(format!("pega-load-{number}"), move || serve(&jobs, LoadJob::run))?;
+            let (jobs, spares) = (load_jobs.clone(), Arc::clone(&spares));
+            workers.spawn(format!("pega-load-{number}"), move || spares::serve(jobs, LoadJob::run, spares))?;
         }
         workers.loads = Some(loads);
         for number in 0..inner.config.save_threads {
             let (saves, jobs) = bounded::<SaveJob>(bound.div_ceil(inner.config.save_threads as usize));
-            workers.spawn(format!("pega-save-{number}"), move || serve(&jobs, SaveJob::run))?;
+            let spares = Arc::clone(&spares);
+            workers.spawn(format!("pega-save-{number}"), move || spares::serve(jobs, SaveJob::run, spares))?;
             workers.saves.push(saves);
         }
         let keeper = Arc::clone(inner);
@@ -141,13 +151,4 @@ fn closed() -> Error {
 
 fn busy(what: &str) -> Error {
     Error::new(ErrorKind::Busy, format!("the queue of {what} is full; nothing was queued"))
-}
-
-/// Runs jobs until the queue is gone. A job that panics settles itself in its `drop`; the thread goes on.
-fn serve<J>(jobs: &Receiver<J>, run: impl Fn(J)) {
-    for job in jobs {
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(job))).is_err() {
-            tracing::error!("a load or save failed by a defect of the engine; its blocks were given up");
-        }
-    }
 }

@@ -16,7 +16,6 @@ use crate::residency::Resident;
 const LEASES_MAX: usize = 16_384;
 
 /// One looked-up block.
-#[derive(Clone)]
 pub(crate) enum Hit {
     /// In DRAM, verified.
     Dram(Arc<Resident>),
@@ -55,6 +54,8 @@ struct Lease {
     expires: Instant,
     shards: HashMap<u16, Vec<Hit>>,
     pins: Option<Arc<RegionPins>>,
+    /// Workers were told where its blocks lie, and copy them without asking: their session is not the one that took it.
+    has_places: bool,
 }
 
 #[derive(Default)]
@@ -82,6 +83,7 @@ impl Leases {
     ///
     /// # Errors
     /// `Busy` at the most leases that there may be.
+    #[expect(clippy::too_many_arguments, reason = "the fields of a lease")]
     pub(crate) fn grant(
         &self,
         session: SessionId,
@@ -90,6 +92,7 @@ impl Leases {
         expires: Instant,
         shards: HashMap<u16, Vec<Hit>>,
         pins: Option<RegionPins>,
+        has_places: bool,
     ) -> Result<LeaseId> {
         let mut state = self.state.lock();
         let replaced = state.by_tag.get(&(session, tag)).copied().and_then(|old| state.take(old));
@@ -106,7 +109,7 @@ impl Leases {
         state.by_expiry.insert((expires, id.0));
         state.by_tag.insert((session, tag), id);
         let pins = pins.map(Arc::new);
-        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pins });
+        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pins, has_places });
         drop(state);
         drop(replaced);
         if is_first {
@@ -133,29 +136,21 @@ impl Leases {
         Ok(taken)
     }
 
-    /// One shard's share, which stays in the lease.
-    ///
-    /// # Errors
-    /// As [`Leases::consume`].
-    pub(crate) fn borrow(&self, id: LeaseId, shard: u16) -> Result<ShardLease> {
-        let over = || Error::new(ErrorKind::NotFound, "the lease is over; look the blocks up again");
-        let state = self.state.lock();
-        let lease = state.leases.get(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
-        let hits = lease.shards.get(&shard).cloned().ok_or_else(over)?;
-        Ok(ShardLease { hits, pins: lease.pins.clone() })
-    }
-
     /// Ends a lease; whether there was one.
     pub(crate) fn release(&self, id: LeaseId) -> bool {
         let ended = self.state.lock().take(id);
         ended.is_some()
     }
 
-    /// Ends all leases of a session.
+    /// Ends all leases of a session but those whose places were told.
     pub(crate) fn end_session(&self, session: SessionId) {
         let mut state = self.state.lock();
-        let ids: Vec<LeaseId> =
-            state.leases.iter().filter(|(_, lease)| lease.session == session).map(|(id, _)| *id).collect();
+        let ids: Vec<LeaseId> = state
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.session == session && !lease.has_places)
+            .map(|(id, _)| *id)
+            .collect();
         let ended: Vec<_> = ids.into_iter().map(|id| state.take(id)).collect();
         drop(state);
         drop(ended);
@@ -221,7 +216,7 @@ mod tests {
     fn grant(leases: &Leases, session: u64, tag: u64, lasts: Duration, shards: u16) -> LeaseId {
         let shards = (0..shards).map(|shard| (shard, Vec::new())).collect();
         let instance = InstanceId("i".into());
-        leases.grant(SessionId(session), tag, instance, Instant::now() + lasts, shards, None).expect("granted")
+        leases.grant(SessionId(session), tag, instance, Instant::now() + lasts, shards, None, false).expect("granted")
     }
 
     #[test]
@@ -244,6 +239,16 @@ mod tests {
         leases.end_session(SessionId(1));
         assert!(leases.consume(second, 0).is_err());
         assert!(leases.release(other_session) && !leases.release(other_session));
+    }
+
+    #[test]
+    fn a_lease_whose_places_were_told_outlives_its_session() {
+        let leases = Leases::new();
+        let shards = HashMap::from([(0, Vec::new())]);
+        let expires = Instant::now() + Duration::from_secs(60);
+        let id = leases.grant(SessionId(1), 1, InstanceId("i".into()), expires, shards, None, true).expect("granted");
+        leases.end_session(SessionId(1));
+        assert!(leases.consume(id, 0).is_ok());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod reclaim;
 mod registry;
 mod residency;
 mod save;
+mod spares;
 mod spill;
 mod volatile_namespaces;
 

@@ -21,7 +21,7 @@ const READS_MAX: usize = 64;
 /// How many bytes of reads of one load are in flight at the most (but always one read).
 const READ_BYTES_MAX: usize = 128 << 20;
 /// How much is copied to the device in one batch.
-const BATCH_BYTES: u64 = 16 << 20;
+const BATCH_BYTES: u64 = 256 << 20;
 /// How long a load waits for a slot before it gives a block up.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -52,21 +52,17 @@ struct ReadEnd {
 }
 
 impl LoadJob {
-    /// Checks a request against lease and memory, and consumes the lease, unless `is_part` says that more will follow.
+    /// Checks a request against lease and memory, and consumes the lease.
     ///
     /// # Errors
     /// `NotFound` for a lease that is over, `InvalidInput`.
-    pub(crate) fn new(inner: &Arc<Inner>, request: LoadRequest, is_part: bool, done: LoadDone) -> Result<Self> {
+    pub(crate) fn new(inner: &Arc<Inner>, request: LoadRequest, done: LoadDone) -> Result<Self> {
         let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
         let layout = request.memory.layout();
         if let Some(outside) = request.blocks.iter().find(|block| block.block >= layout.blocks()) {
             return bad(format!("block {} is not below the memory's {}", outside.block, layout.blocks()));
         }
-        let lease = if is_part {
-            inner.leases.borrow(request.lease, request.shard)?
-        } else {
-            inner.leases.consume(request.lease, request.shard)?.1
-        };
+        let (_, lease) = inner.leases.consume(request.lease, request.shard)?;
         if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
@@ -219,7 +215,7 @@ impl LoadJob {
                 to(*position).map(|block| BlockCopy { block, slot: Arc::clone(&resident.slot) })
             })
             .collect();
-        let mut running = self.inner.device.copy(&self.request.memory, CopyDirection::ToDevice, copies)?;
+        let mut running = Arc::clone(&self.request.memory).copy(CopyDirection::ToDevice, copies)?;
         wait_copies(running.as_mut())
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pegaflow_tiers::{BlockKey, Error, ErrorKind, Location, RecordId, Result};
 
-use crate::api::{LookupReply, LookupRequest, SessionId};
+use crate::api::{LookupReply, LookupRequest, Places, SessionId};
 use crate::inner::Inner;
 use crate::lease::Hit;
 
@@ -66,7 +66,7 @@ fn attempt(
     shards.values_mut().for_each(|hits: &mut Vec<Hit>| hits.truncate(found));
     let in_dram = |index: usize| shards.values().all(|hits| matches!(hits.get(index), Some(Hit::Dram(_))));
     let dram_blocks = (0..found).filter(|index| in_dram(*index)).count() as u32;
-    let mut reply = LookupReply { hit_blocks: found as u32, dram_blocks, lease: None };
+    let mut reply = LookupReply { hit_blocks: found as u32, dram_blocks, ..LookupReply::default() };
     if let Some(lasts) = request.lease.filter(|_| found > 0) {
         let on_drive: Vec<Location> = shards.values().flatten().filter_map(Hit::location).collect();
         let pins = match &inner.store {
@@ -74,11 +74,22 @@ fn attempt(
             _ => None,
         };
         let expires = Instant::now() + lasts;
-        reply.lease =
-            Some(inner.leases.grant(session, request.tag, request.instance.clone(), expires, shards, pins)?);
+        reply.places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
+        let (instance, has_places) = (request.instance.clone(), reply.places.is_some());
+        reply.lease = Some(inner.leases.grant(session, request.tag, instance, expires, shards, pins, has_places)?);
     }
     inner.counters.lookup_hit_blocks.add(found as u64);
     Ok(reply)
+}
+
+/// Where all of the blocks lie, if all are in DRAM.
+fn places(inner: &Inner, shards: &HashMap<u16, Vec<Hit>>, shard_count: u16) -> Option<Places> {
+    let hits = (0..shard_count).filter_map(|shard| shards.get(&shard)).flatten();
+    let place = |hit: &Hit| match hit {
+        Hit::Dram(resident) => Some(resident.slot.place()),
+        Hit::Nvme(..) => None,
+    };
+    Some(Places { arena: inner.arena.id(), places: hits.map(place).collect::<Option<_>>()? })
 }
 
 /// The longest prefix of one shard: each block in DRAM or, failing that, on the drive.

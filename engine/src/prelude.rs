@@ -2,11 +2,12 @@
 
 pub use crate::api::{
     BlockSave, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
-    LookupRequest, OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
+    LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use pegaflow_tiers::{
-    BlockKey, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain,
-    MemoryLayout, NamespaceDescriptor, NamespaceId, RangeFragment, Result,
+    ArenaId, ArenaView, BlockCopy, BlockKey, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory,
+    Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache,
+    MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, RangeFragment, Result, Slot,
 };

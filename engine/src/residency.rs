@@ -93,16 +93,44 @@ struct State {
     evicted: u64,
 }
 
+/// Where those wait who found no room, until there may be some.
+#[derive(Default)]
+struct Room {
+    changes: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Room {
+    /// How often there may have come to be room; to be asked before looking for it.
+    fn changes(&self) -> u64 {
+        *self.changes.lock()
+    }
+
+    fn announce(&self) {
+        *self.changes.lock() += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is another change than `seen`; false if there is none by `deadline`.
+    fn wait(&self, seen: u64, deadline: Instant) -> bool {
+        let mut changes = self.changes.lock();
+        !self.changed.wait_while_until(&mut changes, |changes| *changes == seen, deadline).timed_out()
+    }
+}
+
 /// All blocks in DRAM.
 pub(crate) struct Residency {
     arena: Arc<Arena>,
     state: Mutex<State>,
-    room: Condvar,
+    room: Arc<Room>,
 }
 
 impl Residency {
     pub(crate) fn new(arena: Arc<Arena>) -> Self {
-        Self { arena, state: Mutex::new(State::default()), room: Condvar::new() }
+        let room = Arc::new(Room::default());
+        let growing = Arc::clone(&room);
+        arena.on_growth(Box::new(move || growing.announce()));
+        Self { arena, state: Mutex::new(State::default()), room }
     }
 
     /// The block, if it is here. Does not count as a use.
@@ -134,6 +162,10 @@ impl Residency {
             if let Some(slot) = self.arena.alloc(payload_bytes) {
                 return Some(slot);
             }
+            // What is larger than the arena is by now gets no room, whoever leaves.
+            if Arena::slot_bytes(payload_bytes) as u64 > self.arena.ready_bytes() {
+                return None;
+            }
             let victims = self.state.lock().take_victims(Arena::slot_bytes(payload_bytes));
             if victims.is_empty() {
                 return None;
@@ -145,7 +177,7 @@ impl Residency {
 
     /// A free slot for bytes that the store does not have yet; `None` also when too much of DRAM is dirty already.
     pub(crate) fn alloc_dirty(&self, payload_bytes: usize) -> Option<Slot> {
-        let limit = self.arena.capacity_bytes() / 100 * DIRTY_PERCENT_MAX;
+        let limit = self.arena.ready_bytes() / 100 * DIRTY_PERCENT_MAX;
         let slot_bytes = Arena::slot_bytes(payload_bytes) as u64;
         if self.state.lock().dirty_bytes + slot_bytes > limit {
             return None;
@@ -157,12 +189,11 @@ impl Residency {
     pub(crate) fn alloc_until(&self, payload_bytes: usize, dirty: bool, deadline: Instant) -> Option<Slot> {
         let attempt = || if dirty { self.alloc_dirty(payload_bytes) } else { self.alloc(payload_bytes) };
         loop {
+            let seen = self.room.changes();
             if let Some(slot) = attempt() {
                 return Some(slot);
             }
-            let mut state = self.state.lock();
-            if self.room.wait_until(&mut state, deadline).timed_out() {
-                drop(state);
+            if !self.room.wait(seen, deadline) {
                 return attempt();
             }
         }
@@ -197,13 +228,13 @@ impl Residency {
     pub(crate) fn mark_clean(&self, block: &Resident) {
         if block.dirty.swap(false, Ordering::AcqRel) {
             self.state.lock().dirty_bytes -= block.slot.bytes() as u64;
-            self.room.notify_all();
+            self.room.announce();
         }
     }
 
     /// Tells those who wait that a lease or a reader has gone.
     pub(crate) fn notify_room(&self) {
-        self.room.notify_all();
+        self.room.announce();
     }
 
     /// Takes a named object out; whatever the store still has of it is hidden until [`Residency::end_removal`].
@@ -333,6 +364,8 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use pegaflow_tiers::{ArenaConfig, KeyChain, NamespaceHandle};
 
@@ -403,6 +436,36 @@ mod tests {
         }
         assert!((40..64).contains(&accepted), "{accepted}");
         assert!(residency.alloc(BLOCK).is_some());
+    }
+
+    #[test]
+    fn who_waits_for_room_is_woken_by_a_change_also_just_before() {
+        let residency = Arc::new(residency());
+        let held: Vec<Slot> = std::iter::from_fn(|| residency.alloc(BLOCK)).collect();
+        let seen = residency.room.changes();
+        residency.notify_room();
+        let patience = Duration::from_secs(30);
+        assert!(residency.room.wait(seen, Instant::now() + patience), "a change before the wait is not lost");
+        assert!(!residency.room.wait(seen + 1, Instant::now()), "there was no other");
+        let waiting = std::thread::spawn({
+            let residency = Arc::clone(&residency);
+            move || residency.alloc_until(BLOCK, false, Instant::now() + patience).is_some()
+        });
+        drop(held);
+        residency.notify_room();
+        assert!(waiting.join().expect("no panic"));
+    }
+
+    #[test]
+    fn a_growing_arena_wakes_who_waits_for_room_and_raises_the_limit_of_dirty_bytes() {
+        let arena = Arena::new(ArenaConfig { window_bytes: 2 << 20, ..ArenaConfig::new(512 << 20) }).expect("memory");
+        let residency = Residency::new(Arc::clone(&arena));
+        // More than half of the arena: there is room only when it has grown, and nobody else makes any.
+        let wanted = 300 << 20;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        assert!(residency.alloc_until(wanted, true, deadline).is_some());
+        assert!(Instant::now() < deadline, "found at the last look, not woken");
+        assert!(arena.ready_bytes() >= 400 << 20, "{} bytes of DRAM are too few", arena.ready_bytes());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::residency::Resident;
 use crate::spill::spill;
 
 /// How much is copied out of the device in one batch.
-const BATCH_BYTES: u64 = 16 << 20;
+const BATCH_BYTES: u64 = 128 << 20;
 
 /// What the client is told at the end.
 pub(crate) type SaveDone = Box<dyn FnOnce(SaveOutcome) + Send>;
@@ -128,10 +128,8 @@ impl SaveJob {
             return;
         }
         let copies = batch.iter().map(|p| BlockCopy { block: p.block.block, slot: Arc::clone(&p.slot) }).collect();
-        let copied = self
-            .inner
-            .device
-            .copy(&self.request.memory, CopyDirection::ToSlots, copies)
+        let copied = Arc::clone(&self.request.memory)
+            .copy(CopyDirection::ToSlots, copies)
             .and_then(|mut running| wait_copies(running.as_mut()));
         if let Err(error) = copied {
             tracing::warn!(%error, blocks = batch.len(), "copying blocks out of the device failed; they are not saved");

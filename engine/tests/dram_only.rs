@@ -54,12 +54,52 @@ fn a_lease_is_consumed_once_and_a_lost_one_is_refused() {
         operation: OperationId(9),
         lease,
         shard: 0,
-        memory: Arc::clone(&worker.memory.device),
+        memory: worker.kv_cache(),
         blocks: vec![LoadBlock { index: 0, block: 0 }],
     };
     let refused = worker.engine.load(request(lease, &worker), Box::new(|_| panic!("not to be called")));
     assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::NotFound));
     assert_eq!(worker.load(replaced_by, vec![LoadBlock { index: 1, block: 5 }]).loaded_dram, 1);
+}
+
+#[test]
+fn whoever_is_told_the_places_finds_the_bytes_there_until_it_says_that_it_has_them() {
+    let mut worker = Worker::new(dram(16));
+    let keys = keys(3, 1);
+    (0..3).for_each(|block| worker.fill(block, block as u8));
+    worker.save(&keys, BlockKey::ROOT);
+    let request = LookupRequest {
+        instance: worker.instance.clone(),
+        group: 0,
+        keys: keys.clone(),
+        lease: Some(Duration::from_secs(60)),
+        tag: 1,
+        with_places: true,
+    };
+    let reply = worker.engine.lookup(worker.session, &request).expect("looked up");
+    let places = reply.places.expect("all are in DRAM");
+    let arena = worker.engine.arena();
+    assert_eq!((places.arena, places.places.len()), (arena.id(), 3));
+    let blocks = places.places.into_iter().enumerate().map(|(i, place)| (10 + i as u32, place)).collect();
+    let copy = PlacedCopy {
+        arena,
+        direction: CopyDirection::ToDevice,
+        blocks,
+        after: None,
+        cancelled: Arc::default(),
+        done: Box::new(|result| result.expect("copied")),
+    };
+    worker.memory.device.clone().load_before(copy, 0).expect("copied");
+    for block in 0..3 {
+        let saved = worker.memory.block(block).to_vec();
+        assert_eq!(worker.memory.block(10 + block), saved);
+    }
+    let lease = reply.lease.expect("a lease");
+    assert_eq!(worker.engine.stats().leases, 1);
+    worker.engine.consume(lease, 0);
+    worker.engine.consume(lease, 0);
+    let stats = worker.engine.stats();
+    assert_eq!((stats.leases, stats.loaded_dram_blocks), (0, 3));
 }
 
 #[test]
@@ -102,8 +142,14 @@ fn bad_requests_are_refused_and_change_nothing() {
     assert_eq!(kind(objects), Err(ErrorKind::InvalidInput));
     let stranger = worker.engine.register(SessionId(999), spec(&InstanceId("a".into()), BLOCK, 1, 0));
     assert_eq!(stranger.map_err(|error| error.kind()), Err(ErrorKind::NotFound));
-    let request =
-        LookupRequest { instance: InstanceId("nobody".into()), group: 0, keys: keys(1, 1), lease: None, tag: 0 };
+    let request = LookupRequest {
+        instance: InstanceId("nobody".into()),
+        group: 0,
+        keys: keys(1, 1),
+        lease: None,
+        tag: 0,
+        with_places: false,
+    };
     assert_eq!(worker.engine.lookup(worker.session, &request).map_err(|e| e.kind()), Err(ErrorKind::NotFound));
     assert_eq!(worker.engine.stats().instances, 1);
 }
@@ -122,6 +168,7 @@ fn dram_that_is_full_of_leased_blocks_drops_saves_and_serves_again_afterwards() 
             keys,
             lease: Some(Duration::from_secs(60)),
             tag: seed.into(),
+            with_places: false,
         };
         leases.extend(worker.engine.lookup(worker.session, &request).expect("looked up").lease);
     }
@@ -156,4 +203,22 @@ fn objects_are_put_replaced_and_removed() {
 fn a_namespace_keeps_its_geometry_as_long_as_the_engine_lives() {
     let worker = Worker::new(dram(16));
     support::assert_geometry_is_kept(&worker.engine, worker.session);
+}
+
+#[test]
+fn saves_are_taken_while_a_large_dram_is_still_growing() {
+    let mut worker = Worker::new(dram(2048));
+    let (mut ready, keys) = (worker.engine.stats().dram_ready_bytes, keys(8, 1));
+    assert!(ready >= 256 << 20, "{ready} bytes are ready when the engine is open");
+    assert_eq!(worker.save(&keys, BlockKey::ROOT).saved, 8);
+    assert_eq!(worker.lookup(&keys).hit_blocks, 8);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while ready < 2048 << 20 {
+        assert!(Instant::now() < deadline, "{ready} bytes are ready");
+        std::thread::sleep(Duration::from_millis(1));
+        let stats = worker.engine.stats();
+        assert!(stats.dram_ready_bytes >= ready && stats.dram_capacity_bytes == 2048 << 20);
+        ready = stats.dram_ready_bytes;
+    }
+    assert_eq!(worker.lookup(&keys).hit_blocks, 8);
 }

@@ -9,14 +9,15 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pegaflow_engine::{
-    BlockKey, BlockSave, Error, ErrorKind, Fragment, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LookupRequest, NamespaceDescriptor, OperationId, Result,
+    ArenaId, BlockKey, BlockSave, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory, InstanceId,
+    InstanceSpec, LeaseId, LoadBlock, LookupRequest, NamespaceDescriptor, OperationId, Place, RangeFragment, Result,
 };
-use pegaflow_tiers::{HostMemory, RangeFragment};
+use pegaflow_tiers::CudaMemory;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
-use crate::embedded::{Embedded, Ended};
-use crate::engine::{config, duration, size};
+use crate::embedded::{Embedded, Ended, PlacedLoad};
+use crate::engine::{config, duration};
 use crate::error::{detached, to_python};
 use crate::remote::Remote;
 
@@ -28,6 +29,9 @@ enum Port {
     Embedded(Embedded),
     Remote(Remote),
 }
+
+/// Blocks found, those in DRAM, the lease, the arena, the places.
+type Found<'py> = (u32, u32, Option<u128>, Option<Bound<'py, PyBytes>>, Bound<'py, PyBytes>);
 
 /// A session with the cache: the scheduler's side or a worker's side of vLLM.
 #[pyclass(module = "pegaflow._native", frozen)]
@@ -73,14 +77,7 @@ impl Cache {
     /// A server, at the path of a Unix socket or at `tcp://ADDRESS:PORT`. Returns at once, connected or not: it
     /// connects when the server is there, and again when the server was started again.
     #[staticmethod]
-    fn remote(
-        py: Python<'_>,
-        address: &str,
-        name: &str,
-        lookup_timeout: f64,
-        rpc_timeout: f64,
-        staging: &Bound<'_, PyAny>,
-    ) -> PyResult<Self> {
+    fn remote(py: Python<'_>, address: &str, name: &str, lookup_timeout: f64, rpc_timeout: f64) -> PyResult<Self> {
         crate::logs::start();
         let tcp = address
             .strip_prefix("tcp://")
@@ -92,9 +89,8 @@ impl Cache {
                 })
             })
             .transpose()?;
-        let (lookup, rpc, staging) = (duration(lookup_timeout)?, duration(rpc_timeout)?, size(staging)?);
-        let remote =
-            detached(py, || Remote::start(tcp.ok_or_else(|| PathBuf::from(address)), name, lookup, rpc, staging.0))?;
+        let (lookup, rpc) = (duration(lookup_timeout)?, duration(rpc_timeout)?);
+        let remote = detached(py, || Remote::start(tcp.ok_or_else(|| PathBuf::from(address)), name, lookup, rpc))?;
         Ok(Self(Port::Remote(remote)))
     }
 
@@ -117,11 +113,11 @@ impl Cache {
 
     /// Registers this worker: its identity, its group and its memory. `ranges` are (address, bytes); `fragments` are
     /// (range, offset, stride, bytes): block `b` has a piece at `offset + b * stride` of its range. `owner` is kept as
-    /// long as a copy may touch the memory. May be called again, for another instance over the same memory.
+    /// long as a copy may touch the memory. With `device` the addresses are those of that CUDA device, else of the host. May be called again, for another instance over the same memory.
     ///
     /// The caller promises that the ranges are memory that `owner` keeps in place.
     #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
-    #[pyo3(signature = (*, instance, descriptor, group, block_bytes, shards, shard, ranges, fragments, blocks, owner))]
+    #[pyo3(signature = (*, instance, descriptor, group, block_bytes, shards, shard, ranges, fragments, blocks, owner, device = None))]
     fn register_worker(
         &self,
         py: Python<'_>,
@@ -135,6 +131,7 @@ impl Cache {
         fragments: Vec<(u32, u64, u64, u64)>,
         blocks: u32,
         owner: Py<PyAny>,
+        device: Option<u32>,
     ) -> PyResult<()> {
         let namespace = descriptor
             .into_iter()
@@ -145,7 +142,7 @@ impl Cache {
             groups: vec![GroupGeometry { group, block_bytes, shards }],
             shard,
         };
-        let memory = memory_of(&ranges, &fragments, blocks, owner).map_err(|error| to_python(py, &error))?;
+        let memory = detached(py, || memory_of(&ranges, &fragments, blocks, owner, device))?;
         detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.register(spec, memory),
             Port::Remote(remote) => remote.register(spec, memory),
@@ -154,24 +151,83 @@ impl Cache {
 
     /// How many keys (32 bytes each) from the first on are there, how many of those are in DRAM, and the lease on them.
     /// A lookup repeated with the same tag replaces the earlier lease. `lease` is in seconds; 0 takes none.
-    #[pyo3(signature = (instance, group, keys, lease, tag))]
-    fn lookup(
+    /// With `places`, if all that was found is in DRAM: the arena's name and where the blocks lie, as little-endian u32s,
+    /// shard after shard; else `None` and nothing.
+    #[expect(clippy::too_many_arguments, reason = "the values of one request")]
+    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false))]
+    fn lookup<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         instance: &str,
         group: u16,
         keys: &[u8],
         lease: f64,
         tag: u64,
-    ) -> PyResult<(u32, u32, Option<u128>)> {
+        places: bool,
+    ) -> PyResult<Found<'py>> {
         let lease = Some(duration(lease)?).filter(|lease| !lease.is_zero());
         let keys = keys_of(keys).map_err(|error| to_python(py, &error))?;
-        let request = LookupRequest { instance: InstanceId(instance.into()), group, keys, lease, tag };
+        let request =
+            LookupRequest { instance: InstanceId(instance.into()), group, keys, lease, tag, with_places: places };
         let reply = detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.lookup(&request),
             Port::Remote(remote) => remote.lookup(&request),
         })?;
-        Ok((reply.hit_blocks, reply.dram_blocks, reply.lease.map(|lease| lease.0)))
+        let lease = reply.lease.map(|lease| lease.0);
+        let (arena, places) = match reply.places {
+            Some(found) => {
+                let bytes: Vec<u8> = found.places.iter().flat_map(|place| place.0.to_le_bytes()).collect();
+                (Some(PyBytes::new(py, &found.arena.0.to_le_bytes())), PyBytes::new(py, &bytes))
+            }
+            None => (None, PyBytes::new(py, &[])),
+        };
+        Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places))
+    }
+
+    /// The name of the arena that this worker's device can reach wholly by now: 16 bytes, or `None`.
+    fn arena<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let arena = detached(py, || match &self.0 {
+            Port::Embedded(embedded) => embedded.arena(),
+            Port::Remote(remote) => remote.arena(),
+        })?;
+        Ok(arena.map(|arena| PyBytes::new(py, &arena.0.to_le_bytes())))
+    }
+
+    /// Loads blocks from the places that a lookup told: `places` has one little-endian u32 for each of `blocks`. With `before`
+    /// whatever is queued on `stream` later runs after the load; the host never waits. `remaining` is what is left of the
+    /// lease, in seconds.
+    #[expect(clippy::too_many_arguments, reason = "the values of one request")]
+    #[pyo3(signature = (operation, lease, shard, arena, places, blocks, *, remaining, stream, before))]
+    fn load_placed(
+        &self,
+        py: Python<'_>,
+        operation: u64,
+        lease: u128,
+        shard: u16,
+        arena: [u8; 16],
+        places: &[u8],
+        blocks: Vec<u32>,
+        remaining: f64,
+        stream: u64,
+        before: bool,
+    ) -> PyResult<()> {
+        let (places, rest) = places.as_chunks::<4>();
+        same_length(&[places.len() + rest.len(), blocks.len()]).map_err(|error| to_python(py, &error))?;
+        let place = |bytes: &[u8; 4]| Place(u32::from_le_bytes(*bytes));
+        let load = PlacedLoad {
+            operation: OperationId(operation),
+            lease: LeaseId(lease),
+            shard,
+            arena: ArenaId(u128::from_le_bytes(arena)),
+            blocks: blocks.into_iter().zip(places.iter().map(place)).collect(),
+            remaining: duration(remaining.max(0.0))?,
+            stream,
+            before,
+        };
+        detached(py, || match &self.0 {
+            Port::Embedded(embedded) => embedded.load_placed(load),
+            Port::Remote(remote) => remote.load_placed(load),
+        })
     }
 
     /// Gives a lease back.
@@ -182,7 +238,10 @@ impl Cache {
         });
     }
 
-    /// Starts a load: `indices` are places among the keys of the lookup, `blocks` where they go.
+    /// Starts a load: `indices` are places among the keys of the lookup, `blocks` where they go. It runs after what is
+    /// queued on the device's stream `stream`.
+    #[expect(clippy::too_many_arguments, reason = "the values of one request")]
+    #[pyo3(signature = (operation, lease, shard, indices, blocks, stream = 0))]
     fn load(
         &self,
         py: Python<'_>,
@@ -191,19 +250,20 @@ impl Cache {
         shard: u16,
         indices: Vec<u32>,
         blocks: Vec<u32>,
+        stream: u64,
     ) -> PyResult<()> {
         same_length(&[indices.len(), blocks.len()]).map_err(|error| to_python(py, &error))?;
         let blocks = indices.into_iter().zip(blocks).map(|(index, block)| LoadBlock { index, block }).collect();
         detached(py, || match &self.0 {
-            Port::Embedded(embedded) => embedded.load(OperationId(operation), LeaseId(lease), shard, blocks),
-            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), shard, blocks),
+            Port::Embedded(embedded) => embedded.load(OperationId(operation), LeaseId(lease), shard, blocks, stream),
+            Port::Remote(remote) => remote.load(OperationId(operation), LeaseId(lease), shard, blocks, stream),
         })
     }
 
     /// Starts a save: a run of blocks of one chain. `parent` is the key before the first, `depth` the first's place in
-    /// the chain, `keys` are 32 bytes for each block.
+    /// the chain, `keys` are 32 bytes for each block. It runs after what is queued on the device's stream `stream`.
     #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
-    #[pyo3(signature = (operation, instance, group, shard, *, parent, depth, keys, blocks))]
+    #[pyo3(signature = (operation, instance, group, shard, *, parent, depth, keys, blocks, stream = 0))]
     fn save(
         &self,
         py: Python<'_>,
@@ -215,12 +275,13 @@ impl Cache {
         depth: u32,
         keys: &[u8],
         blocks: Vec<u32>,
+        stream: u64,
     ) -> PyResult<()> {
         let blocks = run_of(parent, depth, keys, &blocks).map_err(|error| to_python(py, &error))?;
         let (operation, instance) = (OperationId(operation), InstanceId(instance.into()));
         detached(py, || match &self.0 {
-            Port::Embedded(embedded) => embedded.save(operation, instance, group, shard, blocks),
-            Port::Remote(remote) => remote.save(operation, instance, group, shard, blocks),
+            Port::Embedded(embedded) => embedded.save(operation, instance, group, shard, blocks, stream),
+            Port::Remote(remote) => remote.save(operation, instance, group, shard, blocks, stream),
         })
     }
 
@@ -344,7 +405,17 @@ fn memory_of(
     fragments: &[(u32, u64, u64, u64)],
     blocks: u32,
     owner: Py<PyAny>,
-) -> Result<Arc<HostMemory>> {
+    device: Option<u32>,
+) -> Result<Arc<dyn DeviceMemory>> {
+    let fragments = fragments
+        .iter()
+        .map(|&(range, offset, stride, bytes)| RangeFragment { range, fragment: Fragment { offset, stride, bytes } })
+        .collect();
+    if let Some(device) = device {
+        let ranges: Vec<_> = ranges.iter().map(|&(address, bytes)| (address as u64, bytes)).collect();
+        // SAFETY: the caller of `register_worker` promises that `owner` keeps the ranges in place; see below.
+        return Ok(Arc::new(unsafe { CudaMemory::new(device, &ranges, fragments, blocks, Box::new(owner)) }?));
+    }
     let ranges = ranges
         .iter()
         .map(|&(address, bytes)| {
@@ -353,10 +424,6 @@ fn memory_of(
                 .ok_or_else(|| invalid("a range starts at address 0".into()))
         })
         .collect::<Result<Vec<_>>>()?;
-    let fragments = fragments
-        .iter()
-        .map(|&(range, offset, stride, bytes)| RangeFragment { range, fragment: Fragment { offset, stride, bytes } })
-        .collect();
     // SAFETY: the caller of `register_worker` promises that `owner` keeps the ranges in place; the memory keeps `owner`
     // until the last copy has ended. vLLM writes a block only while no copy of it runs: a loaded block is not given to
     // the model before its load has ended, a saved one is not reused before its save has.

@@ -4,15 +4,16 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pegaflow_engine::{
-    BlockSave, Engine, EngineConfig, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome,
-    LoadRequest, LookupReply, LookupRequest, OperationId, Result, SaveOutcome, SaveRequest, SessionId,
+    ArenaId, ArenaView, BlockSave, CopyDirection, DeviceMemory, Engine, EngineConfig, Error, ErrorKind, InstanceId,
+    InstanceSpec, KvCache, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LocalKvCache, LookupReply, LookupRequest,
+    OperationId, Place, PlacedCopy, Result, SaveOutcome, SaveRequest, SessionId,
 };
-use pegaflow_tiers::{DeviceMemory, HostMemory};
 
 struct Opened {
     engine: Engine,
@@ -128,6 +129,22 @@ pub(crate) enum Ended {
     Save(OperationId, SaveOutcome),
 }
 
+/// A load of blocks at the places that a lookup told.
+pub(crate) struct PlacedLoad {
+    pub(crate) operation: OperationId,
+    pub(crate) lease: LeaseId,
+    pub(crate) shard: u16,
+    pub(crate) arena: ArenaId,
+    /// Block of the worker's memory, place in the arena.
+    pub(crate) blocks: Vec<(u32, Place)>,
+    /// What is left of the lease.
+    pub(crate) remaining: Duration,
+    /// The device's stream of the model.
+    pub(crate) stream: u64,
+    /// Whether what is queued on the stream later waits for the load.
+    pub(crate) before: bool,
+}
+
 /// What ended and was not asked for yet: at most one entry for each operation, which the engine's queue bounds.
 #[derive(Default)]
 struct EndedQueue {
@@ -159,8 +176,14 @@ pub(crate) struct Embedded {
     shared: SharedEngine,
     session: Mutex<(SessionId, Option<InstanceId>)>,
     memory: Mutex<Option<Arc<dyn DeviceMemory>>>,
+    arena: Arc<ArenaView>,
+    /// Placed loads in flight, with what cancels them.
+    placed: Arc<Mutex<HashMap<OperationId, Arc<AtomicBool>>>>,
     ended: Arc<EndedQueue>,
 }
+
+/// A placed load is not started with less of its lease left than this; it takes far less.
+const LEASE_REMAINING_MIN: Duration = Duration::from_secs(10);
 
 impl Embedded {
     /// Opens the engine and starts a session.
@@ -170,18 +193,29 @@ impl Embedded {
     pub(crate) fn start(path: &Path, config: EngineConfig) -> Result<Self> {
         let shared = open(path, config)?;
         let session = shared.engine.start_session();
-        Ok(Self { shared, session: Mutex::new((session, None)), memory: Mutex::default(), ended: Arc::default() })
+        let arena = shared.engine.arena();
+        Ok(Self {
+            shared,
+            session: Mutex::new((session, None)),
+            memory: Mutex::default(),
+            arena,
+            placed: Arc::default(),
+            ended: Arc::default(),
+        })
     }
 
-    pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
+    pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<dyn DeviceMemory>) -> Result<()> {
         let engine = &self.shared.engine;
         let instance = spec.instance.clone();
         let (earlier, registered) = self.session.lock().clone();
         let is_new_epoch = registered.is_some_and(|registered| registered != instance);
         let session = if is_new_epoch { engine.start_session() } else { earlier };
         engine.register(session, spec)?;
+        memory.attach(&self.arena)?;
         *self.session.lock() = (session, Some(instance));
-        *self.memory.lock() = Some(memory);
+        if let Some(earlier) = self.memory.lock().replace(memory) {
+            earlier.detach(&self.arena);
+        }
         if is_new_epoch && let Err(error) = engine.end_session(earlier, RETIRE_TIMEOUT) {
             // Its copies hold their memory and end by themselves.
             tracing::warn!(%error, "the session of the earlier epoch has not ended yet");
@@ -200,6 +234,62 @@ impl Embedded {
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no memory is registered; register the worker first"))
     }
 
+    /// The worker's memory for one operation, behind what is queued on the stream.
+    fn kv_cache(&self, stream: u64) -> Result<Arc<dyn KvCache>> {
+        let memory = self.memory()?;
+        let after = memory.fence(stream)?;
+        Ok(Arc::new(LocalKvCache::new(memory, Arc::clone(&self.arena), after)))
+    }
+
+    pub(crate) fn arena(&self) -> Result<Option<ArenaId>> {
+        let Ok(memory) = self.memory() else { return Ok(None) };
+        Ok(memory.is_attached(&self.arena)?.then(|| self.arena.id()))
+    }
+
+    pub(crate) fn load_placed(&self, load: PlacedLoad) -> Result<()> {
+        let PlacedLoad { operation, lease, shard, arena, blocks, remaining, stream, before } = load;
+        let memory = self.memory()?;
+        if arena != self.arena.id() {
+            return Err(Error::new(ErrorKind::NotFound, "the blocks lie in another memory; look them up again"));
+        }
+        if remaining < LEASE_REMAINING_MIN {
+            let message = format!("the lease has {remaining:?} left, less than the {LEASE_REMAINING_MIN:?} to copy in");
+            return Err(Error::new(ErrorKind::Timeout, message));
+        }
+        if !memory.is_attached(&self.arena)? {
+            return Err(Error::new(ErrorKind::Busy, "the device cannot reach all of the memory yet"));
+        }
+        let after = if before { None } else { memory.fence(stream)? };
+        let cancelled = Arc::<AtomicBool>::default();
+        let numbers: Vec<u32> = blocks.iter().map(|(block, _)| *block).collect();
+        let (engine, placed, ended) = (self.shared.engine.clone(), Arc::clone(&self.placed), Arc::clone(&self.ended));
+        let done = Box::new(move |result: Result<()>| {
+            let outcome = match result {
+                Ok(()) => LoadOutcome { loaded_dram: numbers.len() as u32, ..LoadOutcome::default() },
+                Err(error) => {
+                    tracing::warn!("a load ended without its bytes: {error:#}");
+                    LoadOutcome { failed: numbers, ..LoadOutcome::default() }
+                }
+            };
+            engine.consume(lease, shard);
+            placed.lock().remove(&operation);
+            ended.push(Ended::Load(operation, outcome));
+        });
+        self.placed.lock().insert(operation, Arc::clone(&cancelled));
+        let direction = CopyDirection::ToDevice;
+        let copy = PlacedCopy { arena: Arc::clone(&self.arena), direction, blocks, after, cancelled, done };
+        if before {
+            return memory.load_before(copy, stream).inspect_err(|_| drop(self.placed.lock().remove(&operation)));
+        }
+        // Host memory is copied by whoever starts the copy: not by the model's thread.
+        std::thread::Builder::new()
+            .name("pega-placed".into())
+            .spawn(move || memory.start(copy))
+            .map(drop)
+            .map_err(|error| Error::from_io("cannot start a copy thread", error))
+            .inspect_err(|_| drop(self.placed.lock().remove(&operation)))
+    }
+
     pub(crate) fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
         self.shared.engine.lookup(self.session(), request)
     }
@@ -214,8 +304,10 @@ impl Embedded {
         lease: LeaseId,
         shard: u16,
         blocks: Vec<LoadBlock>,
+        stream: u64,
     ) -> Result<()> {
-        let request = LoadRequest { session: self.session(), operation, lease, shard, memory: self.memory()?, blocks };
+        let memory = self.kv_cache(stream)?;
+        let request = LoadRequest { session: self.session(), operation, lease, shard, memory, blocks };
         let ended = Arc::clone(&self.ended);
         self.shared.engine.load(request, Box::new(move |outcome| ended.push(Ended::Load(operation, outcome))))
     }
@@ -227,14 +319,18 @@ impl Embedded {
         group: u16,
         shard: u16,
         blocks: Vec<BlockSave>,
+        stream: u64,
     ) -> Result<()> {
-        let request =
-            SaveRequest { session: self.session(), operation, instance, group, shard, memory: self.memory()?, blocks };
+        let memory = self.kv_cache(stream)?;
+        let request = SaveRequest { session: self.session(), operation, instance, group, shard, memory, blocks };
         let ended = Arc::clone(&self.ended);
         self.shared.engine.save(request, Box::new(move |outcome| ended.push(Ended::Save(operation, outcome))))
     }
 
     pub(crate) fn cancel(&self, operation: OperationId) {
+        if let Some(cancelled) = self.placed.lock().get(&operation) {
+            cancelled.store(true, Ordering::Release);
+        }
         self.shared.engine.cancel(self.session(), operation);
     }
 
@@ -255,9 +351,14 @@ impl Embedded {
     pub(crate) fn close(&self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let ended = self.shared.engine.end_session(self.session(), timeout);
+        while !self.placed.lock().is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let memory = self.memory.lock().take();
-        if ended.is_err() {
+        if ended.is_err() || !self.placed.lock().is_empty() {
             std::mem::forget(memory);
+        } else if let Some(memory) = memory {
+            memory.detach(&self.arena);
         }
         let closed = self.shared.close(deadline.max(Instant::now() + Duration::from_millis(100)));
         ended.and(closed)

@@ -3,6 +3,7 @@
 //! ended. It decides nothing.
 
 mod cache;
+mod copy_loop;
 mod embedded;
 mod engine;
 mod error;
@@ -18,6 +19,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use crate::cache::{Cache, Completion};
+    #[pymodule_export]
+    use crate::copy_loop::CopyLoop;
     #[pymodule_export]
     use crate::engine::{Engine, Object};
     #[pymodule_export]

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    BlockSave, Error, ErrorKind, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply, LookupRequest,
-    OperationId, Result,
+    ArenaId, BlockSave, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
+    LookupRequest, OperationId, Result,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
-use crate::embedded::Ended;
+use crate::embedded::{Ended, PlacedLoad};
 
 /// How long a client of an earlier epoch is waited for; what is in flight then is fetched later.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -44,10 +44,9 @@ impl Remote {
         name: &str,
         lookup_timeout: Duration,
         rpc_timeout: Duration,
-        staging_bytes: u64,
     ) -> Result<Self> {
         let endpoint = address.map_or_else(Endpoint::Unix, Endpoint::Tcp);
-        let config = ClientConfig { lookup_timeout, rpc_timeout, staging_bytes, ..ClientConfig::new(endpoint, name) };
+        let config = ClientConfig { lookup_timeout, rpc_timeout, ..ClientConfig::new(endpoint, name) };
         let client = Client::start(config.clone())?;
         Ok(Self { config, clients: Mutex::new(vec![Used::new(client)]) })
     }
@@ -64,20 +63,24 @@ impl Remote {
         self.present().is_ok_and(|client| client.wait_connected(timeout).is_ok())
     }
 
-    pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
+    pub(crate) fn register(&self, spec: InstanceSpec, memory: Arc<dyn DeviceMemory>) -> Result<()> {
         let instance = spec.instance.clone();
         let earlier = {
             let clients = self.clients.lock();
             let used = clients.last().ok_or_else(closed)?;
             used.instance.as_ref().is_some_and(|earlier| *earlier != instance).then(|| used.client.clone())
         };
-        if let Some(earlier) = earlier {
-            earlier.close(RETIRE_TIMEOUT);
+        if earlier.is_some() {
             let next = Client::start(self.config.clone())?;
             self.clients.lock().push(Used::new(next));
         }
         let client = self.present()?;
         client.register(spec, memory)?;
+        // Only now: both map the same arena, and the one mapping goes on being used.
+        if let Some(earlier) = earlier {
+            client.wait_connected(RETIRE_TIMEOUT).unwrap_or_else(|error| tracing::debug!(%error, "not connected yet"));
+            earlier.close(RETIRE_TIMEOUT);
+        }
         if let Some(used) = self.clients.lock().last_mut() {
             used.instance = Some(instance);
         }
@@ -110,8 +113,20 @@ impl Remote {
         lease: LeaseId,
         shard: u16,
         blocks: Vec<LoadBlock>,
+        stream: u64,
     ) -> Result<()> {
-        self.start_operation(operation, |client| client.load(operation, lease, shard, blocks))
+        self.start_operation(operation, |client| client.load(operation, lease, shard, blocks, stream))
+    }
+
+    pub(crate) fn arena(&self) -> Result<Option<ArenaId>> {
+        self.present()?.arena()
+    }
+
+    pub(crate) fn load_placed(&self, load: PlacedLoad) -> Result<()> {
+        let PlacedLoad { operation, lease, shard, arena, blocks, remaining, stream, before } = load;
+        self.start_operation(operation, |client| {
+            client.load_placed(operation, lease, shard, arena, blocks, remaining, (stream, before))
+        })
     }
 
     pub(crate) fn save(
@@ -121,8 +136,9 @@ impl Remote {
         group: u16,
         shard: u16,
         blocks: Vec<BlockSave>,
+        stream: u64,
     ) -> Result<()> {
-        self.start_operation(operation, |client| client.save(operation, instance, group, shard, blocks))
+        self.start_operation(operation, |client| client.save(operation, instance, group, shard, blocks, stream))
     }
 
     pub(crate) fn cancel(&self, operation: OperationId) {

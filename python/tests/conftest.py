@@ -54,6 +54,12 @@ class FakeCache:
     saves: dict[int, bytes] = field(default_factory=dict)
     loads: dict[int, list[int]] = field(default_factory=dict)
     ends_when_cancelled: bool = True
+    worker_arena: bytes | None = None
+    """The arena that the worker's device reaches."""
+    dram_arena: bytes | None = None
+    """The arena whose places lookups tell."""
+    shards: int = 1
+    refuses_placed: bool = False
 
     def _reached(self) -> None:
         if not self.is_there:
@@ -66,27 +72,60 @@ class FakeCache:
         self._reached()
         self.calls.append(("register", worker))
 
-    def lookup(self, instance: str, group: int, keys: bytes, lease: float, tag: int) -> tuple[int, int, int | None]:
+    def arena(self) -> bytes | None:
+        return self.worker_arena
+
+    def lookup(
+        self, instance: str, group: int, keys: bytes, lease: float, tag: int, *, places: bool = False
+    ) -> tuple[int, int, int | None, bytes | None, bytes]:
         self._reached()
         self.calls.append(("lookup", (instance, len(keys) // KEY, lease, tag)))
         hit = 0
         while (hit + 1) * KEY <= len(keys) and keys[hit * KEY : (hit + 1) * KEY] in self.stored:
             hit += 1
         if not hit or not lease:
-            return hit, hit, None
+            return hit, hit, None, None, b""
         number = 1000 + len(self.calls)
         self.leases.add(number)
-        return hit, hit, number
+        if not places or self.dram_arena is None:
+            return hit, hit, number, None, b""
+        # Shard 1's third block lies at 102.
+        told = [100 * shard + block for shard in range(self.shards) for block in range(hit)]
+        return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told)
 
     def release(self, lease: int) -> None:
         self.leases.remove(lease)
 
-    def load(self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]) -> None:
+    def load(
+        self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int], stream: int = 0
+    ) -> None:
         self._reached()
         if lease not in self.leases:
             raise NotFoundError("no such lease")
         self.leases.remove(lease)
         self.calls.append(("load", (operation, shard, list(indices), list(blocks))))
+        self.calls.append(("stream", stream))
+        self.loads[operation] = list(blocks)
+
+    def load_placed(
+        self,
+        operation: int,
+        lease: int,
+        shard: int,
+        arena: bytes,
+        places: bytes,
+        blocks: Sequence[int],
+        *,
+        remaining: float,
+        stream: int,
+        before: bool,
+    ) -> None:
+        if self.refuses_placed:
+            raise NotFoundError("no such arena")
+        told = [int.from_bytes(places[at : at + 4], "little") for at in range(0, len(places), 4)]
+        self.calls.append(("load_placed", (operation, lease, shard, arena, told, list(blocks), before)))
+        self.calls.append(("remaining", remaining))
+        self.calls.append(("stream", stream))
         self.loads[operation] = list(blocks)
 
     def save(
@@ -100,9 +139,11 @@ class FakeCache:
         depth: int,
         keys: bytes,
         blocks: Sequence[int],
+        stream: int = 0,
     ) -> None:
         self._reached()
         self.calls.append(("save", (operation, instance, depth, list(blocks))))
+        self.calls.append(("stream", stream))
         self.saves[operation] = keys
 
     def cancel(self, operation: int) -> None:
@@ -174,6 +215,7 @@ def _step(
     cached: Mapping[str, tuple[list[int], int, int]] | None = None,
     preempted: set[str] | None = None,
     resumed: set[str] = frozenset(),  # type: ignore[assignment]
+    finished: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> SimpleNamespace:
     new, cached = new or {}, cached or {}
     return SimpleNamespace(
@@ -189,6 +231,7 @@ def _step(
         ),
         num_scheduled_tokens={id_: count for id_, (_, _, count) in [*new.items(), *cached.items()]},
         preempted_req_ids=preempted,
+        finished_req_ids=finished,
     )
 
 

@@ -80,3 +80,25 @@ def test_the_kill_switch_follows_its_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert not switch.is_off(2.5)
     monkeypatch.setenv(KILL_SWITCH_ENV, "1")
     assert KillSwitch(ConnectorConfig()).is_off(0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("64", 64),
+        ("32MiB", 32 << 20),
+        ("1.5 gib", 3 << 29),
+        ("2MB", 2_000_000),
+        ("64GiB", 64 << 30),
+    ],
+)
+def test_the_limit_of_synchronous_loads(given: int | str, size: int) -> None:
+    assert ConnectorConfig.from_extra({"sync_load_bytes": given}).sync_load_bytes_max == size
+
+
+@pytest.mark.parametrize("given", [-1, True, None, "", "MiB", "1 furlong", "65GiB", 1.5])
+def test_a_limit_of_synchronous_loads_that_is_none(given: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"sync_load_bytes is .*; give a size from 0 to 64GiB"):
+        ConnectorConfig.from_extra({"sync_load_bytes": given})

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BLOCK = 4
+BLOCK_BYTES = 1 << 20
+ARENA = b"arena of sixteen"
 PROMPT = list(range(100, 118))  # four full blocks and two tokens
 
 
@@ -29,10 +31,15 @@ def keys_of(tokens: list[int]) -> list[bytes]:
 
 @pytest.fixture
 def make(cache: Any) -> Callable[..., PegaScheduler]:
-    def make(workers: int = 1, **settings: Any) -> PegaScheduler:
+    def make(workers: int = 1, arena: bytes | None = None, **settings: Any) -> PegaScheduler:
         config = ConnectorConfig.from_extra(settings)
         clock = iter(range(10_000)).__next__
-        return PegaScheduler(config, cache, "engine/0", BLOCK, workers, KillSwitch(config), lambda: clock() / 100)
+        scheduler = PegaScheduler(
+            config, cache, "engine/0", BLOCK, BLOCK_BYTES, workers, KillSwitch(config), lambda: clock() / 100
+        )
+        if arena is not None:
+            report(scheduler, arenas=Counter({arena: workers}))
+        return scheduler
 
     return make
 
@@ -75,7 +82,24 @@ def test_asking_again_changes_nothing_and_leaks_no_lease(make, cache, make_reque
 def test_one_token_is_left_to_compute(make, cache, make_request) -> None:
     prompt = PROMPT[:16]
     cache.stored.update(keys_of(prompt))
-    assert make().matched_tokens(make_request("r", prompt), 0) == (3 * BLOCK, True)
+    assert make().matched_tokens(make_request("r", prompt), 0) == (4 * BLOCK - 1, True)
+
+
+def test_a_prompt_that_is_found_whole_is_loaded_whole(make, cache, make_request, step, blocks) -> None:
+    cache.stored.update(keys_of(PROMPT))
+    scheduler, request = make(), make_request("r", PROMPT[:16])
+    tokens, waits = scheduler.matched_tokens(request, BLOCK)
+    assert (tokens, waits) == (3 * BLOCK - 1, True)
+    scheduler.allocated(request, blocks([7, 8, 9, 10]), tokens)
+    assert sum(scheduler.hit_sources(request, tokens).values()) in (0, tokens)
+    (order,) = scheduler.build_meta(step()).loads
+    assert (order.indices, order.blocks) == ([1, 2, 3], [8, 9, 10])
+
+
+def test_a_block_is_not_loaded_for_the_sake_of_the_last_token(make, cache, make_request) -> None:
+    prompt = PROMPT[:16]
+    cache.stored.update(keys_of(prompt))
+    assert make().matched_tokens(make_request("r", prompt), 3 * BLOCK) == (0, False)
 
 
 def test_a_lease_that_vllm_does_not_use_is_released(make, cache, make_request, blocks, step) -> None:
@@ -157,6 +181,149 @@ def test_an_aborted_load_is_cancelled_and_its_blocks_are_not_asked_for(make, cac
     assert scheduler.finished(request, [1, 2, 3, 4]) is False
     meta = scheduler.build_meta(step())
     assert (meta.cancelled, meta.saves, meta.finished) == ([load.operation], [], [])
+
+
+# --- loads out of the arena -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_dram(cache: Any) -> Any:
+    """A cache that tells where the prompt's blocks lie."""
+    cache.stored.update(keys_of(PROMPT))
+    cache.dram_arena = ARENA
+    return cache
+
+
+def run(scheduler: PegaScheduler, request: Any, step: Any, blocks: Any, computed: int = 0) -> Any:
+    """The request is scheduled with what was found; the orders of its step."""
+    tokens, waits = scheduler.matched_tokens(request, computed)
+    scheduler.allocated(request, blocks(range(10, 15)), tokens)
+    if waits:
+        return scheduler.build_meta(step())
+    done = computed + tokens
+    return scheduler.build_meta(step(new={request.request_id: (list(range(10, 15)), done, len(PROMPT) - done)}))
+
+
+def test_an_idle_engine_loads_within_the_step(make, in_dram, make_request, step, blocks) -> None:
+    in_dram.shards = 2
+    scheduler, request = make(workers=2, arena=ARENA, sync_load_bytes=0), make_request("r", PROMPT)
+    assert scheduler.matched_tokens(request, BLOCK) == (3 * BLOCK, False)
+    meta = run(scheduler, request, step, blocks, BLOCK)
+    (load,) = meta.loads
+    assert (load.is_sync, load.arena, load.indices, load.blocks) == (True, ARENA, [1, 2, 3], [11, 12, 13])
+    assert load.places_of(0) == b"".join(place.to_bytes(4, "little") for place in (1, 2, 3))
+    assert load.places_of(1) == b"".join(place.to_bytes(4, "little") for place in (101, 102, 103))
+    assert 59 < load.deadline < 61
+    # What it brings is not saved, and nobody cancels it: later steps run after it anyway.
+    assert meta.saves == []
+    request.num_computed_tokens = len(PROMPT)
+    assert scheduler.finished(request, [10, 11, 12, 13, 14]) is False
+    assert scheduler.build_meta(step()).cancelled == []
+
+
+def test_a_lease_on_places_lasts_a_minute_at_least(make, in_dram, make_request) -> None:
+    make(arena=ARENA, lease_ms=5_000).matched_tokens(make_request("r", PROMPT), 0)
+    make(lease_ms=5_000).matched_tokens(make_request("s", PROMPT), 0)
+    assert [lease for _, _, lease, _ in in_dram.named("lookup")] == [60.0, 5.0]
+
+
+@pytest.mark.parametrize(("budget", "waits"), [("4MiB", False), (4 << 20, False), ("3.9MiB", True), (0, True)])
+def test_a_busy_engine_loads_within_the_step_up_to_a_limit(
+    make, in_dram, make_request, step, blocks, budget, waits
+) -> None:
+    scheduler = make(arena=ARENA, sync_load_bytes=budget)
+    scheduler.build_meta(step(new={"other": ([1], 0, 1)}))
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, waits)
+    (load,) = run(scheduler, make_request("s", PROMPT), step, blocks).loads
+    # Either way the workers copy themselves.
+    assert (load.is_sync, load.arena) == (not waits, ARENA)
+
+
+def test_an_engine_is_busy_until_its_requests_are_over(make, in_dram, make_request, step) -> None:
+    scheduler, other = make(arena=ARENA, sync_load_bytes=0), make_request("other", range(3))
+    scheduler.matched_tokens(other, 0)
+    scheduler.build_meta(step(new={"other": ([1], 0, 3)}))
+    scheduler.build_meta(step())
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, True)
+    scheduler.finished(other, [1])
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, False)
+    scheduler.build_meta(step(new={"silent": ([1], 0, 3)}))
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, True)
+    scheduler.build_meta(step(finished={"silent"}))
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, False)
+    scheduler.build_meta(step(new={"gone": ([1], 0, 3)}))
+    scheduler.build_meta(step(preempted={"gone"}))
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, False)
+
+
+def test_the_limit_holds_for_all_requests_of_a_step(make, in_dram, make_request, step, blocks) -> None:
+    scheduler = make(arena=ARENA, sync_load_bytes="8MiB")
+    answers = []
+    for name in ("a", "b", "c"):
+        request = make_request(name, PROMPT)
+        tokens, waits = scheduler.matched_tokens(request, 0)
+        scheduler.allocated(request, blocks(range(5)), tokens)
+        answers.append(waits)
+    assert answers == [False, False, True]
+    scheduler.build_meta(step())
+    assert scheduler.matched_tokens(make_request("d", PROMPT), 0) == (4 * BLOCK, False)
+
+
+def test_a_promise_that_vllm_has_no_room_for_is_made_anew(make, in_dram, make_request, step, blocks) -> None:
+    scheduler, request = make(arena=ARENA, sync_load_bytes=0), make_request("r", PROMPT)
+    assert scheduler.matched_tokens(request, 0) == (4 * BLOCK, False)
+    # No room: another request runs meanwhile, and vLLM asks again.
+    assert scheduler.build_meta(step(new={"other": ([1], 0, 1)})).loads == []
+    assert scheduler.matched_tokens(request, 0) == (4 * BLOCK, True)
+    assert len(in_dram.leases) == 1
+    scheduler.allocated(request, blocks(range(5)), 4 * BLOCK)
+    (load,) = scheduler.build_meta(step()).loads
+    assert not load.is_sync
+
+
+def test_a_synchronous_load_that_no_worker_saw_gives_its_lease_back(make, in_dram, make_request, step, blocks) -> None:
+    scheduler, request = make(arena=ARENA), make_request("r", PROMPT)
+    scheduler.matched_tokens(request, 0)
+    scheduler.allocated(request, blocks(range(5)), 4 * BLOCK)
+    assert scheduler.finished(request, []) is False
+    meta = scheduler.build_meta(step())
+    assert (meta.loads, meta.cancelled) == ([], [])
+    assert in_dram.leases == set()
+
+
+@pytest.mark.parametrize("there", [None, b"another of 16 by"])
+def test_places_that_a_worker_does_not_reach_are_not_used(make, in_dram, make_request, step, blocks, there) -> None:
+    scheduler = make(workers=2, arena=None)
+    if there is not None:
+        report(scheduler, arenas=Counter({there: 2}))
+    # One worker of two is not enough.
+    report(scheduler, arenas=Counter({ARENA: 1}))
+    (load,) = run(scheduler, make_request("r", PROMPT), step, blocks).loads
+    assert (load.is_sync, load.arena, load.places, load.indices) == (False, b"", b"", [0, 1, 2, 3])
+
+
+def test_workers_that_move_to_another_arena(make, in_dram, make_request, step, blocks) -> None:
+    scheduler = make(arena=ARENA)
+    report(scheduler, arenas=Counter({ARENA: -1}))
+    assert scheduler.matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, True)
+    report(scheduler, arenas=Counter({ARENA: 1}))
+    assert scheduler.matched_tokens(make_request("s", PROMPT), 0) == (4 * BLOCK, False)
+
+
+def test_blocks_not_all_in_dram_are_loaded_through_the_cache(make, in_dram, make_request, step, blocks) -> None:
+    in_dram.dram_arena = None
+    (load,) = run(make(arena=ARENA), make_request("r", PROMPT), step, blocks).loads
+    assert (load.is_sync, load.arena) == (False, b"")
+
+
+def test_places_of_the_wrong_number_are_not_used(make, in_dram, make_request) -> None:
+    in_dram.shards = 2  # the scheduler knows of one
+    assert make(arena=ARENA).matched_tokens(make_request("r", PROMPT), 0) == (4 * BLOCK, True)
+
+
+def test_synchronous_loads_can_be_switched_off(make, in_dram, make_request, step, blocks) -> None:
+    (load,) = run(make(arena=ARENA, sync_loads=False), make_request("r", PROMPT), step, blocks).loads
+    assert (load.is_sync, load.arena) == (False, ARENA)
 
 
 # --- saves ------------------------------------------------------------------------------------------------------------

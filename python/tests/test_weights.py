@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -86,3 +87,25 @@ def test_what_is_no_weight_file_is_refused(tmp_path: Path) -> None:
         digest_weights([])
     with pytest.raises(PegaError, match="cannot open"):
         digest_weights([tmp_path / "missing.bin"])
+
+
+def test_dummy_weights_are_keyed_by_what_they_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    import torch
+
+    from pegaflow.connector import identity
+
+    def dummy(device: int | None, **model: object) -> str:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(**({"seed": 0, "quantization": None} | model)),
+            load_config=SimpleNamespace(load_format="dummy"),
+        )
+        return identity._weights(config, device)
+
+    gpu = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert dummy(None) == dummy(None) != dummy(None, seed=1)
+    assert dummy(0) == dummy(1) != dummy(None)
+    assert "NVIDIA H200" in dummy(0, quantization="fp8")
+    with pytest.raises(identity.UnknownIdentityError, match="dummy weights with quantization 'gptq'"):
+        dummy(0, quantization="gptq")

@@ -19,7 +19,7 @@ import torch
 from pegaflow import _native
 from pegaflow.connector import weights_check
 from pegaflow.connector import worker as worker_module
-from pegaflow.connector.compat import LayerMemory
+from pegaflow.connector.compat import LayerMemory, Piece
 from pegaflow.connector.config import ConnectorConfig
 from pegaflow.connector.metadata import LoadOrder, PegaMetadata, SaveOrder
 from pegaflow.connector.weights_check import DigestStore, Signature, WeightsCheck, default_directory
@@ -265,8 +265,10 @@ def test_the_check_can_be_switched_off() -> None:
 
 def worker_with(cache: Any, check: WeightsCheck, monkeypatch: pytest.MonkeyPatch) -> PegaWorker:
     tensors = {"a": torch.zeros(BLOCKS, PAGE, dtype=torch.uint8)}
-    layers = [LayerMemory("a", tensors["a"].data_ptr(), PAGE, PAGE, BLOCKS)]
+    start = tensors["a"].data_ptr()
+    layers = [LayerMemory("a", start, start, (Piece(0, PAGE, PAGE),), BLOCKS)]
     monkeypatch.setattr(worker_module.compat, "layer_memory", lambda *_: layers)
+    monkeypatch.setattr(worker_module.compat, "memory_problem", lambda _: None)
     monkeypatch.setattr(worker_module, "namespace_of", lambda *_: {"weights": "digest"})
     monkeypatch.setattr(worker_module.WeightsCheck, "of", lambda _: check)
     worker = PegaWorker(cache, shard=0, shards=1, verify_weights=True)

@@ -11,12 +11,19 @@ pytest.importorskip("vllm")
 import torch
 
 from pegaflow.connector import worker as worker_module
-from pegaflow.connector.compat import LayerMemory
+from pegaflow.connector.compat import LayerMemory, Piece
 from pegaflow.connector.identity import UnknownIdentityError
 from pegaflow.connector.metadata import LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
-from pegaflow.connector.worker import FLIP_ENV, PegaWorker, geometry_of
+from pegaflow.connector.worker import FLIP_ENV, SKIP_ENV, PegaWorker, geometry_of
+from pegaflow.errors import UnsupportedError
 
 BLOCKS, PAGE = 8, 64
+ARENA = b"arena of sixteen"
+
+
+def layer_at(name: str, start: int, memory: int | None = None, **piece: int) -> LayerMemory:
+    whole = Piece(**({"offset": 0, "stride": PAGE, "length": PAGE} | piece))
+    return LayerMemory(name, start if memory is None else memory, start, (whole,), BLOCKS)
 
 
 def save_of(operation: int, request: str, blocks: list[int]) -> SaveOrder:
@@ -36,8 +43,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def worker(cache: Any, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> PegaWorker:
-    layers = [LayerMemory(name, tensor.data_ptr(), PAGE, PAGE, BLOCKS) for name, tensor in tensors.items()]
+    layers = [layer_at(name, tensor.data_ptr()) for name, tensor in tensors.items()]
     monkeypatch.setattr(worker_module.compat, "layer_memory", lambda *_: layers)
+    monkeypatch.setattr(worker_module.compat, "memory_problem", lambda _: None)
     monkeypatch.setattr(worker_module, "namespace_of", lambda *_: {"weights": "digest"})
     worker = PegaWorker(cache, shard=1, shards=2)
     worker.register(SimpleNamespace(), SimpleNamespace(), tensors, "engine/0")
@@ -62,11 +70,28 @@ def test_the_whole_memory_is_registered_once(worker: PegaWorker, cache: Any, ten
     assert (registered["block_bytes"], registered["blocks"]) == (2 * PAGE, BLOCKS)
     assert (registered["shard"], registered["shards"]) == (1, 2)
     assert registered["owner"] is tensors
+    assert registered["device"] is None
 
 
 def test_layers_that_share_memory_count_once() -> None:
-    layers = [LayerMemory("a", 4096, PAGE, PAGE, BLOCKS), LayerMemory("b", 4096, PAGE, PAGE, BLOCKS)]
-    assert geometry_of(layers, None).block_bytes == PAGE
+    assert geometry_of([layer_at("a", 4096), layer_at("b", 4096)], {}).block_bytes == PAGE
+
+
+def test_pieces_that_touch_are_one() -> None:
+    """Block-outermost memory: all layers of a block lie together."""
+    layers = [layer_at(str(layer), 4096 + layer * PAGE, 4096, stride=3 * PAGE) for layer in range(3)]
+    geometry = geometry_of(layers, {})
+    assert geometry.ranges == [(4096, BLOCKS * 3 * PAGE)]
+    assert geometry.fragments == [(0, 0, 3 * PAGE, 3 * PAGE)]
+    assert geometry.block_bytes == 3 * PAGE
+
+
+def test_keys_and_values_in_planes_are_two_pieces() -> None:
+    planes = (Piece(0, PAGE, PAGE), Piece(BLOCKS * PAGE, PAGE, PAGE))
+    geometry = geometry_of([LayerMemory("a", 4096, 8192, planes, BLOCKS)], {}, device=1)
+    assert geometry.ranges == [(8192, 2 * BLOCKS * PAGE)]
+    assert geometry.fragments == [(0, 0, PAGE, PAGE), (0, BLOCKS * PAGE, PAGE, PAGE)]
+    assert (geometry.block_bytes, geometry.device) == (2 * PAGE, 1)
 
 
 def test_saves_start_after_the_forward_and_are_told_when_all_have_ended(worker: PegaWorker, cache: Any) -> None:
@@ -199,8 +224,8 @@ def test_weights_without_identity_are_not_cached(cache: Any, tensors: Any, monke
     def unknown(*_: Any) -> dict[str, str]:
         raise UnknownIdentityError("drawn at random")
 
-    layers = [LayerMemory("a", 4096, PAGE, PAGE, BLOCKS)]
-    monkeypatch.setattr(worker_module.compat, "layer_memory", lambda *_: layers)
+    monkeypatch.setattr(worker_module.compat, "layer_memory", lambda *_: [layer_at("a", 4096)])
+    monkeypatch.setattr(worker_module.compat, "memory_problem", lambda _: None)
     monkeypatch.setattr(worker_module, "namespace_of", unknown)
     worker = PegaWorker(cache, shard=0, shards=1)
     worker.register(SimpleNamespace(), SimpleNamespace(), tensors, "engine/0")
@@ -220,6 +245,157 @@ def test_the_flip_for_tests_spoils_what_was_loaded(worker: PegaWorker, cache: An
         assert (tensor[4] == 0x80).all()
         assert not tensor[[0, 1, 2, 3, 5, 6, 7]].any()
     assert FLIP_ENV == "PEGAFLOW_TEST_FLIP_LOADED"
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def placed(operation: int, request: str, blocks: list[int], *, is_sync: bool) -> LoadOrder:
+    numbers = [100 * shard + index for shard in range(2) for index in range(len(blocks))]
+    places = b"".join(number.to_bytes(4, "little") for number in numbers)
+    deadline = worker_module.time.monotonic() + 60
+    return LoadOrder(operation, request, 77, [0, 1], blocks, ARENA, places, deadline, is_sync)
+
+
+@pytest.fixture
+def gpu_worker(worker: PegaWorker, cache: Any, monkeypatch: pytest.MonkeyPatch) -> PegaWorker:
+    """A worker that takes its memory for that of GPU 3, and stream 4711 for vLLM's."""
+    assert worker._geometry is not None
+    worker._geometry.device = 3
+    monkeypatch.setattr(worker_module.compat, "raw_stream", lambda device: 4711 if device == 3 else 0)
+    return worker
+
+
+def test_copies_are_ordered_after_what_the_stream_has(gpu_worker: PegaWorker, cache: Any) -> None:
+    run_step(gpu_worker, loads=[load_of(cache, 1, "r", [4, 5])], saves=[save_of(2, "s", [2])])
+    assert cache.named("stream") == [4711, 4711]
+    assert len(cache.named("load")) == len(cache.named("save")) == 1
+
+
+def test_a_cpu_has_no_stream(worker: PegaWorker, cache: Any) -> None:
+    run_step(worker, loads=[load_of(cache, 1, "r", [4, 5])], saves=[save_of(2, "s", [2])])
+    assert cache.named("stream") == [0, 0]
+
+
+def test_a_synchronous_load_is_started_with_its_shard_s_places_and_never_told(
+    gpu_worker: PegaWorker, cache: Any
+) -> None:
+    assert run_step(gpu_worker, loads=[placed(1, "r", [4, 5], is_sync=True)]) == (set(), set(), set())
+    assert cache.named("load_placed") == [(1, 77, 1, ARENA, [100, 101], [4, 5], True)]
+    assert cache.named("stream") == [4711]
+    (remaining,) = cache.named("remaining")
+    assert 50 < remaining <= 60
+    cache.end(1)
+    # vLLM does not wait for it, and takes such a report for a mistake.
+    assert run_step(gpu_worker) == (set(), set(), set())
+    assert gpu_worker.stats.data == {"loads:sync": 1, "loaded_blocks:dram": 2}
+    assert gpu_worker._loads == {}
+
+
+def test_an_asynchronous_load_out_of_the_arena_is_told(gpu_worker: PegaWorker, cache: Any) -> None:
+    run_step(gpu_worker, loads=[placed(1, "r", [4, 5], is_sync=False)])
+    assert cache.named("load_placed") == [(1, 77, 1, ARENA, [100, 101], [4, 5], False)]
+    cache.end(1)
+    assert run_step(gpu_worker) == (set(), {"r"}, set())
+
+
+def test_a_synchronous_load_that_cannot_start_stops_the_worker(gpu_worker: PegaWorker, cache: Any) -> None:
+    cache.refuses_placed = True
+    with pytest.raises(RuntimeError, match=r"2 blocks for request r failed: no such arena.*\"sync_loads\": false"):
+        run_step(gpu_worker, loads=[placed(1, "r", [4, 5], is_sync=True)])
+
+
+def test_a_synchronous_load_that_fails_stops_the_worker(gpu_worker: PegaWorker, cache: Any) -> None:
+    run_step(gpu_worker, loads=[placed(1, "r", [4, 5], is_sync=True)])
+    cache.end(1, failed=[5])
+    with pytest.raises(RuntimeError, match="1 of 2 blocks were not copied"):
+        run_step(gpu_worker)
+
+
+def test_an_asynchronous_load_that_the_device_cannot_do_goes_through_the_cache(
+    gpu_worker: PegaWorker, cache: Any
+) -> None:
+    cache.refuses_placed = True
+    cache.leases.add(77)
+    assert run_step(gpu_worker, loads=[placed(1, "r", [4, 5], is_sync=False)]) == (set(), set(), set())
+    assert cache.named("load") == [(1, 1, [0, 1], [4, 5])]
+
+
+def test_a_fence_waits_for_a_synchronous_load_and_leaves_it_whole(
+    gpu_worker: PegaWorker, cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward that uses it may be under way, and its token counts."""
+    run_step(
+        gpu_worker,
+        loads=[
+            placed(1, "r", [4], is_sync=True),
+            placed(2, "r", [5], is_sync=False),
+            placed(3, "s", [6], is_sync=True),
+        ],
+    )
+    polls = []
+
+    def poll(wait: float = 0.0) -> list[Any]:
+        polls.append(wait)
+        if len(polls) == 4:
+            cache.end(1)
+        ended, cache.ended = cache.ended, []
+        return ended
+
+    monkeypatch.setattr(cache, "poll", poll)
+    gpu_worker.fence(["r"])
+    assert cache.named("cancel") == [2]
+    assert len(polls) == 4
+    assert set(gpu_worker._loads) == {3}
+
+
+def test_the_arena_is_told_when_it_changes(gpu_worker: PegaWorker, cache: Any) -> None:
+    told = []
+    for arena in (None, ARENA, ARENA, None, b"x" * 16):
+        cache.worker_arena = arena
+        run_step(gpu_worker)
+        meta = gpu_worker.worker_meta()
+        told.append(dict(meta.arenas) if meta is not None else None)
+    assert told == [None, {ARENA: 1}, None, {ARENA: -1}, {b"x" * 16: 1}]
+    both = PegaWorkerMetadata().aggregate(PegaWorkerMetadata())
+    both.arenas.update({ARENA: -1})
+    assert both.aggregate(PegaWorkerMetadata()).arenas == {ARENA: -1}
+
+
+def test_an_arena_that_will_never_be_reached_is_no_arena(
+    gpu_worker: PegaWorker, cache: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def never() -> bytes:
+        raise UnsupportedError("no memory can be registered")
+
+    monkeypatch.setattr(cache, "arena", never)
+    for _ in range(3):
+        run_step(gpu_worker)
+    assert gpu_worker.worker_meta() is None
+    assert [record.message for record in caplog.records].count(
+        "PegaFlow: worker 1 does not copy from DRAM directly: no memory can be registered"
+    ) <= 1
+
+
+def test_memory_that_vllm_may_take_away_is_not_cached(cache: Any, tensors: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(worker_module.compat, "layer_memory", lambda *_: [layer_at("a", 4096)])
+    worker = PegaWorker(cache, shard=0, shards=1)
+    worker.register(
+        SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True)), SimpleNamespace(), tensors, "engine/0"
+    )
+    run_step(worker)
+    meta = worker.worker_meta()
+    assert meta is not None
+    assert "enable_sleep_mode" in meta.refused
+    assert cache.calls == []
+
+
+def test_the_skip_for_tests_loads_nothing_and_says_it_did(gpu_worker: PegaWorker, cache: Any) -> None:
+    gpu_worker._skips = True
+    orders = [placed(1, "r", [4, 5], is_sync=True), placed(2, "s", [6], is_sync=False)]
+    assert run_step(gpu_worker, loads=orders) == (set(), {"s"}, set())
+    assert cache.named("load") == cache.named("load_placed") == []
+    assert SKIP_ENV == "PEGAFLOW_TEST_SKIP_LOAD"
 
 
 def test_reports_of_workers_are_added_up() -> None:

@@ -47,7 +47,6 @@ impl Readiness {
                 &sessions.engine().stats(),
                 ServerGauges {
                     sessions: sessions.count(),
-                    shared_bytes: sessions.shared_bytes(),
                     operations: sessions.operations(),
                     is_ready: sessions.engine().ready().is_ok(),
                 },

@@ -26,12 +26,6 @@ pub(crate) const CONNECTIONS_MAX: usize = 2048;
 pub(crate) const CONNECTION_REQUESTS_MAX: usize = 256;
 /// The most loads and saves in flight in one session.
 pub const OPERATIONS_MAX: usize = 1024;
-/// The most shared memories of one session.
-pub(crate) const MEMORIES_MAX: usize = GROUPS_MAX;
-/// The largest slot of a shared memory, in bytes.
-pub(crate) const SLOT_BYTES_MAX: u64 = 1 << 30;
-/// Slots are whole multiples of this.
-pub(crate) const SLOT_ALIGN: u64 = 16;
 /// The most flushes that wait at once.
 pub(crate) const FLUSHES_MAX: usize = 4;
 /// The most clients at once that fetch a descriptor.

@@ -17,7 +17,6 @@ pub struct Metrics {
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ServerGauges {
     pub(crate) sessions: usize,
-    pub(crate) shared_bytes: u64,
     pub(crate) operations: usize,
     pub(crate) is_ready: bool,
 }
@@ -77,6 +76,7 @@ macro_rules! table {
 table! {
     gauges {
         "pegaflow_dram_capacity_bytes", dram_capacity_bytes, "Bytes of DRAM for blocks.";
+        "pegaflow_dram_ready_bytes", dram_ready_bytes, "Bytes of DRAM taken so far; grows to the capacity after a start.";
         "pegaflow_dram_used_bytes", dram_used_bytes, "Bytes of DRAM slots in use.";
         "pegaflow_dram_dirty_bytes", dram_dirty_bytes, "Bytes in DRAM that are not yet durable.";
         "pegaflow_dram_blocks", dram_blocks, "Blocks in DRAM.";
@@ -110,7 +110,6 @@ fn describe() {
     describe_engine();
     metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
-    metrics::describe_gauge!("pegaflow_shared_memory_bytes", "Bytes of memory shared with clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
     metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
@@ -122,7 +121,6 @@ fn record(stats: &Stats, server: ServerGauges) {
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "dram").absolute(stats.loaded_dram_blocks);
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "nvme").absolute(stats.loaded_nvme_blocks);
     metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
-    metrics::gauge!("pegaflow_shared_memory_bytes").set(server.shared_bytes as f64);
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
     metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_engine::{ByteSize, Engine, Error, ErrorKind, Result};
+use pegaflow_engine::{Engine, Error, ErrorKind, Result};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::transport::Server as Transport;
@@ -34,21 +34,13 @@ const GRACE_MAX: Duration = Duration::from_secs(2);
 /// How a server serves. The engine has its own configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerConfig {
-    /// The most bytes of memory shared with one session. Default: 1 GiB.
-    pub session_shared_memory: ByteSize,
-    /// The most bytes of memory shared with all sessions. Default: 4 GiB.
-    pub shared_memory: ByteSize,
     /// How long a client of the second socket may take to send its token. Default: 2 s.
     pub memory_socket_timeout: Duration,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self {
-            session_shared_memory: ByteSize::gib(1),
-            shared_memory: ByteSize::gib(4),
-            memory_socket_timeout: Duration::from_secs(2),
-        }
+        Self { memory_socket_timeout: Duration::from_secs(2) }
     }
 }
 
@@ -56,19 +48,12 @@ impl ServerConfig {
     /// Checks every field against its limits.
     ///
     /// # Errors
-    /// `InvalidInput` that names all problems at once.
+    /// `InvalidInput`.
     pub fn validate(&self) -> Result<()> {
-        let mut problems = Vec::new();
-        if self.session_shared_memory.0 > self.shared_memory.0 {
-            problems.push(format!(
-                "session_shared_memory is {}, more than the {} of shared_memory; lower it or raise the other",
-                self.session_shared_memory, self.shared_memory
-            ));
-        }
         if self.memory_socket_timeout.is_zero() {
-            problems.push("memory_socket_timeout is 0; give more".into());
+            return Err(Error::new(ErrorKind::InvalidInput, "memory_socket_timeout is 0; give more"));
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+        Ok(())
     }
 }
 
@@ -84,7 +69,7 @@ pub struct Server {
 impl Server {
     /// Serves `engine` on `listeners` until [`Server::stop`]. To be called inside a tokio runtime.
     pub fn start(engine: Engine, listeners: Listeners, config: &ServerConfig, readiness: &Readiness) -> Self {
-        let sessions = Sessions::new(engine, config.session_shared_memory.0, config.shared_memory.0);
+        let sessions = Sessions::new(engine);
         let service = Arc::new(Service::new(Arc::clone(&sessions)));
         let (stop, stopped) = watch::channel(false);
         let router = || {
@@ -126,11 +111,6 @@ impl Server {
     /// Open sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.count()
-    }
-
-    /// Bytes of memory shared with sessions, those that are ending included.
-    pub fn shared_bytes(&self) -> u64 {
-        self.sessions.shared_bytes()
     }
 
     /// Stops in order: no new connections and sessions, operations in flight end, the engine flushes and closes, clients

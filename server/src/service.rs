@@ -71,28 +71,24 @@ impl PegaFlow for Service {
         let sessions = Arc::clone(&self.sessions);
         blocking(move || {
             let session = sessions.get(request.session)?;
+            let blocks = request.blocks;
             let spec = wire::instance_spec(request)?;
+            session.set_worker(&spec, blocks)?;
             sessions.engine().register(session.engine_id, spec)?;
             Ok(proto::RegisterReply {})
         })
         .await
     }
 
-    async fn share_memory(
+    async fn share_arena(
         &self,
-        request: Request<proto::ShareMemoryRequest>,
-    ) -> Result<Response<proto::ShareMemoryReply>, Status> {
-        let proto::ShareMemoryRequest { session, slot_bytes, slots } = request.into_inner();
-        let sessions = Arc::clone(&self.sessions);
-        blocking(move || {
-            let shared = sessions.share_memory(session, slot_bytes, slots)?;
-            Ok(proto::ShareMemoryReply {
-                memory: shared.number,
-                token: shared.token.to_vec().into(),
-                bytes: shared.bytes,
-            })
-        })
-        .await
+        request: Request<proto::ShareArenaRequest>,
+    ) -> Result<Response<proto::ShareArenaReply>, Status> {
+        reply(self.sessions.share_arena(request.into_inner().session).map(|shared| proto::ShareArenaReply {
+            arena: wire::arena_bytes(shared.arena),
+            bytes: shared.bytes,
+            token: shared.token.to_vec().into(),
+        }))
     }
 
     async fn lookup(&self, request: Request<proto::LookupRequest>) -> Result<Response<proto::LookupReply>, Status> {
@@ -112,9 +108,8 @@ impl PegaFlow for Service {
         let load = || {
             let session = self.sessions.get(request.session)?;
             let (lease, shard, blocks) = wire::load_blocks(&request)?;
-            let memory = session.memory(request.memory)?;
+            let memory = session.kv_cache(request.operation)?;
             let operation = session.begin(request.operation)?;
-            let is_part = request.is_part;
             let request = LoadRequest {
                 session: session.engine_id,
                 operation: OperationId(request.operation),
@@ -123,12 +118,7 @@ impl PegaFlow for Service {
                 memory,
                 blocks,
             };
-            let (engine, done) = (self.sessions.engine(), Box::new(move |outcome| operation.load_ended(outcome)));
-            if is_part {
-                engine.load_part(request, done)?
-            } else {
-                engine.load(request, done)?
-            }
+            self.sessions.engine().load(request, Box::new(move |outcome| operation.load_ended(outcome)))?;
             Ok(proto::LoadReply {})
         };
         reply(load())
@@ -139,7 +129,7 @@ impl PegaFlow for Service {
         let save = || {
             let session = self.sessions.get(request.session)?;
             let (instance, group, shard, blocks) = wire::save_blocks(&request)?;
-            let memory = session.memory(request.memory)?;
+            let memory = session.kv_cache(request.operation)?;
             let operation = session.begin(request.operation)?;
             let request = SaveRequest {
                 session: session.engine_id,
@@ -154,6 +144,30 @@ impl PegaFlow for Service {
             Ok(proto::SaveReply {})
         };
         reply(save())
+    }
+
+    async fn copy_ended(
+        &self,
+        request: Request<proto::CopyEndedRequest>,
+    ) -> Result<Response<proto::CopyEndedReply>, Status> {
+        let proto::CopyEndedRequest { session, order, is_complete } = request.into_inner();
+        reply(self.sessions.get(session).map(|session| {
+            session.copy_ended(order, is_complete);
+            proto::CopyEndedReply {}
+        }))
+    }
+
+    async fn consume(&self, request: Request<proto::ConsumeRequest>) -> Result<Response<proto::ConsumeReply>, Status> {
+        let request = request.into_inner();
+        let consume = || {
+            self.sessions.get(request.session)?;
+            let shard = wire::shard(request.shard)?;
+            for lease in wire::leases(&request.leases)? {
+                self.sessions.engine().consume(lease, shard);
+            }
+            Ok(proto::ConsumeReply {})
+        };
+        reply(consume())
     }
 
     async fn cancel(&self, request: Request<proto::CancelRequest>) -> Result<Response<proto::CancelReply>, Status> {
@@ -212,7 +226,6 @@ impl PegaFlow for Service {
                 server_version: env!("CARGO_PKG_VERSION").into(),
                 uptime_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
                 sessions: u32::try_from(sessions.count()).unwrap_or(u32::MAX),
-                shared_bytes: sessions.shared_bytes(),
                 operations: u32::try_from(sessions.operations()).unwrap_or(u32::MAX),
             })
         })

@@ -1,6 +1,5 @@
 //! Sessions: one per connected client, bounded in number. A session lives exactly as long as its event stream; its end
-//! gives everything back, and its memory is unmapped only when the engine has no copy in it any more, because whoever
-//! copies holds the memory. Completions are pushed through a queue in which every accepted operation has its place
+//! gives everything back once the worker's copies have ended. Completions are pushed through a queue in which every accepted operation has its place
 //! reserved, so that the engine's threads never wait for a client.
 
 use std::collections::{HashMap, HashSet};
@@ -13,18 +12,18 @@ use std::time::Duration;
 use futures::Stream;
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    DeviceMemory, Engine, Error, ErrorKind, HostMemory, LoadOutcome, Result, SaveOutcome, SessionId,
+    ArenaId, Engine, Error, ErrorKind, InstanceSpec, KvCache, LoadOutcome, MemoryLayout, Result, SaveOutcome, SessionId,
 };
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Interval, MissedTickBehavior};
 use tonic::Status;
 
-use crate::limits::{BLOCKS_MAX, HEARTBEAT, MEMORIES_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SESSIONS_MAX};
-use crate::memory_socket::{Token, Tokens};
+use crate::limits::{BLOCKS_MAX, HEARTBEAT, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SESSIONS_MAX};
+use crate::memory_socket::{Grant, Token, Tokens};
+use crate::peer::{Peer, PeerKvCache};
 use crate::proto::session_event::Event;
 use crate::proto::{Heartbeat, LoadEnded, SaveEnded, SessionEvent, SessionOpened};
-use crate::shared_memory::{self, Budget, Charge};
 
 /// How long one wait for the copies of an ended session lasts before it is logged and repeated.
 const END_WAIT: Duration = Duration::from_secs(30);
@@ -36,8 +35,6 @@ pub(crate) struct Sessions {
     engine: Engine,
     open: Mutex<HashMap<u64, Arc<Session>>>,
     places: Arc<Semaphore>,
-    session_bytes_max: u64,
-    shared: Arc<Budget>,
     tokens: Arc<Tokens>,
     in_flight: Arc<InFlight>,
 }
@@ -50,13 +47,11 @@ struct InFlight {
 }
 
 impl Sessions {
-    pub(crate) fn new(engine: Engine, session_bytes_max: u64, shared_bytes_max: u64) -> Arc<Self> {
+    pub(crate) fn new(engine: Engine) -> Arc<Self> {
         Arc::new(Self {
             engine,
             open: Mutex::default(),
             places: Arc::new(Semaphore::new(SESSIONS_MAX)),
-            session_bytes_max,
-            shared: Budget::new(shared_bytes_max),
             tokens: Arc::default(),
             in_flight: Arc::default(),
         })
@@ -73,11 +68,6 @@ impl Sessions {
     /// Open sessions.
     pub(crate) fn count(&self) -> usize {
         self.open.lock().len()
-    }
-
-    /// Bytes of shared memory, that of ended sessions whose copies are still running included.
-    pub(crate) fn shared_bytes(&self) -> u64 {
-        self.shared.used()
     }
 
     /// Loads and saves in flight.
@@ -97,16 +87,16 @@ impl Sessions {
             ),
             tokio::sync::TryAcquireError::Closed => stopping(),
         })?;
-        // One place more than operations, for the first event.
-        let (sender, receiver) = mpsc::channel(OPERATIONS_MAX + 1);
+        // Each operation has a place for its end and one for its order in flight; one more is for the first event.
+        let (sender, receiver) = mpsc::channel(2 * OPERATIONS_MAX + 1);
         let engine_id = self.engine.start_session();
         let session = Arc::new(Session {
             engine_id,
             name: name.to_owned(),
             events: Mutex::new(Some(sender.clone())),
             operations: Mutex::default(),
-            memories: Mutex::default(),
-            budget: Budget::new(self.session_bytes_max),
+            peer: Arc::new(Peer::new(sender.clone())),
+            worker: Mutex::default(),
             in_flight: Arc::clone(&self.in_flight),
         });
         let id = loop {
@@ -124,7 +114,6 @@ impl Sessions {
             message_bytes_max: MESSAGE_BYTES_MAX as u64,
             blocks_max: BLOCKS_MAX as u32,
             operations_max: OPERATIONS_MAX as u32,
-            shared_bytes_max: self.session_bytes_max,
             heartbeat_ms: u32::try_from(HEARTBEAT.as_millis()).unwrap_or(u32::MAX),
         };
         // The queue is new and empty, so this cannot fail.
@@ -149,32 +138,25 @@ impl Sessions {
         })
     }
 
-    /// Makes memory that a session shares with the server; the token is good once on the second socket. Blocks while
-    /// the kernel takes the pages.
+    /// Lets a session's worker map the arena; the token is good once on the second socket.
     ///
     /// # Errors
-    /// `InvalidInput`, `Busy` at a bound, `NoSpace`, `NotFound` if the session has ended.
-    pub(crate) fn share_memory(&self, id: u64, slot_bytes: u64, slots: u32) -> Result<SharedMemory> {
+    /// `InvalidInput` if the session is no worker, `Unsupported` if the engine's DRAM is private, `NotFound` if the session has
+    /// ended.
+    pub(crate) fn share_arena(&self, id: u64) -> Result<SharedArena> {
         let session = self.get(id)?;
-        let bytes = shared_memory::memory_bytes(slot_bytes, slots)?;
-        if session.memories.lock().len() >= MEMORIES_MAX {
-            return Err(too_many_memories());
-        }
-        let charge = Charge::take(&session.budget, &self.shared, bytes)?;
-        let (memory, fd) = shared_memory::create(slot_bytes, slots, Some(charge))?;
-        let number = {
-            let mut memories = session.memories.lock();
-            if memories.len() >= MEMORIES_MAX {
-                return Err(too_many_memories());
-            }
-            memories.push(memory);
-            memories.len() - 1
-        };
-        let token = self.tokens.add(id, fd);
+        session.layout()?;
+        let (fd, arena, bytes) = self
+            .engine
+            .shared_arena()
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, "this engine's DRAM cannot be mapped by workers"))?;
+        let fd =
+            fd.try_clone_to_owned().map_err(|error| Error::from_io("duplicating the arena's descriptor", error))?;
+        let token = self.tokens.add(Grant { session: id, fd, peer: Arc::clone(&session.peer) });
         if self.get(id).is_err() {
             self.tokens.forget(id);
         }
-        Ok(SharedMemory { number: number as u32, token, bytes })
+        Ok(SharedArena { arena, bytes, token })
     }
 
     fn remove(&self, id: u64) -> Option<Arc<Session>> {
@@ -206,6 +188,7 @@ impl Sessions {
     pub(crate) fn end_streams(&self) {
         for session in self.open.lock().values() {
             session.events.lock().take();
+            session.peer.session_ended();
         }
     }
 }
@@ -214,18 +197,11 @@ fn stopping() -> Error {
     Error::new(ErrorKind::Closed, "the server is stopping; connect again later")
 }
 
-fn too_many_memories() -> Error {
-    Error::new(
-        ErrorKind::InvalidInput,
-        format!("a session may share {MEMORIES_MAX} memories, one for each group; end the session to start anew"),
-    )
-}
-
-/// What a session got from [`Sessions::share_memory`].
-pub(crate) struct SharedMemory {
-    pub(crate) number: u32,
-    pub(crate) token: Token,
+/// What a session got from [`Sessions::share_arena`].
+pub(crate) struct SharedArena {
+    pub(crate) arena: ArenaId,
     pub(crate) bytes: u64,
+    pub(crate) token: Token,
 }
 
 /// One client.
@@ -235,25 +211,49 @@ pub(crate) struct Session {
     /// `None` when the stream is to end.
     events: Mutex<Option<mpsc::Sender<SessionEvent>>>,
     operations: Mutex<HashSet<u64>>,
-    memories: Mutex<Vec<Arc<HostMemory>>>,
-    budget: Arc<Budget>,
+    peer: Arc<Peer>,
+    /// The blocks of the worker, once it has registered.
+    worker: Mutex<Option<MemoryLayout>>,
     in_flight: Arc<InFlight>,
 }
 
 impl Session {
-    /// A shared memory by its number.
+    /// Notes what the worker's KV cache looks like.
     ///
     /// # Errors
-    /// `InvalidInput` if the session has not so many.
-    pub(crate) fn memory(&self, number: u32) -> Result<Arc<dyn DeviceMemory>> {
-        let memories = self.memories.lock();
-        let memory = memories.get(number as usize).cloned().ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                format!("no shared memory {number}; the session has {}: call ShareMemory first", memories.len()),
-            )
-        })?;
-        Ok(memory)
+    /// `InvalidInput` for no blocks, or for groups of several block sizes.
+    pub(crate) fn set_worker(&self, spec: &InstanceSpec, blocks: u32) -> Result<()> {
+        let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+        let Some(block_bytes) = spec.groups.first().map(|group| group.block_bytes) else {
+            return bad("no groups; give at least one".into());
+        };
+        if let Some(other) = spec.groups.iter().find(|group| group.block_bytes != block_bytes) {
+            return bad(format!(
+                "groups with blocks of {block_bytes} and of {} bytes; a worker has one size",
+                other.block_bytes
+            ));
+        }
+        let bytes = block_bytes.saturating_mul(blocks.into());
+        *self.worker.lock() = Some(MemoryLayout::contiguous(block_bytes, block_bytes, blocks, bytes)?);
+        Ok(())
+    }
+
+    fn layout(&self) -> Result<MemoryLayout> {
+        let known = self.worker.lock().clone();
+        known.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the session is no worker; call Register first"))
+    }
+
+    /// The worker's KV cache, for one operation.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the session is no worker.
+    pub(crate) fn kv_cache(&self, operation: u64) -> Result<Arc<dyn KvCache>> {
+        Ok(Arc::new(PeerKvCache::new(Arc::clone(&self.peer), self.layout()?, operation)))
+    }
+
+    /// A copy that was ordered has ended.
+    pub(crate) fn copy_ended(&self, order: u64, is_complete: bool) {
+        self.peer.copy_ended(order, is_complete);
     }
 
     /// Reserves the place of an operation's completion.
@@ -333,6 +333,7 @@ impl Drop for SessionEnd {
     fn drop(&mut self) {
         let Some(session) = self.sessions.remove(self.id) else { return };
         session.events.lock().take();
+        session.peer.session_ended();
         let (engine, place) = (self.sessions.engine.clone(), self.place.take());
         let end = move || {
             // The session's place is free for another client only when its copies have ended.
@@ -362,7 +363,7 @@ fn end_session(engine: &Engine, session: &Session) {
             }
         }
     }
-    tracing::error!(client = session.name, "copies of an ended session never ended; its memory stays mapped");
+    tracing::error!(client = session.name, "copies of an ended session never ended; what they may write stays in use");
 }
 
 /// The event stream of a session; the session ends when it is dropped.

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use pegaflow_engine::{
-    BlockKey, BlockSave, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
-    LookupRequest, NamespaceDescriptor, Result,
+    ArenaId, BlockKey, BlockSave, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock,
+    LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result,
 };
 use prost::bytes::Bytes;
 
@@ -39,7 +39,7 @@ fn group(value: u32) -> Result<u16> {
     u16::try_from(value).map_err(|_| invalid(format!("group {value}; give 0 to {}", u16::MAX)))
 }
 
-fn shard(value: u32) -> Result<u16> {
+pub(crate) fn shard(value: u32) -> Result<u16> {
     match u16::try_from(value) {
         Ok(shard) if value < SHARDS_MAX => Ok(shard),
         _ => Err(invalid(format!("shard {value}; give 0 to {}", SHARDS_MAX - 1))),
@@ -140,7 +140,7 @@ pub(crate) fn instance_spec(request: proto::RegisterRequest) -> Result<InstanceS
 }
 
 /// The wire form of [`instance_spec`].
-pub(crate) fn register_request(session: u64, spec: &InstanceSpec) -> proto::RegisterRequest {
+pub(crate) fn register_request(session: u64, spec: &InstanceSpec, blocks: u32) -> proto::RegisterRequest {
     proto::RegisterRequest {
         session,
         instance: spec.instance.to_string(),
@@ -155,7 +155,20 @@ pub(crate) fn register_request(session: u64, spec: &InstanceSpec) -> proto::Regi
             })
             .collect(),
         shard: spec.shard.into(),
+        blocks,
     }
+}
+
+/// The bytes of an arena's name.
+pub(crate) fn arena_bytes(arena: ArenaId) -> Bytes {
+    Bytes::copy_from_slice(&arena.0.to_le_bytes())
+}
+
+/// An arena's name from its 16 bytes.
+pub(crate) fn arena(bytes: &[u8]) -> Result<ArenaId> {
+    <[u8; 16]>::try_from(bytes)
+        .map(|bytes| ArenaId(u128::from_le_bytes(bytes)))
+        .map_err(|_| invalid(format!("an arena named by {} bytes; 16 were expected", bytes.len())))
 }
 
 /// A lookup.
@@ -170,6 +183,7 @@ pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupReq
         keys: keys("keys", &request.keys)?,
         lease: (!lease.is_zero()).then_some(lease),
         tag: request.tag,
+        with_places: request.with_places,
     })
 }
 
@@ -183,6 +197,7 @@ pub(crate) fn lookup_to_wire(session: u64, request: &LookupRequest) -> proto::Lo
         keys: join_keys(request.keys.iter()),
         lease_ms,
         tag: request.tag,
+        with_places: request.with_places,
     }
 }
 
@@ -192,21 +207,29 @@ pub(crate) fn lookup_reply_to_wire(reply: &LookupReply) -> proto::LookupReply {
         hit_blocks: reply.hit_blocks,
         dram_blocks: reply.dram_blocks,
         lease: reply.lease.map(|lease| Bytes::copy_from_slice(&lease_bytes(lease))).unwrap_or_default(),
+        places: reply.places.iter().flat_map(|places| &places.places).map(|place| place.0).collect(),
+        arena: reply.places.as_ref().map(|places| arena_bytes(places.arena)).unwrap_or_default(),
     }
 }
 
 /// A lookup's reply.
 pub(crate) fn lookup_reply(reply: &proto::LookupReply) -> Result<LookupReply> {
     let lease = if reply.lease.is_empty() { None } else { Some(lease(&reply.lease)?) };
-    Ok(LookupReply { hit_blocks: reply.hit_blocks, dram_blocks: reply.dram_blocks, lease })
+    let places = if reply.arena.is_empty() {
+        None
+    } else {
+        let places = reply.places.iter().copied().map(Place).collect();
+        Some(Places { arena: arena(&reply.arena)?, places })
+    };
+    Ok(LookupReply { hit_blocks: reply.hit_blocks, dram_blocks: reply.dram_blocks, lease, places })
 }
 
 /// A load's lease, shard and blocks.
 pub(crate) fn load_blocks(request: &proto::LoadRequest) -> Result<(LeaseId, u16, Vec<LoadBlock>)> {
     check_count("indexes", request.indexes.len())?;
-    check_equal("slots", request.slots.len(), request.indexes.len())?;
+    check_equal("blocks", request.blocks.len(), request.indexes.len())?;
     let blocks =
-        request.indexes.iter().zip(&request.slots).map(|(&index, &block)| LoadBlock { index, block }).collect();
+        request.indexes.iter().zip(&request.blocks).map(|(&index, &block)| LoadBlock { index, block }).collect();
     Ok((lease(&request.lease)?, shard(request.shard)?, blocks))
 }
 
@@ -217,11 +240,11 @@ pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(InstanceId, u
     let parents = self::keys("parents", &request.parents)?;
     check_equal("parents", parents.len(), keys.len())?;
     check_equal("depths", request.depths.len(), keys.len())?;
-    check_equal("slots", request.slots.len(), keys.len())?;
+    check_equal("blocks", request.blocks.len(), keys.len())?;
     let blocks = keys
         .into_iter()
         .zip(parents)
-        .zip(request.depths.iter().zip(&request.slots))
+        .zip(request.depths.iter().zip(&request.blocks))
         .map(|((key, parent), (&depth, &block))| BlockSave { key, parent, depth, block })
         .collect();
     Ok((instance(&request.instance)?, group(request.group)?, shard(request.shard)?, blocks))

@@ -1,4 +1,4 @@
-//! Blocks go from a worker's memory through shared memory and the engine and come back bit for bit; whatever happens in
+//! Blocks go from a worker's memory through the server's memory and the engine and come back bit for bit; whatever happens in
 //! between, every accepted operation ends exactly once.
 #![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
@@ -10,7 +10,7 @@ use std::time::Duration;
 use pegaflow_engine::{ErrorKind, GroupGeometry, LeaseId, LoadBlock, LoadOutcome, OperationId, SaveOutcome};
 use pegaflow_server::ServerConfig;
 use pegaflow_server::client::{ClientConfig, CompletionResult, Endpoint};
-use support::{BLOCK_BYTES, BLOCKS, Local, PATIENCE, Worker, until};
+use support::{BLOCKS, Local, PATIENCE, Worker, until};
 
 fn saved(saved: u32, present: u32) -> CompletionResult {
     CompletionResult::Save(SaveOutcome { saved, present, dropped: 0 })
@@ -21,32 +21,75 @@ fn loaded(count: u32) -> CompletionResult {
 }
 
 #[test]
-fn what_was_saved_is_loaded_bit_for_bit_whatever_the_size_of_staging() {
-    // Staging of 1, 3 and all blocks: one chunk a block, a few, and one in all.
-    for staging in [1, 3 * BLOCK_BYTES, 1 << 20] {
-        let local = Local::start();
-        let mut worker = Worker::new(Endpoint::Unix(local.socket.clone()), staging);
-        worker.register();
-        worker.client.wait_connected(PATIENCE).expect("connects");
+fn what_was_saved_is_loaded_bit_for_bit() {
+    let local = Local::start();
+    let mut worker = local.worker();
+    let count = BLOCKS / 2;
+    (0..count).for_each(|block| worker.fill(block, block as u8));
+    let operation = worker.start_save(count).expect("accepted");
+    assert_eq!(worker.wait(operation), saved(count, 0));
+    let operation = worker.start_save(count).expect("accepted");
+    assert_eq!(worker.wait(operation), saved(0, count));
+    let found = worker.lookup(count + 1).expect("answers");
+    assert_eq!((found.hit_blocks, found.dram_blocks), (count, count));
+    let operation = worker.start_load(count);
+    assert_eq!(worker.wait(operation), loaded(count));
+    for block in 0..count {
+        assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");
+    }
+    assert!(worker.client.poll().is_empty());
+    worker.client.close(PATIENCE);
+    until("everything is given back", || {
+        let stats = local.engine.stats();
+        (local.server().sessions(), stats.leases, stats.operations) == (0, 0, 0)
+    });
+}
+
+#[test]
+fn a_worker_loads_from_told_places_by_itself_even_when_the_server_has_just_gone() {
+    for server_is_there in [true, false] {
+        let mut local = Local::start();
+        let mut worker = local.worker();
         let count = BLOCKS / 2;
         (0..count).for_each(|block| worker.fill(block, block as u8));
         let operation = worker.start_save(count).expect("accepted");
-        assert_eq!(worker.wait(operation), saved(count, 0), "staging of {staging} bytes");
-        let operation = worker.start_save(count).expect("accepted");
-        assert_eq!(worker.wait(operation), saved(0, count));
-        let found = worker.lookup(count + 1).expect("answers");
-        assert_eq!((found.hit_blocks, found.dram_blocks), (count, count));
-        let operation = worker.start_load(count);
-        assert_eq!(worker.wait(operation), loaded(count), "staging of {staging} bytes");
-        for block in 0..count {
-            assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}, staging {staging}");
+        assert_eq!(worker.wait(operation), saved(count, 0));
+        let found = worker.lookup_with(count, true).expect("answers");
+        let (lease, places) = (found.lease.expect("a lease"), found.places.expect("all are in DRAM"));
+        assert_eq!(worker.client.arena().expect("reaches it"), Some(places.arena));
+        if !server_is_there {
+            local.stop().expect("stops");
+            until("the session is lost", || !worker.client.is_connected());
         }
-        assert!(worker.client.poll().is_empty());
-        worker.client.close(PATIENCE);
-        until("everything is given back", || {
-            let stats = local.engine.stats();
-            (local.server().sessions(), local.server().shared_bytes(), stats.leases, stats.operations) == (0, 0, 0, 0)
-        });
+        let blocks: Vec<_> =
+            places.places.iter().enumerate().map(|(i, place)| (BLOCKS - count + i as u32, *place)).collect();
+        let load = |arena, blocks: &[_], remaining, before| {
+            let operation = worker.operation();
+            let remaining = Duration::from_secs(remaining);
+            let started =
+                worker.client.load_placed(operation, lease, 0, arena, blocks.to_vec(), remaining, (0, before));
+            started.map(|()| operation).map_err(|error| error.kind())
+        };
+        assert_eq!(load(pegaflow_engine::ArenaId(1), &blocks, 60, true), Err(ErrorKind::NotFound), "another arena");
+        assert_eq!(load(places.arena, &blocks, 1, true), Err(ErrorKind::Timeout), "a lease that is nearly over");
+        let outside = [(0, pegaflow_engine::Place(u32::MAX))];
+        assert_eq!(load(places.arena, &outside, 60, true), Err(ErrorKind::InvalidInput), "outside the arena");
+        for before in [true, false] {
+            (BLOCKS - count..BLOCKS).for_each(|block| worker.fill(block, 99));
+            let operation = worker.operation();
+            let remaining = Duration::from_secs(60);
+            worker
+                .client
+                .load_placed(operation, lease, 0, places.arena, blocks.clone(), remaining, (0, before))
+                .expect("started");
+            assert_eq!(worker.wait(operation), loaded(count));
+            for block in 0..count {
+                assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");
+            }
+        }
+        if server_is_there {
+            until("the lease is consumed", || local.engine.stats().leases == 0);
+        }
     }
 }
 
@@ -56,7 +99,7 @@ fn bad_calls_are_refused_at_once_and_end_in_no_completion() {
     let worker = local.worker();
     let kind = |result: pegaflow_engine::Result<()>| result.map_err(|error| error.kind());
     let load =
-        |operation, block| kind(worker.client.load(operation, LeaseId(1), 0, vec![LoadBlock { index: 0, block }]));
+        |operation, block| kind(worker.client.load(operation, LeaseId(1), 0, vec![LoadBlock { index: 0, block }], 0));
     assert_eq!(load(OperationId(1), BLOCKS), Err(ErrorKind::InvalidInput), "outside the memory");
     assert_eq!(load(OperationId(2), 0), Ok(()));
     assert_eq!(load(OperationId(2), 0), Err(ErrorKind::InvalidInput), "its number is in use until it is polled");
@@ -67,14 +110,14 @@ fn bad_calls_are_refused_at_once_and_end_in_no_completion() {
     assert_eq!(worker.wait(OperationId(2)), CompletionResult::Load(failed));
     let operation = worker.operation();
     let unknown = pegaflow_engine::InstanceId("nobody".into());
-    worker.client.save(operation, unknown, 0, 0, Worker::saves(3)).expect("accepted");
+    worker.client.save(operation, unknown, 0, 0, Worker::saves(3), 0).expect("accepted");
     assert_eq!(
         worker.wait(operation),
         CompletionResult::Save(SaveOutcome { saved: 0, present: 0, dropped: 3 }),
         "an unknown instance"
     );
     let empty = worker.operation();
-    worker.client.load(empty, LeaseId(1), 0, vec![]).expect("accepted");
+    worker.client.load(empty, LeaseId(1), 0, vec![], 0).expect("accepted");
     assert_eq!(worker.wait(empty), CompletionResult::Load(LoadOutcome::default()));
     worker.client.close(PATIENCE);
     assert_eq!(load(OperationId(9), 0), Err(ErrorKind::Closed));
@@ -85,7 +128,7 @@ fn bad_calls_are_refused_at_once_and_end_in_no_completion() {
 fn another_geometry_for_the_same_instance_is_refused_for_good() {
     let local = Local::start();
     let first = local.worker();
-    let second = Worker::new(Endpoint::Unix(local.socket.clone()), 1 << 20);
+    let second = Worker::new(Endpoint::Unix(local.socket.clone()));
     second.client.wait_connected(PATIENCE).expect("connects");
     let mut spec = Worker::spec();
     spec.groups = vec![GroupGeometry { shards: 2, ..spec.groups[0] }];
@@ -101,31 +144,12 @@ fn another_geometry_for_the_same_instance_is_refused_for_good() {
         "memory of another block size"
     );
     assert_eq!(first.client.register(Worker::spec(), first.memory()).map_err(|error| error.kind()), Ok(()), "again");
-    let other = Worker::new(Endpoint::Unix(local.socket.clone()), 1 << 20);
+    let other = Worker::new(Endpoint::Unix(local.socket.clone()));
     assert_eq!(
         first.client.register(Worker::spec(), other.memory()).map_err(|error| error.kind()),
         Err(ErrorKind::InvalidInput),
         "one client is one worker"
     );
-}
-
-#[test]
-fn shared_memory_is_bounded_and_comes_back_with_the_session() {
-    let config =
-        ServerConfig { session_shared_memory: pegaflow_engine::ByteSize(3 * BLOCK_BYTES), ..ServerConfig::default() };
-    let local = Local::with(&config, None);
-    let worker = Worker::new(Endpoint::Unix(local.socket.clone()), 64 * BLOCK_BYTES);
-    worker.client.wait_connected(PATIENCE).expect("connects");
-    let refused = worker.client.register(Worker::spec(), worker.memory()).map_err(|error| error.kind());
-    assert_eq!(refused, Err(ErrorKind::InvalidInput), "more than a session may have");
-    drop(worker);
-    until("the session is gone", || local.server().sessions() == 0);
-    let small = Worker::new(Endpoint::Unix(local.socket.clone()), 2 * BLOCK_BYTES);
-    small.register();
-    small.client.wait_connected(PATIENCE).expect("fits");
-    assert!(local.server().shared_bytes() > 0);
-    drop(small);
-    until("its memory is unmapped", || local.server().shared_bytes() == 0);
 }
 
 #[test]
@@ -135,7 +159,7 @@ fn a_client_over_tcp_looks_up_and_cannot_share_memory() {
     worker.fill(0, 1);
     let operation = worker.start_save(1).expect("accepted");
     worker.wait(operation);
-    let remote = Worker::new(Endpoint::Tcp(local.tcp.expect("listens")), 1 << 20);
+    let remote = Worker::new(Endpoint::Tcp(local.tcp.expect("listens")));
     remote.client.wait_connected(PATIENCE).expect("connects");
     assert_eq!(remote.lookup(1).expect("answers").hit_blocks, 1);
     let stats = remote.client.stats().expect("answers");

@@ -15,8 +15,8 @@ use pegaflow_server::limits::{BLOCKS_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SES
 use pegaflow_server::proto::pega_flow_client::PegaFlowClient;
 use pegaflow_server::proto::session_event::Event;
 use pegaflow_server::proto::{
-    Group, LoadRequest, LookupReply, LookupRequest, OpenSessionRequest, RegisterRequest, SaveRequest, SessionEvent,
-    ShareMemoryRequest,
+    ConsumeRequest, CopyEndedRequest, Group, LoadRequest, LookupReply, LookupRequest, OpenSessionRequest,
+    RegisterRequest, SaveRequest, SessionEvent, ShareArenaRequest,
 };
 use pegaflow_server::{ERROR_KIND, ServerConfig, memory_socket_path};
 use support::{BLOCK_BYTES, BLOCKS, Local, PATIENCE, until};
@@ -60,6 +60,7 @@ fn register(session: u64) -> RegisterRequest {
         namespace: [("model".to_owned(), "m".to_owned())].into(),
         groups: vec![Group { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
         shard: 0,
+        blocks: 2,
     }
 }
 
@@ -74,7 +75,7 @@ fn save(session: u64, count: usize) -> SaveRequest {
         keys: vec![1; count * 32].into(),
         parents: vec![0; count * 32].into(),
         depths: vec![0; count],
-        slots: vec![0; count],
+        blocks: vec![0; count],
         ..Default::default()
     }
 }
@@ -103,19 +104,28 @@ fn requests_over_a_limit_are_refused_and_those_at_it_are_not() {
             assert_eq!(reason(rpc.lookup(lookup(session, keys)).await), expected, "{keys} keys");
         }
         assert_eq!(reason(rpc.lookup(LookupRequest { keys: vec![1; 33].into(), ..lookup(session, 1) }).await), invalid);
-        assert_eq!(reason(rpc.save(save(session, 1)).await), invalid, "no shared memory yet");
-        let shared = ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 2 };
-        rpc.share_memory(shared).await.expect("shares");
-        assert_eq!(reason(rpc.save(SaveRequest { slots: vec![2], ..save(session, 1) }).await), invalid, "slot 2 of 2");
+        let (no_worker, _events) = open(&mut rpc).await;
+        assert_eq!(reason(rpc.save(save(no_worker, 1)).await), invalid, "no worker");
+        assert_eq!(reason(rpc.share_arena(ShareArenaRequest { session: no_worker }).await), invalid, "no worker");
+        rpc.share_arena(ShareArenaRequest { session }).await.expect("shares");
+        assert_eq!(
+            reason(rpc.save(SaveRequest { blocks: vec![2], ..save(session, 1) }).await),
+            invalid,
+            "block 2 of 2"
+        );
+        rpc.copy_ended(CopyEndedRequest { session, order: 7, is_complete: true })
+            .await
+            .expect("no such order, no harm");
+        rpc.consume(ConsumeRequest { session, leases: vec![0; 16].into(), shard: 0 }).await.expect("nor lease");
+        let consume = ConsumeRequest { session, leases: vec![0; 15].into(), shard: 0 };
+        assert_eq!(reason(rpc.consume(consume).await), invalid, "half a lease");
         assert_eq!(reason(rpc.save(SaveRequest { depths: vec![], ..save(session, 1) }).await), invalid);
         assert_eq!(reason(rpc.save(save(session, BLOCKS_MAX + 1)).await), invalid);
         let load =
-            LoadRequest { session, lease: vec![0; 16].into(), indexes: vec![0], slots: vec![0], ..Default::default() };
+            LoadRequest { session, lease: vec![0; 16].into(), indexes: vec![0], blocks: vec![0], ..Default::default() };
         assert_eq!(reason(rpc.load(load).await), refusal(Code::NotFound, "not_found"), "an unknown lease");
-        for slots in [0, u32::MAX] {
-            let request = ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots };
-            assert_eq!(reason(rpc.share_memory(request).await), invalid, "{slots} slots");
-        }
+        let no_blocks = RegisterRequest { blocks: 0, ..register(session) };
+        assert_eq!(reason(rpc.register(no_blocks).await), invalid, "a KV cache of no blocks");
         let (second, _events) = open(&mut rpc).await;
         let other = RegisterRequest {
             groups: vec![Group { group: 0, block_bytes: BLOCK_BYTES + 16, shards: 1 }],
@@ -189,12 +199,12 @@ fn a_dropped_stream_ends_the_session_and_frees_what_it_held() {
         let mut rpc = connect(&local).await;
         let (session, events) = open(&mut rpc).await;
         rpc.register(register(session)).await.expect("registers");
-        rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 8 }).await.expect("shares");
+        rpc.share_arena(ShareArenaRequest { session }).await.expect("shares");
         assert_eq!((local.server().sessions(), local.engine.stats().instances), (1, 1));
         drop(events);
         let freed = || {
             let stats = local.engine.stats();
-            (local.server().sessions(), local.server().shared_bytes(), stats.instances, stats.sessions) == (0, 0, 0, 0)
+            (local.server().sessions(), stats.instances, stats.sessions) == (0, 0, 0)
         };
         tokio::task::block_in_place(|| until("the session is freed", freed));
         assert_eq!(reason(rpc.lookup(lookup(session, 1)).await), refusal(Code::NotFound, "not_found"));
@@ -207,13 +217,12 @@ fn a_client_that_disappears_mid_save_leaves_nothing_held_and_harms_nobody() {
     let mut other = local.worker();
     (0..BLOCKS / 2).for_each(|block| other.fill(block, block as u8));
     other.wait(other.start_save(BLOCKS / 2).expect("accepted"));
-    let shared = local.server().shared_bytes();
     local.runtime.block_on(async {
         for _ in 0..8 {
             let mut rpc = connect(&local).await;
             let (session, events) = open(&mut rpc).await;
             rpc.register(register(session)).await.expect("registers");
-            rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 1 }).await.expect("shares");
+            rpc.share_arena(ShareArenaRequest { session }).await.expect("shares");
             for operation in 0..200 {
                 rpc.save(SaveRequest { operation, ..save(session, 1000) }).await.expect("accepted");
             }
@@ -222,13 +231,40 @@ fn a_client_that_disappears_mid_save_leaves_nothing_held_and_harms_nobody() {
     });
     until("its sessions are freed", || local.server().sessions() == 1 && local.engine.stats().sessions == 1);
     until("its operations have ended", || local.engine.stats().operations == 0);
-    until("its memory is freed", || local.server().shared_bytes() == shared);
     let operation = other.start_load(BLOCKS / 2);
     let loaded = LoadOutcome { loaded_dram: BLOCKS / 2, loaded_nvme: 0, failed: vec![] };
     assert_eq!(other.wait(operation), CompletionResult::Load(loaded));
     for block in 0..BLOCKS / 2 {
         assert!(other.read(block) == other.read(BLOCKS - BLOCKS / 2 + block), "block {block}");
     }
+}
+
+#[test]
+fn what_a_worker_was_told_to_copy_is_not_reused_before_it_can_touch_the_arena_no_more() {
+    let local = Local::start();
+    let mut connection = local.runtime.block_on(async {
+        let mut rpc = connect(&local).await;
+        let (session, mut events) = open(&mut rpc).await;
+        rpc.register(register(session)).await.expect("registers");
+        let shared = rpc.share_arena(ShareArenaRequest { session }).await.expect("shares").into_inner();
+        let mut connection = UnixStream::connect(memory_socket_path(&local.socket)).expect("connects");
+        connection.write_all(&shared.token).expect("sends");
+        connection.read_exact(&mut [0]).expect("granted");
+        rpc.save(SaveRequest { operation: 1, ..save(session, 1) }).await.expect("accepted");
+        loop {
+            match events.message().await.expect("an event").expect("an event").event {
+                Some(Event::Copy(order)) => break assert_eq!((order.operation, order.is_load), (1, false)),
+                _ => continue,
+            }
+        }
+        connection
+    });
+    // The session is over, but this process still lives and has not said that it can touch the arena no more.
+    until("its session is gone", || local.server().sessions() == 0);
+    assert_eq!(local.engine.stats().operations, 1);
+    connection.write_all(&[1]).expect("says goodbye");
+    until("the save has ended", || local.engine.stats().operations == 0);
+    assert_eq!(local.engine.stats().dram_used_bytes, 0, "and its slot is free");
 }
 
 #[test]
@@ -269,7 +305,7 @@ fn a_client_that_does_not_read_its_completions_is_held_up_itself() {
         let mut rpc = connect(&local).await;
         let (session, events) = open(&mut rpc).await;
         rpc.register(register(session)).await.expect("registers");
-        rpc.share_memory(ShareMemoryRequest { session, slot_bytes: BLOCK_BYTES, slots: 1 }).await.expect("shares");
+        rpc.share_arena(ShareArenaRequest { session }).await.expect("shares");
         let mut refused = None;
         // The kernel's and HTTP/2's buffers take some events; the queue behind them is bounded.
         for operation in 0..200_000u64 {
@@ -289,7 +325,7 @@ fn a_client_that_does_not_read_its_completions_is_held_up_itself() {
 
 #[test]
 fn garbage_on_either_socket_ends_that_connection_only() {
-    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200), ..ServerConfig::default() };
+    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200) };
     let local = Local::with(&config, None);
     let mut garbage = Vec::new();
     let mut state = 0x9e37_79b9_u32;
@@ -317,7 +353,7 @@ fn garbage_on_either_socket_ends_that_connection_only() {
 
 #[test]
 fn one_byte_a_second_does_not_hold_the_memory_socket() {
-    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200), ..ServerConfig::default() };
+    let config = ServerConfig { memory_socket_timeout: Duration::from_millis(200) };
     let local = Local::with(&config, None);
     let mut slow = UnixStream::connect(memory_socket_path(&local.socket)).expect("connects");
     slow.write_all(&[1]).expect("writes");

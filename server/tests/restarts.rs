@@ -21,7 +21,7 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
 fn a_client_waits_for_its_server_and_follows_it_through_kill_9() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("p.sock");
-    let mut worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+    let mut worker = Worker::new(Endpoint::Unix(socket.clone()));
     worker.register();
     let mut epoch = 0;
     for round in 0..3 {
@@ -48,7 +48,7 @@ fn operations_in_flight_end_when_the_server_is_killed() {
     for delay_us in [0, 100, 1_000, 5_000] {
         let (mut server, _) = Process::start(Process::command(&socket));
         // Two slots: operations wait for each other in every stage.
-        let worker = Worker::new(Endpoint::Unix(socket.clone()), 2 * support::BLOCK_BYTES);
+        let worker = Worker::new(Endpoint::Unix(socket.clone()));
         worker.register();
         worker.client.wait_connected(PATIENCE).expect("connects");
         let operation = worker.start_save(BLOCKS / 2).expect("accepted");
@@ -89,7 +89,7 @@ fn sigterm_and_sigint_end_the_server_in_order() {
     let socket = directory.path().join("p.sock");
     for signal in ["-TERM", "-INT"] {
         let (mut server, _) = Process::start(Process::command(&socket));
-        let worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+        let worker = Worker::new(Endpoint::Unix(socket.clone()));
         worker.register();
         worker.client.wait_connected(PATIENCE).expect("connects");
         let operation = worker.start_save(BLOCKS).expect("accepted");
@@ -177,7 +177,7 @@ fn what_was_saved_is_there_after_sigterm_and_a_new_start() {
     let directory = store_directory();
     let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
     let socket = sockets.path().join("p.sock");
-    let mut worker = Worker::new(Endpoint::Unix(socket.clone()), 1 << 20);
+    let mut worker = Worker::new(Endpoint::Unix(socket.clone()));
     worker.register();
     let count = BLOCKS / 2;
     (0..count).for_each(|block| worker.fill(block, block as u8));
@@ -222,7 +222,7 @@ fn a_store_larger_than_a_file_may_be_is_refused_in_one_line() {
     let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
     let limited = with_store(&sockets.path().join("p.sock"), &store);
     let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -f 20000; exec \"$@\"", "sh"]).arg(limited.get_program()).args(limited.get_args());
+    command.args(["-c", "ulimit -f 80000; exec \"$@\"", "sh"]).arg(limited.get_program()).args(limited.get_args());
     let (code, stdout, stderr) = run(&mut command);
     assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(6), "", 1), "{stderr}");
     assert!(stderr.contains("ulimit") && stderr.contains("capacity"), "{stderr}");

@@ -7,4 +7,4 @@ mod worker;
 
 pub use oracle::{Chain, block_bytes, first_difference};
 pub use server_process::{ServerOptions, ServerProcess};
-pub use worker::{Missing, TestWorker, WorkerOptions};
+pub use worker::{KvDevice, Missing, TestWorker, WorkerOptions};

@@ -169,6 +169,13 @@ impl ServerProcess {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 
+    /// Its open sockets and process descriptors: what clients cost it.
+    pub fn open_sockets(&self) -> usize {
+        let links = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).into_iter().flatten().flatten();
+        let target = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).unwrap_or_default();
+        links.map(target).filter(|link| link.starts_with("socket:") || link.ends_with("[pidfd]")).count()
+    }
+
     /// The CPU time that it has used so far, in clock ticks of 10 ms.
     pub fn cpu_ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();

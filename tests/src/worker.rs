@@ -10,12 +10,47 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    BlockSave, Fragment, GroupGeometry, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome,
-    LookupReply, LookupRequest, NamespaceDescriptor, OperationId, RangeFragment, SaveOutcome,
+    BlockSave, CudaMemory, CudaScratch, DeviceMemory, ErrorKind, Fragment, GroupGeometry, HostMemory, InstanceId,
+    InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
+    RangeFragment, SaveOutcome,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
 use crate::oracle::{Chain, block_bytes, first_difference};
+
+/// Longer than a placed load needs; a dead worker's lease lasts no longer.
+const PLACED_LEASE: Duration = Duration::from_secs(12);
+
+/// Where a worker's KV cache is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDevice {
+    /// Host memory.
+    #[default]
+    Host,
+    /// A GPU, by its number.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for KvDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Host => f.write_str("host"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl std::str::FromStr for KvDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("cuda:") {
+            None if text == "host" => Ok(Self::Host),
+            Some(ordinal) => ordinal.parse().map(Self::Cuda).map_err(|error| format!("{text}: {error}")),
+            None => Err(format!("'{text}' is no device; give host or cuda:0")),
+        }
+    }
+}
 
 /// What the worker looks like.
 #[derive(Debug, Clone)]
@@ -28,6 +63,8 @@ pub struct WorkerOptions {
     pub block_bytes: u64,
     /// Blocks of KV memory.
     pub blocks: u32,
+    /// Where they are.
+    pub device: KvDevice,
 }
 
 /// The worker.
@@ -41,8 +78,37 @@ pub struct TestWorker {
 }
 
 /// KV memory in three parts ("layers"), each with a part of every block.
-struct Kv {
-    layers: [Mutex<Box<[u8]>>; 3],
+enum Kv {
+    Host([Mutex<Box<[u8]>>; 3]),
+    Cuda(u32, [CudaScratch; 3]),
+}
+
+impl Kv {
+    fn new(device: KvDevice, layer_bytes: usize) -> Result<Self> {
+        let host = || Mutex::new(vec![0u8; layer_bytes].into_boxed_slice());
+        Ok(match device {
+            KvDevice::Host => Self::Host([host(), host(), host()]),
+            KvDevice::Cuda(ordinal) => {
+                let layer = || CudaScratch::new(ordinal, layer_bytes);
+                Self::Cuda(ordinal, [layer()?, layer()?, layer()?])
+            }
+        })
+    }
+
+    /// Writes a part of a layer. GPU memory that cannot be written is a failure of the test.
+    fn write(&self, layer: usize, at: usize, bytes: &[u8]) {
+        match self {
+            Self::Host(layers) => layers[layer].lock()[at..at + bytes.len()].copy_from_slice(bytes),
+            Self::Cuda(_, layers) => layers[layer].write(at, bytes).unwrap_or_else(|error| panic!("{error:#}")),
+        }
+    }
+
+    fn read(&self, layer: usize, at: usize, bytes: &mut [u8]) {
+        match self {
+            Self::Host(layers) => bytes.copy_from_slice(&layers[layer].lock()[at..at + bytes.len()]),
+            Self::Cuda(_, layers) => layers[layer].read(at, bytes).unwrap_or_else(|error| panic!("{error:#}")),
+        }
+    }
 }
 
 /// Blocks that were to be there and are not.
@@ -63,14 +129,12 @@ impl TestWorker {
     /// If that has not happened after `timeout`.
     pub fn connect(socket: &Path, options: WorkerOptions, timeout: Duration) -> Result<Self> {
         let mut config = ClientConfig::new(Endpoint::Unix(socket.to_owned()), "test-worker");
-        config.staging_bytes = 8 << 20;
         config.lookup_timeout = Duration::from_secs(5);
         config.rpc_timeout = Duration::from_secs(10);
         let client = Client::start(config)?;
         client.wait_connected(timeout)?;
         let part = (options.block_bytes / 3) as usize;
-        let layer = || Mutex::new(vec![0u8; part * options.blocks as usize].into_boxed_slice());
-        let kv = Arc::new(Kv { layers: [layer(), layer(), layer()] });
+        let kv = Arc::new(Kv::new(options.device, part * options.blocks as usize)?);
         let worker = Self { client, options, kv, next: 0, ended: HashMap::new() };
         worker.client.register(worker.spec(), worker.memory()?)?;
         let deadline = Instant::now() + timeout;
@@ -98,21 +162,27 @@ impl TestWorker {
         InstanceId(self.options.instance.as_str().into())
     }
 
-    fn memory(&self) -> Result<Arc<HostMemory>> {
+    fn memory(&self) -> Result<Arc<dyn DeviceMemory>> {
         let part = self.options.block_bytes / 3;
-        let mut ranges = Vec::new();
-        let mut fragments = Vec::new();
-        for (range, layer) in self.kv.layers.iter().enumerate() {
-            let mut bytes = layer.lock();
-            ranges.push((NonNull::new(bytes.as_mut_ptr()).context("no memory")?, bytes.len() as u64));
-            let fragment = Fragment { offset: 0, stride: part, bytes: part };
-            fragments.push(RangeFragment { range: range as u32, fragment });
-        }
-        // SAFETY: the owner keeps the layers; this worker touches a block only while no operation on it runs.
-        let memory = unsafe {
-            HostMemory::from_ranges(&ranges, fragments, self.options.blocks, Box::new(Arc::clone(&self.kv)))
-        }?;
-        Ok(Arc::new(memory))
+        let fragment = Fragment { offset: 0, stride: part, bytes: part };
+        let fragments = (0..3).map(|range| RangeFragment { range, fragment }).collect();
+        let (blocks, owner) = (self.options.blocks, Box::new(Arc::clone(&self.kv)));
+        Ok(match &*self.kv {
+            Kv::Host(layers) => {
+                let mut ranges = Vec::new();
+                for layer in layers {
+                    let mut bytes = layer.lock();
+                    ranges.push((NonNull::new(bytes.as_mut_ptr()).context("no memory")?, bytes.len() as u64));
+                }
+                // SAFETY: the owner keeps the layers; this worker touches a block only while no operation on it runs.
+                Arc::new(unsafe { HostMemory::from_ranges(&ranges, fragments, blocks, owner) }?)
+            }
+            Kv::Cuda(ordinal, layers) => {
+                let ranges = layers.each_ref().map(|layer| (layer.address(), part * u64::from(blocks)));
+                // SAFETY: as above.
+                Arc::new(unsafe { CudaMemory::new(*ordinal, &ranges, fragments, blocks, owner) }?)
+            }
+        })
     }
 
     fn operation(&mut self) -> OperationId {
@@ -132,7 +202,7 @@ impl TestWorker {
             blocks.push(BlockSave { key, parent: chain.parent(index), depth: index as u32, block: block as u32 });
         }
         let operation = self.operation();
-        self.client.save(operation, self.instance(), 0, 0, blocks)?;
+        self.client.save(operation, self.instance(), 0, 0, blocks, 0)?;
         Ok(operation)
     }
 
@@ -153,8 +223,14 @@ impl TestWorker {
     /// # Errors
     /// If the server does not answer.
     pub fn lookup(&self, chain: &Chain, lease: Option<Duration>) -> Result<LookupReply> {
-        let request =
-            LookupRequest { instance: self.instance(), group: 0, keys: chain.keys.clone(), lease, tag: chain.seed };
+        let request = LookupRequest {
+            instance: self.instance(),
+            group: 0,
+            keys: chain.keys.clone(),
+            lease,
+            tag: chain.seed,
+            with_places: false,
+        };
         Ok(self.client.lookup(&request)?)
     }
 
@@ -166,7 +242,7 @@ impl TestWorker {
         (0..count).for_each(|block| self.fill(block, |bytes| bytes.fill(0xa5)));
         let operation = self.operation();
         let blocks = (0..count).map(|index| LoadBlock { index, block: index }).collect();
-        self.client.load(operation, lease, 0, blocks)?;
+        self.client.load(operation, lease, 0, blocks, 0)?;
         Ok(operation)
     }
 
@@ -178,6 +254,36 @@ impl TestWorker {
         match self.wait(operation, Duration::from_secs(60))? {
             CompletionResult::Load(outcome) => Ok(outcome),
             CompletionResult::Save(_) => bail!("a load ended as a save"),
+        }
+    }
+
+    /// Loads a chain at the places that the lookup tells, without asking the server, if all of what is found is in DRAM.
+    ///
+    /// # Errors
+    /// If the server does not answer or the load does not end in time.
+    pub fn load_placed(&mut self, chain: &Chain) -> Result<()> {
+        let request = LookupRequest {
+            instance: self.instance(),
+            group: 0,
+            keys: chain.keys.clone(),
+            lease: Some(PLACED_LEASE),
+            tag: chain.seed,
+            with_places: true,
+        };
+        let reply = self.client.lookup(&request)?;
+        let (Some(lease), Some(places)) = (reply.lease, reply.places) else {
+            reply.lease.into_iter().for_each(|lease| self.client.release(lease));
+            return Ok(());
+        };
+        let operation = self.operation();
+        let blocks = (0..self.options.blocks).zip(places.places).collect();
+        match self.client.load_placed(operation, lease, 0, places.arena, blocks, PLACED_LEASE, (0, false)) {
+            Ok(()) => self.wait_load(operation).map(drop),
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                self.client.release(lease);
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -243,13 +349,17 @@ impl TestWorker {
         let mut whole = vec![0; self.options.block_bytes as usize];
         fill(&mut whole);
         let at = block as usize * self.part();
-        for (layer, part) in self.kv.layers.iter().zip(whole.chunks(self.part())) {
-            layer.lock()[at..at + part.len()].copy_from_slice(part);
+        for (layer, part) in whole.chunks(self.part()).enumerate() {
+            self.kv.write(layer, at, part);
         }
     }
 
     fn read(&self, block: u32) -> Vec<u8> {
         let at = block as usize * self.part();
-        self.kv.layers.iter().flat_map(|layer| layer.lock()[at..at + self.part()].to_vec()).collect()
+        let mut whole = vec![0; self.options.block_bytes as usize];
+        for (layer, part) in whole.chunks_mut(self.part()).enumerate() {
+            self.kv.read(layer, at, part);
+        }
+        whole
     }
 }

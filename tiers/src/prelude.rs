@@ -4,10 +4,11 @@ pub use crate::block::{
     BlockKey, Fragment, GroupGeometry, KEY_CHAIN_VERSION, KeyChain, MemoryLayout, NamespaceDescriptor, NamespaceHandle,
     NamespaceId, RecordId, RecordKind,
 };
-pub use crate::dram::{Arena, ArenaConfig, ClassUsage, HEADER_BYTES, HugePages, Slot};
+pub use crate::dram::{Arena, ArenaConfig, ArenaId, ArenaView, ClassUsage, HEADER_BYTES, HugePages, Place, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{
-    BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory, HostDevice, HostMemory, RangeFragment,
+    BlockCopy, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory, Fence, HostMemory, KvCache,
+    LocalKvCache, PlacedCopy, RangeFragment, gpu_count,
 };
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{

@@ -12,8 +12,8 @@ use clap::Parser;
 use hdrhistogram::Histogram;
 use pegaflow_benches::{BLOCK_BYTES, PROMPT_BLOCKS, Prompts, block_memory, spec};
 use pegaflow_engine::{
-    BlockSave, ByteSize, Engine, EngineConfig, InstanceId, LookupReply, LookupRequest, NvmeConfig, OperationId,
-    SaveRequest, SessionId,
+    BlockSave, ByteSize, Engine, EngineConfig, InstanceId, LocalKvCache, LookupReply, LookupRequest, NvmeConfig,
+    OperationId, SaveRequest, SessionId,
 };
 use pegaflow_tests::{ServerOptions, TestWorker, WorkerOptions};
 use rand::SeedableRng;
@@ -99,7 +99,13 @@ fn main() -> Result<()> {
 
     progress("the same over the socket");
     let _server = options.start(PATIENCE)?;
-    let worker = WorkerOptions { instance: "bench".into(), model: "bench".into(), block_bytes: BLOCK_BYTES, blocks: 8 };
+    let worker = WorkerOptions {
+        instance: "bench".into(),
+        model: "bench".into(),
+        block_bytes: BLOCK_BYTES,
+        blocks: 8,
+        device: pegaflow_tests::KvDevice::Host,
+    };
     let mut over_socket = OverSocket(TestWorker::connect(&options.socket(), worker, PATIENCE)?);
     let socket_times = measure(&mut over_socket, &prompts, &arguments)?;
     over_socket.0.client.close(Duration::from_secs(5));
@@ -150,7 +156,7 @@ fn write_store(prompts: &Prompts, options: &ServerOptions) -> Result<()> {
             instance: InstanceId("bench".into()),
             group: 0,
             shard: 0,
-            memory: Arc::clone(&memory),
+            memory: Arc::new(LocalKvCache::new(Arc::clone(&memory), engine.arena(), None)),
             blocks: (0u32..)
                 .zip(prompts.chain(number))
                 .map(|(block, (key, parent))| BlockSave { key, parent, depth: block, block })
@@ -178,7 +184,14 @@ fn write_store(prompts: &Prompts, options: &ServerOptions) -> Result<()> {
 
 fn request(prompts: &Prompts, number: usize) -> LookupRequest {
     let keys = prompts.chain(number).map(|(key, _)| key).collect();
-    LookupRequest { instance: InstanceId("bench".into()), group: 0, keys, lease: Some(LEASE), tag: number as u64 }
+    LookupRequest {
+        instance: InstanceId("bench".into()),
+        group: 0,
+        keys,
+        lease: Some(LEASE),
+        tag: number as u64,
+        with_places: false,
+    }
 }
 
 /// Looks up whole prompts, drawn at random, each with a lease that is given back; the times are in nanoseconds.

@@ -19,7 +19,7 @@ pub(crate) const BLOCKS: u32 = 64;
 
 pub(crate) struct Memory {
     bytes: Box<[u8]>,
-    pub(crate) device: Arc<dyn DeviceMemory>,
+    pub(crate) device: Arc<HostMemory>,
 }
 
 pub(crate) fn memory() -> Memory {
@@ -55,6 +55,10 @@ impl Worker {
         Self { engine, session, instance, memory: memory(), next: 0 }
     }
 
+    pub(crate) fn kv_cache(&self) -> Arc<dyn KvCache> {
+        Arc::new(LocalKvCache::new(self.memory.device.clone(), self.engine.arena(), None))
+    }
+
     pub(crate) fn fill(&mut self, block: u32, seed: u8) {
         self.memory.block(block).iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u8).wrapping_mul(31) ^ seed);
     }
@@ -75,7 +79,7 @@ impl Worker {
             instance: self.instance.clone(),
             group: 0,
             shard: 0,
-            memory: Arc::clone(&self.memory.device),
+            memory: self.kv_cache(),
             blocks,
         };
         self.engine.save(request, Box::new(move |outcome| sender.send(outcome).expect("waiting"))).expect("accepted");
@@ -89,6 +93,7 @@ impl Worker {
             keys: keys.to_vec(),
             lease: Some(Duration::from_secs(60)),
             tag: 1,
+            with_places: false,
         };
         self.engine.lookup(self.session, &request).expect("looked up")
     }
@@ -101,7 +106,7 @@ impl Worker {
             operation: OperationId(self.next),
             lease,
             shard: 0,
-            memory: Arc::clone(&self.memory.device),
+            memory: self.kv_cache(),
             blocks,
         };
         self.engine.load(request, Box::new(move |outcome| sender.send(outcome).expect("waiting"))).expect("accepted");

@@ -8,15 +8,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 import vllm
 from vllm.v1.core import kv_cache_utils
 
 from pegaflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -177,24 +177,38 @@ def _kind(key: Any) -> str:
 
 # --- KV cache geometry ------------------------------------------------------------------------------------------------
 
+_COPY_UNIT = 16
+"""Bytes that a GPU moves at once: pieces of blocks on a GPU start and end at multiples of it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of bytes that every block has, somewhere in a layer's memory."""
+
+    offset: int
+    """Where block 0's begins, from the layer's first byte on."""
+    stride: int
+    """How far apart those of neighbouring blocks are, in bytes."""
+    length: int
+
 
 @dataclass(frozen=True)
 class LayerMemory:
     """Where one layer's part of every block lies."""
 
     name: str
+    memory: int
+    """The address of the allocation, which other layers may share."""
     start: int
-    """The address of block 0."""
-    page_bytes: int
-    """The layer's bytes of one block."""
-    stride: int
-    """How far apart the parts of neighbouring blocks are, in bytes."""
+    """The address of the layer's first byte."""
+    pieces: tuple[Piece, ...]
+    """In the order in which they make up the layer's part of a block. One, unless K and V, or heads, lie apart."""
     blocks: int
 
     @property
-    def range_bytes(self) -> int:
-        """The bytes from the first block's part to the end of the last one's."""
-        return (self.blocks - 1) * self.stride + self.page_bytes
+    def end(self) -> int:
+        """The address after the last block's last byte."""
+        return self.start + max(piece.offset + (self.blocks - 1) * piece.stride + piece.length for piece in self.pieces)
 
 
 _WHOLE_BLOCK_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
@@ -231,10 +245,89 @@ def layer_specs(kv_cache_config: KVCacheConfig) -> dict[str, Any]:
     return dict.fromkeys(group.layer_names, spec)
 
 
-def layer_memory(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> list[LayerMemory]:
-    """Where the blocks of every layer lie, from `kv_cache_config` and never from shapes.
+def device_of(kv_caches: Mapping[str, torch.Tensor]) -> int | None:
+    """The CUDA ordinal of the device that holds the KV cache; `None` for host memory.
 
-    Raises `UnsupportedError` if a layer's memory is not on the CPU, or the tensor contradicts the configuration.
+    The ordinal counts as torch does: among the devices that CUDA_VISIBLE_DEVICES leaves to this process. How the memory
+    was allocated does not matter (expandable segments are as good): copies run in this process, at plain device
+    addresses. Raises `UnsupportedError` for other devices.
+    """
+    devices = {tensor.device for tensor in kv_caches.values()}
+    kinds = {device.type for device in devices}
+    if kinds == {"cpu"}:
+        return None
+    if kinds != {"cuda"} or len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices)) or "none"
+        raise UnsupportedError(f"the KV cache is on {names}; one CUDA device or host memory is supported")
+    index = devices.pop().index
+    if index is None:
+        raise UnsupportedError("the KV cache is on a CUDA device without a number")
+    return int(index)
+
+
+def raw_stream(device: int | None) -> int:
+    """The `CUstream` on which vLLM computes, as a number. 0 is CUDA's default stream, or that there is no GPU."""
+    return 0 if device is None else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def pieces_of(
+    shape: Sequence[int], strides: Sequence[int], element_bytes: int, blocks: int, page_bytes: int
+) -> tuple[Piece, ...]:
+    """The pieces of a layer's blocks, from its tensor's shape and strides (in elements).
+
+    The blocks are dimension 0, or dimension 1 behind one of two planes for K and V. An attention kernel may use smaller
+    blocks than vLLM's scheduler: then that dimension is a multiple of `blocks`. Everything else may lie in any order.
+    Raises `UnsupportedError` if the pieces do not add up to `page_bytes`.
+    """
+    fitting = {}
+    for dimension in _block_dimensions(shape, blocks):
+        pieces = _pieces_along(dimension, shape, strides, element_bytes, blocks)
+        if pieces and sum(piece.length for piece in pieces) == page_bytes:
+            fitting[dimension] = pieces
+    if len(fitting) != 1:
+        found = f"fits along dimensions {sorted(fitting)}" if fitting else "does not fit"
+        raise UnsupportedError(
+            f"a KV cache of shape {list(shape)} and strides {list(strides)}, with elements of {element_bytes} bytes, "
+            f"{found}: {blocks} blocks of {page_bytes} bytes were expected"
+        )
+    return next(iter(fitting.values()))
+
+
+def _block_dimensions(shape: Sequence[int], blocks: int) -> list[int]:
+    """The dimensions that may number the blocks."""
+    candidates = [0, 1] if len(shape) > 1 and shape[0] == 2 else [0]
+    return [dimension for dimension in candidates if shape[dimension] >= blocks and shape[dimension] % blocks == 0]
+
+
+def _pieces_along(
+    dimension: int, shape: Sequence[int], strides: Sequence[int], element_bytes: int, blocks: int
+) -> tuple[Piece, ...]:
+    """The pieces if blocks are numbered along `dimension`; none if that cannot be."""
+    kernel_blocks, kernel_stride = shape[dimension] // blocks, strides[dimension] * element_bytes
+    axes = [(stride * element_bytes, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
+    if shape[dimension] > 1:
+        axes.remove((kernel_stride, shape[dimension]))
+    if kernel_blocks > 1:
+        axes.append((kernel_stride, kernel_blocks))
+    length, apart = element_bytes, []
+    for stride, size in sorted(axes):
+        if stride == length:
+            length *= size
+        else:
+            apart.append((stride, size))
+    block_stride = kernel_stride * kernel_blocks
+    if length > block_stride or any(stride < length for stride, _ in apart):
+        return ()
+    offsets = [0]
+    for stride, size in sorted(apart, reverse=True):
+        offsets = [offset + index * stride for offset in offsets for index in range(size)]
+    return tuple(Piece(offset, block_stride, length) for offset in offsets)
+
+
+def layer_memory(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> list[LayerMemory]:
+    """Where the blocks of every layer lie: sizes from `kv_cache_config`, the order from the tensors' strides.
+
+    Raises `UnsupportedError` if the two contradict each other.
     """
     strides: dict[str, int] = {}
     for tensor in kv_cache_config.kv_cache_tensors:
@@ -245,33 +338,94 @@ def layer_memory(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.T
         if name not in kv_caches:
             raise UnsupportedError(f"layer {name} has no KV cache of its own")
         tensor = kv_caches[name]
-        if tensor.device.type != "cpu":
-            raise UnsupportedError(
-                f"the KV cache is on device '{tensor.device}'; this version of PegaFlow keeps KV caches in host memory "
-                "(vLLM on CPU) only"
+        try:
+            pieces = pieces_of(
+                tensor.shape, tensor.stride(), tensor.element_size(), kv_cache_config.num_blocks, spec.page_size_bytes
             )
-        page = spec.page_size_bytes
-        layer = LayerMemory(name, tensor.data_ptr(), page, strides.get(name) or page, kv_cache_config.num_blocks)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"layer {name}: {error}") from None
         storage = tensor.untyped_storage()
-        inside = storage.data_ptr() + storage.nbytes() - layer.start
-        if layer.range_bytes > inside or tensor.numel() * tensor.element_size() != page * layer.blocks:
+        layer = LayerMemory(name, storage.data_ptr(), tensor.data_ptr(), pieces, kv_cache_config.num_blocks)
+        if layer.end > storage.data_ptr() + storage.nbytes():
             raise UnsupportedError(
-                f"layer {name} has {tensor.numel() * tensor.element_size()} bytes in a memory of {inside}, but "
-                f"{layer.blocks} blocks of {page} bytes, {layer.stride} apart, were expected"
+                f"layer {name}: its blocks end {layer.end - layer.memory} bytes into a memory of {storage.nbytes()}"
             )
-        if layer.stride == page and not tensor.is_contiguous():
-            raise UnsupportedError(f"layer {name} is laid out with strides {tensor.stride()}; whole blocks are needed")
+        declared = strides.get(name, 0)
+        if declared and len(pieces) == 1 and pieces[0].stride != declared:
+            raise UnsupportedError(
+                f"layer {name}: its blocks are {pieces[0].stride} bytes apart, but vLLM's configuration says {declared}"
+            )
+        if tensor.device.type != "cpu":
+            _check_alignment(layer)
         memory.append(layer)
     return memory
+
+
+def _check_alignment(layer: LayerMemory) -> None:
+    for piece in layer.pieces:
+        if any(value % _COPY_UNIT for value in (layer.start + piece.offset, piece.stride, piece.length)):
+            raise UnsupportedError(
+                f"layer {layer.name}: a piece of {piece.length} bytes at {layer.start + piece.offset:#x}, "
+                f"{piece.stride} bytes from block to block; multiples of {_COPY_UNIT} are needed"
+            )
+
+
+def block_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """The bytes of one block in one worker, as the scheduler's side can know them."""
+    return sum(int(spec.page_size_bytes) for spec in layer_specs(kv_cache_config).values())
+
+
+# --- memory in which a block is one piece -----------------------------------------------------------------------------
+
+
+def required_layout(vllm_config: VllmConfig) -> str | None:
+    """0.29 on: the layout in which all layers of a block lie together. Where a backend cannot have it vLLM says so and
+    goes on with another. Before, such a request would be an error; see `prefers_cross_layer_blocks`.
+    """
+    return "BLHNC" if _HAS_LAYOUT_STRIDES and vllm_config.device_config.device_type == "cuda" else None
+
+
+def prefers_cross_layer_blocks() -> bool:
+    """0.26 to 0.28, model runner V1: whether to ask for one memory for all layers. With heads outside of layers, as
+    "HND" has them there, the pieces would be smaller than with a memory for each layer.
+    """
+    if _HAS_LAYOUT_STRIDES:
+        return False
+    from vllm.v1.attention.backends.utils import get_kv_cache_layout
+
+    return bool(get_kv_cache_layout() == "NHD")
+
+
+def cross_layer_views(kv_cache_config: KVCacheConfig, memory: torch.Tensor, backend: Any) -> dict[str, torch.Tensor]:
+    """0.26 to 0.28: each layer's part of a memory that all layers share, as `register_kv_caches` would get it."""
+    order = backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
+    layers = memory.permute(*(order.index(dimension) for dimension in range(len(order))))
+    return {
+        name: layers[index]
+        for index, tensor in enumerate(kv_cache_config.kv_cache_tensors)
+        for name in tensor.shared_by
+    }
+
+
+def memory_problem(vllm_config: VllmConfig) -> str | None:
+    """Why the KV cache's memory cannot be copied at any time; `None` if it can."""
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "with enable_sleep_mode vLLM takes the KV cache's memory away while copies may run; start it without"
+    return None
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
-def layout_of_layers(vllm_config: VllmConfig, kv_caches: Mapping[str, torch.Tensor], names: list[str]) -> list[str]:
+def layout_of_layers(
+    vllm_config: VllmConfig, kv_caches: Mapping[str, torch.Tensor], names: list[str], blocks: int
+) -> list[str]:
     """How the bytes of each layer's blocks are laid out: attention backend, its instruction set where it has one, the
     shape without the number of blocks, and the version of vLLM, because a backend may pack its blocks differently in
     the next one without a sign of it in any of these.
+
+    No GPU stands in it: a backend packs blocks alike on all that it runs on; where it needs another order (HND instead
+    of NHD, for example) the strides show it.
     """
     layers = vllm_config.compilation_config.static_forward_context
     described = []
@@ -281,9 +435,26 @@ def layout_of_layers(vllm_config: VllmConfig, kv_caches: Mapping[str, torch.Tens
         # CPU_ATTN: on the implementation in 0.26, on the layer in 0.32.
         isa = getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None) or "-"
         tensor = kv_caches[name]
-        described.append(f"{name}:{backend}:{isa}:{tensor.dtype}:{list(tensor.shape[1:])}:{list(tensor.stride()[1:])}")
+        described.append(
+            f"{name}:{backend}:{isa}:{tensor.dtype}:{_block_layout(tensor.shape, tensor.stride(), blocks)}"
+        )
     described.append(f"vllm-{VERSION[0]}.{VERSION[1]}")
     return described
+
+
+def _block_layout(shape: Sequence[int], strides: Sequence[int], blocks: int) -> str:
+    """The shape and the strides of one block: the same however many blocks there are.
+
+    Planes outside of the blocks (K and V, or heads) are as far apart as there are blocks, so they stand in it by their
+    order only.
+    """
+    dimension = (_block_dimensions(shape, blocks) or [0])[0]
+    others = [axis for axis in range(len(shape)) if axis != dimension]
+    outside = sorted({strides[axis] for axis in others if strides[axis] > strides[dimension]})
+    inner: list[int | str] = [
+        f"plane {outside.index(strides[axis])}" if strides[axis] in outside else strides[axis] for axis in others
+    ]
+    return f"{[shape[axis] for axis in others]}:{inner}"
 
 
 def kv_scales_problem(vllm_config: VllmConfig) -> str | None:

@@ -58,7 +58,10 @@ class PegaKVConnector(KVConnectorBase_V1):
             if compat.is_newer_than_known():
                 logger.warning("PegaFlow: vLLM %d.%d is newer than the versions it was made for", *compat.VERSION)
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            self._scheduler = PegaScheduler(config, cache, self._instance, block_size, workers, KillSwitch(config))
+            block_bytes = compat.block_bytes(kv_cache_config)
+            self._scheduler = PegaScheduler(
+                config, cache, self._instance, block_size, block_bytes, workers, KillSwitch(config)
+            )
         else:
             shard = parallel.rank % workers
             # The shards share their files: one looks at them for all.
@@ -70,6 +73,16 @@ class PegaKVConnector(KVConnectorBase_V1):
         """A cache: a save that is lost is a miss later, nothing else."""
         return False
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Asks for memory in which a block is one piece, where there is such. 0.29 on."""
+        return compat.required_layout(vllm_config)
+
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        """As above. 0.26 to 0.28, model runner V1; V2 never asks."""
+        return compat.prefers_cross_layer_blocks()
+
     # --- worker -------------------------------------------------------------------------------------------------------
 
     @property
@@ -80,6 +93,10 @@ class PegaKVConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM has allocated its KV cache."""
         self._on_worker.register(self._vllm_config, self._kv_cache_config, kv_caches, self._instance)
+
+    def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
+        """As `register_kv_caches`, with one memory for all layers. 0.26 to 0.28."""
+        self.register_kv_caches(compat.cross_layer_views(self._kv_cache_config, kv_cache, attn_backend))
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Blocks of preempted requests are about to be overwritten."""
@@ -93,7 +110,9 @@ class PegaKVConnector(KVConnectorBase_V1):
             self._on_worker.bind(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002
-        """Starts the step's loads; they are asynchronous and belong to requests that do not run yet."""
+        """Starts the step's loads. 0.26 to 0.28 call it before the forward; later ones only if a load is synchronous,
+        else after it.
+        """
         if self.has_connector_metadata():
             metadata = self._get_connector_metadata()
             if isinstance(metadata, PegaMetadata):
@@ -101,7 +120,7 @@ class PegaKVConnector(KVConnectorBase_V1):
                 self._on_worker.start_loads(orders)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is ever loaded for the running step."""
+        """What is loaded for the running step is ordered before all of it, by the stream."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
@@ -145,7 +164,7 @@ class PegaKVConnector(KVConnectorBase_V1):
         return self._scheduler
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How much can be loaded, always asynchronously."""
+        """How much can be loaded, and whether the request has to wait for it."""
         return self._on_scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

@@ -30,6 +30,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _FILE_LOAD_FORMATS = frozenset(
     {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "gguf", "runai_streamer"}
 )
+# Quantizations whose tensors are all floating point.
+_DRAWN_QUANTIZATIONS = (None, "fp8")
 # Fields of config.json that say nothing about the computation.
 _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "use_cache", "_commit_hash"})
 
@@ -47,7 +49,7 @@ def namespace_of(
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     specs = compat.layer_specs(kv_cache_config)
     names = list(specs)
-    layout = compat.layout_of_layers(vllm_config, kv_caches, names)
+    layout = compat.layout_of_layers(vllm_config, kv_caches, names, kv_cache_config.num_blocks)
     if parallel.pipeline_parallel_size > 1:
         # Every stage has other layers; the descriptor must be the same for all, so it names the split, not the layers.
         import os
@@ -57,14 +59,14 @@ def namespace_of(
     fields: dict[str, Any] = {
         "kind": "vllm",
         "key_chain": _native.KEY_CHAIN_VERSION,
-        "weights": _weights(vllm_config),
+        "weights": _weights(vllm_config, compat.device_of(kv_caches)),
         "model_config": _model_config(model),
         "dtype": model.dtype,
         "quantization": model.quantization,
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
         "block_size": kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         "layout": layout,
-        "cpu": _cpu() if all(tensor.device.type == "cpu" for tensor in kv_caches.values()) else None,
+        "cpu": _cpu() if compat.device_of(kv_caches) is None else None,
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "speculative": _speculative(vllm_config),
@@ -76,11 +78,10 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _weights(vllm_config: VllmConfig) -> str:
+def _weights(vllm_config: VllmConfig, device: int | None) -> str:
     model, load_format = vllm_config.model_config, _load_format(vllm_config)
     if load_format == "dummy":
-        # vLLM draws dummy weights from a generator with a fixed seed; the generator is torch's.
-        return f"dummy seed={model.seed} torch={torch.__version__}"
+        return _dummy_weights(model, device)
     if load_format not in _FILE_LOAD_FORMATS:
         raise UnknownIdentityError(
             f"weights loaded with load_format '{load_format}' cannot be identified; use one of "
@@ -88,6 +89,21 @@ def _weights(vllm_config: VllmConfig) -> str:
         )
     directory = _directory_of(model.model, model.revision, vllm_config.load_config.download_dir)
     return _native.digest_weights(weight_files(directory))
+
+
+def _dummy_weights(model: ModelConfig, device: int | None) -> str:
+    """vLLM draws every dummy tensor from torch's generator with a fixed seed, by its size only: they are the same in
+    every process, whichever rank. What torch draws depends on the device; on a GPU also on the number of its
+    processors.
+    """
+    if model.quantization not in _DRAWN_QUANTIZATIONS:
+        # Whole numbers are left as the memory happened to be.
+        raise UnknownIdentityError(f"dummy weights with quantization '{model.quantization}' differ from start to start")
+    identity = f"dummy seed={model.seed} torch={torch.__version__}"
+    if device is None:
+        return identity
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{identity} gpu={gpu.name} processors={gpu.multi_processor_count}"
 
 
 def _load_format(vllm_config: VllmConfig) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+PLACE_BYTES = 4
+
 
 @dataclass
 class LoadOrder:
@@ -19,6 +21,20 @@ class LoadOrder:
     """Places among the keys of the lookup that took the lease."""
     blocks: list[int]
     """Where they go in vLLM's memory."""
+    arena: bytes = b""
+    """The arena from which the workers copy themselves; empty if the cache is to do the load."""
+    places: bytes = b""
+    """Where the blocks lie in that arena: a number of four bytes for each, shard after shard."""
+    deadline: float = 0.0
+    """Until when the blocks stay there, on the host's monotonic clock."""
+    is_sync: bool = False
+    """Whether vLLM computes the request in this very step: the load has to be ordered before the forward, and cannot
+    fail."""
+
+    def places_of(self, shard: int) -> bytes:
+        """The part of `places` that one worker needs."""
+        size = len(self.blocks) * PLACE_BYTES
+        return self.places[shard * size : (shard + 1) * size]
 
 
 @dataclass
@@ -60,6 +76,8 @@ class PegaWorkerMetadata(KVConnectorWorkerMetadata):
     """Saves of which a worker dropped something: what follows in their chains is not worth saving."""
     failed_loads: set[str] = field(default_factory=set)
     """Requests of which a load failed, wholly or in part."""
+    arenas: Counter[bytes] = field(default_factory=Counter)
+    """How many workers more, or fewer, than before can copy out of an arena themselves."""
     refused: str = ""
     """Why a worker does not cache at all; empty if it does."""
 
@@ -67,9 +85,12 @@ class PegaWorkerMetadata(KVConnectorWorkerMetadata):
         """Both together."""
         if not isinstance(other, PegaWorkerMetadata):
             raise TypeError(f"cannot aggregate {type(other).__name__} into PegaWorkerMetadata")
+        arenas = Counter(self.arenas)
+        arenas.update(other.arenas)  # a sum of counters would lose what is negative
         return PegaWorkerMetadata(
             self.saves + other.saves,
             self.dropped | other.dropped,
             self.failed_loads | other.failed_loads,
+            arenas,
             self.refused or other.refused,
         )

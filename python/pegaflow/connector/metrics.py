@@ -15,6 +15,7 @@ _COUNTERS: dict[str, tuple[str | None, str]] = {
     "lookups": ("result", "Lookups in the cache, by result: hit, miss or error."),
     "lookup_blocks": (None, "Full blocks of prompts that were looked up."),
     "hit_blocks": (None, "Full blocks of prompts that were found."),
+    "loads": ("way", "Loads, by way: sync (within the step that needs them), direct (by the worker itself) or cache."),
     "loaded_blocks": ("tier", "Blocks loaded into the engine, by the tier that they came from."),
     "load_failed_blocks": (None, "Blocks whose load failed; the engine computed them."),
     "saved_blocks": ("result", "Blocks offered to the cache, by result: saved, present or dropped."),

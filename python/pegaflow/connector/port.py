@@ -75,17 +75,49 @@ class CachePort(Protocol):
         fragments: Sequence[tuple[int, int, int, int]],
         blocks: int,
         owner: object,
+        device: int | None,
     ) -> None:
-        """Registers identity, geometry and memory of a worker."""
+        """Registers identity, geometry and memory of a worker: host memory, or that of the CUDA device `device`."""
 
-    def lookup(self, instance: str, group: int, keys: bytes, lease: float, tag: int) -> tuple[int, int, int | None]:
-        """Blocks found, blocks of those in DRAM, lease."""
+    def arena(self) -> bytes | None:
+        """The arena all of which the worker's device can reach by now, 16 bytes; none before, and without a server.
+
+        Raises `PegaError` if it never will.
+        """
+
+    def lookup(
+        self, instance: str, group: int, keys: bytes, lease: float, tag: int, *, places: bool = False
+    ) -> tuple[int, int, int | None, bytes | None, bytes]:
+        """Blocks found, blocks of those in DRAM, lease; if asked for and all are in DRAM their arena and their places
+        in it, little-endian numbers of four bytes, shard after shard.
+        """
 
     def release(self, lease: int) -> None:
         """Gives a lease back."""
 
-    def load(self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int]) -> None:
-        """Starts a load."""
+    def load(
+        self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int], stream: int = 0
+    ) -> None:
+        """Starts a load; it writes after what is queued on `stream` now, a `CUstream` as a number."""
+
+    def load_placed(
+        self,
+        operation: int,
+        lease: int,
+        shard: int,
+        arena: bytes,
+        places: bytes,
+        blocks: Sequence[int],
+        *,
+        remaining: float,
+        stream: int,
+        before: bool,
+    ) -> None:
+        """Starts a load that the worker's device does itself, out of the arena; `remaining` is what is left of the
+        lease, in seconds. With `before` all that is queued on `stream` from now on runs after it.
+
+        Raises `PegaError` if it cannot be started; nothing is copied then.
+        """
 
     def save(
         self,
@@ -98,8 +130,9 @@ class CachePort(Protocol):
         depth: int,
         keys: bytes,
         blocks: Sequence[int],
+        stream: int = 0,
     ) -> None:
-        """Starts a save."""
+        """Starts a save; it reads after what is queued on `stream` now."""
 
     def cancel(self, operation: int) -> None:
         """Asks for an operation to end early; its completion still comes."""
@@ -137,7 +170,7 @@ def open_cache(config: ConnectorConfig, name: str, *, shares_process: bool) -> C
         logger.info("PegaFlow: %s uses the store at %s in this process", name, config.store_path)
         return _native.Cache.embedded(config.store_path, config.dram, config.nvme)
     logger.info("PegaFlow: %s uses the server at %s", name, config.address)
-    return _native.Cache.remote(config.address, name, config.lookup_timeout_ms / 1000, _RPC_TIMEOUT_S, config.staging)
+    return _native.Cache.remote(config.address, name, config.lookup_timeout_ms / 1000, _RPC_TIMEOUT_S)
 
 
 def is_listening(address: str) -> bool:

@@ -10,13 +10,14 @@ import itertools
 import logging
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pegaflow import _native
 from pegaflow.connector import compat
 from pegaflow.connector.identity import LoraDigests
-from pegaflow.connector.metadata import LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
+from pegaflow.connector.metadata import PLACE_BYTES, LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
 from pegaflow.connector.metrics import PegaStats
 from pegaflow.errors import PegaError
 
@@ -40,6 +41,8 @@ _KEYS_PER_LOOKUP_MAX = 65_536
 _BLOCKS_PER_SAVE_MAX = 4_096
 # vLLM asks again every step while a request waits for room; the answer is kept this long.
 _LOOKUP_REUSE_S = 1.0
+# Workers copy from the arena only while the lease holds, with a margin; this leaves room for the slowest step.
+_PLACED_LEASE_S = 60.0
 
 
 @dataclass
@@ -51,6 +54,14 @@ class Found:
     hit_blocks: int
     dram_blocks: int
     lease: int | None
+    deadline: float = 0.0
+    """When the lease ends."""
+    arena: bytes | None = None
+    """The arena that has all blocks found, if every worker can copy out of it."""
+    places: bytes = b""
+    """Where they lie in it, shard after shard."""
+    is_sync: bool = False
+    """Whether vLLM was told that the request need not wait for its load."""
     local_blocks: int = 0
     """Blocks that vLLM has itself; the load starts after them."""
     reuse_until: float = 0.0
@@ -96,6 +107,7 @@ class PegaScheduler:
         cache: CachePort,
         instance: str,
         block_size: int,
+        block_bytes: int,
         workers: int,
         kill_switch: KillSwitch,
         clock: Callable[[], float] = time.monotonic,
@@ -105,6 +117,8 @@ class PegaScheduler:
         self._base_instance = instance
         self._instance = instance
         self._block_size = block_size
+        self._block_bytes = block_bytes
+        """Of one block in one worker: what each loads, all at once."""
         self._workers = workers
         self._kill_switch = kill_switch
         self._clock = clock
@@ -116,6 +130,12 @@ class PegaScheduler:
         # Saves in flight: the workers that have not reported yet, and the request.
         self._waiting_for: dict[int, int] = {}
         self._saver: dict[int, str] = {}
+        self._arenas: Counter[bytes] = Counter()
+        """How many workers can copy out of an arena themselves."""
+        self._computing: set[str] = set()
+        """Requests that were scheduled and are not over: steps do their work."""
+        self._sync_bytes = 0
+        """Bytes that every worker loads synchronously in the step being planned."""
         self._refused = ""
         self._warned: set[str] = set()
         self.stats = PegaStats()
@@ -123,10 +143,11 @@ class PegaScheduler:
     # --- a request arrives --------------------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens beyond `computed_tokens` can be loaded, asynchronously. May be asked any number of times."""
+        """How many tokens beyond `computed_tokens` can be loaded, and whether the request has to wait for it in vLLM's
+        queue. May be asked any number of times; the last answer counts.
+        """
         tracked = self._track(request)
-        # At least one token is left for the model to compute: it has to answer with the next one.
-        blocks = min((request.num_tokens - 1) // self._block_size, _KEYS_PER_LOOKUP_MAX)
+        blocks = min(request.num_tokens // self._block_size, _KEYS_PER_LOOKUP_MAX)
         if not blocks or not tracked.is_cacheable or not self._is_on() or not self._extend_keys(tracked, blocks):
             self._forget_found(tracked)
             return 0, False
@@ -141,20 +162,25 @@ class PegaScheduler:
         # Also where nothing may be loaded: what is there need not be saved again.
         found = self._look_up(tracked, blocks, with_lease=may_load)
         found.local_blocks = local
-        loadable = found.hit_blocks - local
-        if not may_load or found.lease is None or loadable < self._config.min_blocks:
+        # At least one token is left for the model to compute: it has to answer with the next one. A block that would
+        # be loaded for that token's sake only is not worth a load, but after others it saves computing a block.
+        needed = min(found.hit_blocks, (request.num_tokens - 1) // self._block_size)
+        if not may_load or found.lease is None or needed - local < self._config.min_blocks:
             return 0, False
-        return loadable * self._block_size, True
+        found.is_sync = self._may_be_sync(found, found.hit_blocks - local)
+        tokens = min(found.hit_blocks * self._block_size, request.num_tokens - 1)
+        return tokens - computed_tokens, not found.is_sync
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM has blocks for the request and decided how much of what was found it takes."""
         tracked = self._track(request)
         found, tracked.found = tracked.found, None
-        wanted = external_tokens // self._block_size
+        # The last block of a prompt that was found whole counts although its last token is computed.
+        wanted = -(-external_tokens // self._block_size)
         if found is None:
             return
         if wanted == 0 or found.lease is None:
-            self._release(found)
+            self._release(found.lease)
             return
         first, last = found.local_blocks, found.local_blocks + wanted
         order = LoadOrder(
@@ -163,9 +189,21 @@ class PegaScheduler:
             lease=found.lease,
             indices=list(range(first, last)),
             blocks=blocks.get_block_ids()[_GROUP][first:last],
+            deadline=found.deadline,
+            is_sync=found.is_sync,
         )
+        if found.arena is not None:
+            order.arena = found.arena
+            starts = [shard * found.hit_blocks + first for shard in range(self._workers)]
+            order.places = b"".join(
+                found.places[start * PLACE_BYTES : (start + wanted) * PLACE_BYTES] for start in starts
+            )
         self._meta.loads.append(order)
-        tracked.loading = order.operation
+        if order.is_sync:
+            # It runs at once, and its load is never reported: the stream orders all that follows after it.
+            self._sync_bytes += wanted * self._block_bytes
+        else:
+            tracked.loading = order.operation
         tracked.stored_blocks = max(tracked.stored_blocks, found.hit_blocks)
         # Which blocks are on the drive is not told: the later ones of a chain leave DRAM first.
         nvme = min(wanted, found.hit_blocks - found.dram_blocks)
@@ -174,10 +212,10 @@ class PegaScheduler:
     def hit_sources(self, request: Request, external_tokens: int) -> dict[Any, int]:
         """From which tiers the tokens of the load just planned come."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or sum(tracked.loaded_from) * self._block_size != external_tokens:
+        if tracked is None or sum(tracked.loaded_from) != -(-external_tokens // self._block_size):
             return {}
-        dram, nvme = tracked.loaded_from
-        return compat.hit_sources(dram * self._block_size, nvme * self._block_size)
+        nvme = min(tracked.loaded_from[1] * self._block_size, external_tokens)
+        return compat.hit_sources(external_tokens - nvme, nvme)
 
     # --- a step is planned --------------------------------------------------------------------------------------------
 
@@ -196,15 +234,20 @@ class PegaScheduler:
                 if new_ids := cached.new_block_ids[index]:
                     tracked.block_ids += new_ids[_GROUP]
                 self._save_final(tracked, cached.num_computed_tokens[index] + output.num_scheduled_tokens[request_id])
+        self._computing |= output.num_scheduled_tokens.keys()
+        self._computing -= output.finished_req_ids
+        self._sync_bytes = 0
         meta, self._meta = self._meta, PegaMetadata(self._instance)
         return meta
 
     def finished(self, request: Request, block_ids: list[int]) -> bool:
         """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""
+        self._computing.discard(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
         self._forget_found(tracked)
+        self._withdraw_sync_load(request.request_id)
         if tracked.preemptions != request.num_preemptions:
             # Preempted since the last step: its blocks are free already.
             self._meta.preempted.append(request.request_id)
@@ -236,6 +279,7 @@ class PegaScheduler:
             self._refused = report.refused
             self._take_back()
             logger.warning("PegaFlow: nothing is cached: %s", report.refused)
+        self._arenas.update(report.arenas)
         for request_id in report.failed_loads:
             if tracked := self._tracked.get(request_id):
                 # It is computed now. Asking again could fail again, for ever.
@@ -321,6 +365,27 @@ class PegaScheduler:
         tracked.keys += tracked.chain.extend(list(tokens), size, extras or None)
         return True
 
+    def _common_arena(self) -> bytes | None:
+        """The arena that all workers can copy out of."""
+        return next((arena for arena, workers in self._arenas.items() if workers >= self._workers), None)
+
+    def _may_be_sync(self, found: Found, blocks: int) -> bool:
+        """Whether `blocks` blocks of what was found may be loaded within the step that is planned.
+
+        vLLM cannot take such a promise back, so only blocks that lie in DRAM, at places that the workers reach. The
+        copy holds up every request of the step: any amount if there is no other, else as much as is allowed for a step.
+        """
+        if not self._config.sync_loads or found.arena is None:
+            return False
+        is_alone = not self._computing and not self._sync_bytes
+        return is_alone or self._sync_bytes + blocks * self._block_bytes <= self._config.sync_load_bytes_max
+
+    def _withdraw_sync_load(self, request_id: str) -> None:
+        """Takes back a synchronous load that no worker has seen: its request is over."""
+        for order in [order for order in self._meta.loads if order.is_sync and order.request_id == request_id]:
+            self._meta.loads.remove(order)
+            self._release(order.lease)
+
     def _look_up(self, tracked: Tracked, blocks: int, *, with_lease: bool) -> Found:
         now = self._clock()
         asked = (blocks, with_lease)
@@ -328,39 +393,47 @@ class PegaScheduler:
             return tracked.found
         first_time = tracked.found is None
         self._forget_found(tracked)
-        hit, dram, lease, result = 0, 0, None, "error"
+        arena = self._common_arena() if with_lease else None
+        lease_s = self._config.lease_ms / 1000 if with_lease else 0.0
+        if arena is not None:
+            lease_s = max(lease_s, _PLACED_LEASE_S)
+        found = Found(asked, 0, 0, None, deadline=now + lease_s)
+        result = "error"
         try:
-            hit, dram, lease = self._cache.lookup(
+            found.hit_blocks, found.dram_blocks, found.lease, there, places = self._cache.lookup(
                 self._instance,
                 _GROUP,
                 bytes(tracked.keys[: blocks * _KEY]),
-                self._config.lease_ms / 1000 if with_lease else 0.0,
+                lease_s,
                 tracked.tag,
+                places=arena is not None,
             )
-            result = "hit" if hit else "miss"
+            result = "hit" if found.hit_blocks else "miss"
+            if there is not None and there == arena and len(places) == found.hit_blocks * self._workers * PLACE_BYTES:
+                found.arena, found.places = there, places
         except PegaError as error:
             # A cache that cannot be asked is a miss; vLLM goes on without it.
             logger.debug("PegaFlow: lookup for %s: %s", tracked.request_id, error)
-        found = Found(asked, hit, dram, lease, reuse_until=now + min(_LOOKUP_REUSE_S, self._config.lease_ms / 2000))
+        found.reuse_until = now + min(_LOOKUP_REUSE_S, self._config.lease_ms / 2000)
         tracked.found = found
         # After a failed load what is found is not what can be read: it is offered again, and what is sound is kept.
-        tracked.stored_blocks = 0 if tracked.has_failed_load else hit
+        tracked.stored_blocks = 0 if tracked.has_failed_load else found.hit_blocks
         if first_time:
             self.stats.count(f"lookups:{result}")
             self.stats.count("lookup_blocks", blocks)
-            self.stats.count("hit_blocks", hit)
+            self.stats.count("hit_blocks", found.hit_blocks)
         return found
 
     def _forget_found(self, tracked: Tracked) -> None:
         if tracked.found is not None:
-            self._release(tracked.found)
+            self._release(tracked.found.lease)
             tracked.found = None
 
-    def _release(self, found: Found) -> None:
-        if found.lease is None:
+    def _release(self, lease: int | None) -> None:
+        if lease is None:
             return
         try:
-            self._cache.release(found.lease)
+            self._cache.release(lease)
         except PegaError as error:
             logger.debug("PegaFlow: a lease was not released and runs out by itself: %s", error)
 
@@ -402,6 +475,7 @@ class PegaScheduler:
         gone |= {
             id_ for id_, tracked in self._tracked.items() if tracked.request.num_preemptions != tracked.preemptions
         }
+        self._computing -= gone
         for request_id in gone:
             self._meta.preempted.append(request_id)
             if tracked := self._tracked.get(request_id):

@@ -1,17 +1,19 @@
 """The worker's side: carries out each step's orders, and reports what ended.
 
 It registers its memory and identity with the cache, starts loads and saves, and polls. It never waits, with one
-exception: before a step may overwrite the blocks of a preempted request, the copies of them must have ended.
+exception: before a step may overwrite the blocks of a preempted request, the copies of them must have ended. On a GPU
+copies are ordered by streams: each runs after what vLLM has queued when it is started.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from pegaflow.connector import compat
 from pegaflow.connector.identity import UnknownIdentityError, namespace_of
@@ -23,7 +25,6 @@ from pegaflow.errors import GeometryMismatchError, InvalidInputError, PegaError,
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.pegaflow")
 
 FLIP_ENV = "PEGAFLOW_TEST_FLIP_LOADED"
+SKIP_ENV = "PEGAFLOW_TEST_SKIP_LOAD"
 _GROUP = 0
 # Copies of a cancelled operation end within one batch; a cache that takes longer than this is broken.
 _FENCE_LIMIT_S = 60.0
@@ -43,13 +45,17 @@ _SHARED_IDENTITY = "other weights share the sampled digest of these; the worker'
 
 @dataclass
 class Geometry:
-    """The memory that is registered: one range and one fragment for each layer."""
+    """The memory that is registered: one range for each allocation, and the fragments of every block in their order."""
 
     ranges: list[tuple[int, int]]
+    """Address and bytes."""
     fragments: list[tuple[int, int, int, int]]
+    """Number of the range, offset of block 0's in it, bytes from block to block, bytes."""
     block_bytes: int
     blocks: int
-    owner: object
+    owner: Mapping[str, torch.Tensor]
+    device: int | None = None
+    """The CUDA ordinal; none for host memory."""
 
 
 @dataclass
@@ -92,10 +98,16 @@ class PegaWorker:
         self._finishing: set[str] = set()
         """Finished requests whose blocks vLLM keeps until they are reported."""
         self._report = Report()
+        self._arena: bytes | None = None
+        """What the scheduler's side was told."""
+        self._arena_problem = ""
         self._flips = os.environ.get(FLIP_ENV) == "1"
+        self._skips = os.environ.get(SKIP_ENV) == "1"
         self.stats = PegaStats()
         if self._flips:
             logger.error("PegaFlow: %s=1: EVERY LOADED BLOCK IS SPOILED ON PURPOSE; for tests only", FLIP_ENV)
+        if self._skips:
+            logger.error("PegaFlow: %s=1: NO BLOCK IS LOADED, BUT ALL ARE REPORTED; for tests only", SKIP_ENV)
 
     # --- registration -------------------------------------------------------------------------------------------------
 
@@ -109,8 +121,12 @@ class PegaWorker:
         """Takes vLLM's KV cache. Where it cannot be cached nothing is, and one warning says why; raises
         `UnsupportedError` where PegaFlow cannot work at all.
         """
-        self._geometry = geometry_of(compat.layer_memory(kv_cache_config, kv_caches), kv_caches)
+        device = compat.device_of(kv_caches)
+        self._geometry = geometry_of(compat.layer_memory(kv_cache_config, kv_caches), kv_caches, device)
         self._wanted_instance = instance
+        if problem := compat.memory_problem(vllm_config):
+            self._refuse(problem)
+            return
         # Before the sampled digest is taken: what is checked later are the files as they were then.
         self._check = WeightsCheck.of(vllm_config) if self._verifies_weights else None
         try:
@@ -140,6 +156,7 @@ class PegaWorker:
                 fragments=geometry.fragments,
                 blocks=geometry.blocks,
                 owner=geometry.owner,
+                device=geometry.device,
             )
         except (InvalidInputError, GeometryMismatchError, UnsupportedError) as error:
             self._refuse(str(error))
@@ -151,8 +168,9 @@ class PegaWorker:
             if self._check is not None:
                 self._check.start()
             logger.info(
-                "PegaFlow: worker %d of %d registered %d blocks of %d bytes in %d layers",
+                "PegaFlow: worker %d of %d registered %d blocks of %d bytes in %d pieces, %s",
                 self._shard, self._shards, geometry.blocks, geometry.block_bytes, len(geometry.fragments),
+                "on the CPU" if geometry.device is None else f"on GPU {geometry.device}",
             )  # fmt: skip
 
     def _refuse(self, why: str) -> None:
@@ -167,10 +185,29 @@ class PegaWorker:
         self._refused = self._report.meta.refused = _SHARED_IDENTITY
         logger.error("PegaFlow: worker %d stops caching: %s", self._shard, verdict)
         for operation, load in [*self._loads.items()]:
-            load.is_cancelled = True
-            self._cancel(operation)
+            # What a forward waits for can be ended no more.
+            if not load.order.is_sync:
+                load.is_cancelled = True
+                self._cancel(operation)
         for operation in [*self._saves]:
             self._cancel(operation)
+
+    def _tell_arena(self) -> None:
+        """Tells the scheduler's side which arena this worker can copy from; a GPU takes a while to reach one."""
+        arena = None
+        if self._instance and not self._refused:
+            try:
+                arena = self._cache.arena()
+            except PegaError as error:
+                if self._arena_problem != str(error):
+                    self._arena_problem = str(error)
+                    logger.warning("PegaFlow: worker %d does not copy from DRAM directly: %s", self._shard, error)
+        if arena == self._arena:
+            return
+        for which, change in ((self._arena, -1), (arena, 1)):
+            if which is not None:
+                self._report.meta.arenas[which] += change
+        self._arena = arena
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +226,10 @@ class PegaWorker:
 
         self._poll()
         for operation in running():
-            self._cancel(operation)
+            load = self._loads.get(operation)
+            # A forward that is under way may use what a synchronous load brings: its result still counts.
+            if load is None or not load.order.is_sync:
+                self._cancel(operation)
         start = time.monotonic()
         has_warned = False
         while left := running():
@@ -209,6 +249,7 @@ class PegaWorker:
         self._wanted_instance = meta.instance
         self._take_verdict()
         self._register()
+        self._tell_arena()
         for operation in meta.cancelled:
             if load := self._loads.get(operation):
                 load.is_cancelled = True
@@ -219,22 +260,70 @@ class PegaWorker:
         self._finishing.update(meta.finished)
 
     def start_loads(self, orders: Iterable[LoadOrder]) -> None:
-        """Starts the step's loads."""
+        """Starts the step's loads. Called before the step's forward if one of them is synchronous.
+
+        Raises `RuntimeError` if a synchronous one cannot be started.
+        """
+        orders = list(orders)
+        if not orders:
+            return
+        stream = self._stream()
         for order in orders:
             self._loads[order.operation] = Loading(order)
-            if self._refused:
-                # Ordered before the scheduler's side knew.
-                self._load_ended(order.operation, 0, 0, order.blocks)
-                continue
             try:
-                self._cache.load(order.operation, order.lease, self._shard, order.indices, order.blocks)
+                if self._refused:
+                    # Ordered before the scheduler's side knew.
+                    raise UnsupportedError(self._refused)
+                if self._skips:
+                    logger.error("PegaFlow: skipped a load of %d blocks on purpose (%s=1)", len(order.blocks), SKIP_ENV)
+                    self._load_ended(order.operation, len(order.blocks), 0, [])
+                    continue
+                self._start_load(order, stream)
             except PegaError as error:
+                if order.is_sync:
+                    raise _lost(order, str(error)) from error
                 logger.debug("PegaFlow: load for %s: %s", order.request_id, error)
                 self._load_ended(order.operation, 0, 0, order.blocks)
+            else:
+                if order.is_sync and self._flips:
+                    # On the same stream: after the load, and before the forward.
+                    self._flip(order.blocks)
+
+    def _start_load(self, order: LoadOrder, stream: int) -> None:
+        if order.arena:
+            try:
+                self._cache.load_placed(
+                    order.operation,
+                    order.lease,
+                    self._shard,
+                    order.arena,
+                    order.places_of(self._shard),
+                    order.blocks,
+                    remaining=order.deadline - time.monotonic(),
+                    stream=stream,
+                    before=order.is_sync,
+                )
+            except PegaError as error:
+                if order.is_sync:
+                    raise
+                logger.debug("PegaFlow: load for %s goes through the cache: %s", order.request_id, error)
+            else:
+                self.stats.count("loads:sync" if order.is_sync else "loads:direct")
+                logger.debug(
+                    "PegaFlow: worker %d copies %d blocks for %s", self._shard, len(order.blocks), order.request_id
+                )
+                return
+        self._cache.load(order.operation, order.lease, self._shard, order.indices, order.blocks, stream)
+        self.stats.count("loads:cache")
+
+    def _stream(self) -> int:
+        """The stream on which vLLM computes now."""
+        return compat.raw_stream(self._geometry.device) if self._geometry is not None else 0
 
     def start_saves(self) -> None:
         """The step's forward has run, its blocks are complete: starts its saves. A second call does nothing."""
         orders, self._unsaved = self._unsaved, []
+        stream = self._stream() if orders else 0
         for order in orders:
             count = len(order.blocks)
             if self._refused or self._instance != self._wanted_instance:
@@ -250,6 +339,7 @@ class PegaWorker:
                     depth=order.depth,
                     keys=order.keys,
                     blocks=order.blocks,
+                    stream=stream,
                 )
             except PegaError as error:
                 logger.debug("PegaFlow: save for %s: %s", order.request_id, error)
@@ -324,6 +414,13 @@ class PegaWorker:
         if load is None:
             return
         order = load.order
+        if order.is_sync:
+            # Nobody waits for its report, but a forward has used what it brought.
+            if failed:
+                raise _lost(order, f"{len(failed)} of {len(order.blocks)} blocks were not copied")
+            self.stats.count("loaded_blocks:dram", dram)
+            self.stats.count("loaded_blocks:nvme", nvme)
+            return
         # Cancelled loads count as failed as a whole: nobody may rely on part of one.
         failed_blocks = set(order.blocks) if load.is_cancelled else set(failed)
         if self._flips:
@@ -349,24 +446,57 @@ class PegaWorker:
 
     def _flip(self, blocks: list[int]) -> None:
         """Tests only: spoils loaded blocks, so that a check of the tokens can fail."""
-        flipped = bytes(byte ^ 0x80 for byte in range(256))
         geometry = self._geometry
         if geometry is None:
             return
-        for block in blocks:
-            for range_, offset, stride, length in geometry.fragments:
-                address = geometry.ranges[range_][0] + offset + block * stride
-                ctypes.memmove(address, ctypes.string_at(address, length).translate(flipped), length)
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in geometry.owner.values()}
+        for range_, offset, stride, length in geometry.fragments:
+            start = geometry.ranges[range_][0] + offset
+            memory = max(address for address in storages if address <= start)
+            tensor = storages[memory]
+            view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            view.set_(tensor.untyped_storage(), start - memory, (geometry.blocks, length), (stride, 1))
+            view[blocks] ^= 0x80
         logger.error("PegaFlow: spoiled %d loaded blocks on purpose (%s=1)", len(blocks), FLIP_ENV)
 
 
-def geometry_of(layers: list[compat.LayerMemory], owner: object) -> Geometry:
-    """One range and one fragment for each memory; layers that share one count once."""
+def _lost(order: LoadOrder, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"PegaFlow: the synchronous load of {len(order.blocks)} blocks for request {order.request_id} failed: {why}. "
+        'vLLM counts on them already, so it must stop; with "sync_loads": false failed loads are computed instead'
+    )
+
+
+def geometry_of(
+    layers: list[compat.LayerMemory], owner: Mapping[str, torch.Tensor], device: int | None = None
+) -> Geometry:
+    """One range for each allocation, and the pieces of the layers in order; neighbours become one, and layers that
+    share their memory count once.
+    """
     distinct = list({layer.start: layer for layer in layers}.values())
+    allocations: dict[int, list[compat.LayerMemory]] = {}
+    for layer in distinct:
+        allocations.setdefault(layer.memory, []).append(layer)
+    starts = {memory: min(layer.start for layer in inside) for memory, inside in allocations.items()}
+    numbers = {memory: number for number, memory in enumerate(allocations)}
+    fragments: list[tuple[int, int, int, int]] = []
+    for layer in distinct:
+        for piece in layer.pieces:
+            range_, offset = numbers[layer.memory], layer.start - starts[layer.memory] + piece.offset
+            if fragments:
+                last_range, last_offset, last_stride, last_length = fragments[-1]
+                if (last_range, last_offset + last_length, last_stride) == (range_, offset, piece.stride):
+                    fragments[-1] = (range_, last_offset, last_stride, last_length + piece.length)
+                    continue
+            fragments.append((range_, offset, piece.stride, piece.length))
     return Geometry(
-        ranges=[(layer.start, layer.range_bytes) for layer in distinct],
-        fragments=[(index, 0, layer.stride, layer.page_bytes) for index, layer in enumerate(distinct)],
-        block_bytes=sum(layer.page_bytes for layer in distinct),
+        ranges=[
+            (starts[memory], max(layer.end for layer in inside) - starts[memory])
+            for memory, inside in allocations.items()
+        ],
+        fragments=fragments,
+        block_bytes=sum(length for _, _, _, length in fragments),
         blocks=distinct[0].blocks,
         owner=owner,
+        device=device,
     )

@@ -52,12 +52,6 @@ struct Options {
     /// Address of /health, /ready and /metrics, or `off`.
     #[arg(long, env = "PEGAFLOW_HTTP", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
     http: HttpAddress,
-    /// The most memory shared with one client.
-    #[arg(long, env = "PEGAFLOW_SESSION_SHARED_MEMORY", value_name = "SIZE", default_value = "1GiB")]
-    session_shared_memory: ByteSize,
-    /// The most memory shared with all clients.
-    #[arg(long, env = "PEGAFLOW_SHARED_MEMORY", value_name = "SIZE", default_value = "4GiB")]
-    shared_memory: ByteSize,
     /// The longest time for stopping, in seconds: operations end, what is in DRAM becomes durable.
     #[arg(long, env = "PEGAFLOW_SHUTDOWN_TIMEOUT", value_name = "SECONDS", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -106,14 +100,12 @@ impl Options {
             },
             ..NvmeConfig::new(path, self.capacity)
         });
-        EngineConfig { dram: self.dram, huge_pages: self.huge_pages, nvme, ..EngineConfig::default() }
-    }
-
-    fn server(&self) -> ServerConfig {
-        ServerConfig {
-            session_shared_memory: self.session_shared_memory,
-            shared_memory: self.shared_memory,
-            ..ServerConfig::default()
+        EngineConfig {
+            dram: self.dram,
+            huge_pages: self.huge_pages,
+            shared_dram: true,
+            nvme,
+            ..EngineConfig::default()
         }
     }
 
@@ -121,7 +113,6 @@ impl Options {
     fn check(&self) -> Result<()> {
         let mut problems = Vec::new();
         problems.extend(self.engine().validate().err().map(|error| error.message().to_owned()));
-        problems.extend(self.server().validate().err().map(|error| error.message().to_owned()));
         if self.path.is_none() && self.region.is_some() {
             problems.push("--region is given without a store; give --path DIR".into());
         }
@@ -232,7 +223,7 @@ async fn run(options: &Options) -> Result<()> {
         "records": engine.stats().nvme_records,
         "pid": std::process::id(),
     });
-    let server = Server::start(engine, listeners, &options.server(), &readiness);
+    let server = Server::start(engine, listeners, &ServerConfig::default(), &readiness);
     // Whoever started the server may have gone; that is no reason to stop.
     let _told = std::io::Write::write_all(&mut std::io::stdout(), format!("{ready}\n").as_bytes());
     stop.asked().await;

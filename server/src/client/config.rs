@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_engine::{DeviceMemory, Error, ErrorKind, HostMemory, InstanceSpec, Result};
+use pegaflow_engine::{DeviceMemory, Error, ErrorKind, InstanceSpec, Result};
 
 use crate::limits::{GROUPS_MAX, NAME_BYTES_MAX};
 
@@ -46,9 +46,6 @@ pub struct ClientConfig {
     pub rpc_timeout: Duration,
     /// The longest life of a load or a save; then it is cancelled and its blocks fail. Default: 60 s.
     pub operation_timeout: Duration,
-    /// Bytes of memory shared with the server, for workers only; at least one block is taken.
-    /// Default: 256 MiB. The server's limit is 1 GiB by default.
-    pub staging_bytes: u64,
 }
 
 impl ClientConfig {
@@ -60,7 +57,6 @@ impl ClientConfig {
             lookup_timeout: Duration::from_millis(50),
             rpc_timeout: Duration::from_secs(5),
             operation_timeout: Duration::from_secs(60),
-            staging_bytes: 256 << 20,
         }
     }
 
@@ -86,13 +82,13 @@ impl ClientConfig {
 #[derive(Clone)]
 pub(super) struct Registration {
     pub(super) spec: InstanceSpec,
-    pub(super) memory: Arc<HostMemory>,
+    pub(super) memory: Arc<dyn DeviceMemory>,
 }
 
 impl Registration {
     /// # Errors
     /// `InvalidInput` if the memory does not fit the groups.
-    pub(super) fn new(spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<Self> {
+    pub(super) fn new(spec: InstanceSpec, memory: Arc<dyn DeviceMemory>) -> Result<Self> {
         let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
         if spec.groups.is_empty() || spec.groups.len() > GROUPS_MAX {
             return bad(format!("{} groups; give 1 to {GROUPS_MAX}", spec.groups.len()));
@@ -112,12 +108,5 @@ impl Registration {
         let (a, b) = (&self.spec, &other.spec);
         (&a.instance, &a.namespace, &a.groups, a.shard) == (&b.instance, &b.namespace, &b.groups, b.shard)
             && Arc::ptr_eq(&self.memory, &other.memory)
-    }
-
-    /// The size of a staging slot and how many `bytes` allow: at least one, and no more than there are blocks.
-    pub(super) fn staging(&self, bytes: u64) -> (u64, u32) {
-        let layout = self.memory.layout();
-        let slots = (bytes / layout.block_bytes()).clamp(1, layout.blocks().into());
-        (layout.block_bytes(), u32::try_from(slots).unwrap_or(u32::MAX))
     }
 }

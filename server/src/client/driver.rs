@@ -1,5 +1,5 @@
 //! The task behind a client: it keeps a session open, repeats the registration, and moves inputs (calls, events, answers,
-//! ended copies, deadlines) into [`Transfers`] and its actions out. It never waits for anything but all of them at once.
+//! ended copies, deadlines) into [`Operations`] and its actions out. It never waits for anything but all of them at once.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -9,18 +9,19 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use pegaflow_engine::{Error, ErrorKind, HostMemory, LeaseId, OperationId, Result};
+use pegaflow_engine::{DeviceMemory, Error, ErrorKind, Fence, LeaseId, OperationId, PlacedCopy, Result};
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use super::arena::SessionArena;
 use super::config::{ClientConfig, Registration};
-use super::copies::{Copied, CopyThreads};
+use super::copies::CopyThreads;
 use super::link::{self, Link};
+use super::operations::{Action, CopyJob, Operations, SENT_MAX, Work};
 use super::shared::Shared;
-use super::transfers::{Action, Pool, Transfers, Work};
 use crate::limits::BLOCKS_MAX;
 use crate::proto::session_event::Event;
-use crate::proto::{CancelRequest, ReleaseRequest, SessionEvent};
+use crate::proto::{CancelRequest, ConsumeRequest, CopyEndedRequest, ReleaseRequest, SessionEvent};
 use crate::status::from_status;
 use crate::wire;
 
@@ -28,6 +29,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// The pause before a registration that failed for a passing reason is tried again.
 const REGISTER_RETRY: Duration = Duration::from_secs(1);
+/// How long the arena stays mapped after the session was lost, for copies at places that were told before. Short: a new
+/// server wants the memory.
+const ARENA_LINGER: Duration = Duration::from_secs(2);
 
 /// What a caller asks for.
 pub(super) enum Command {
@@ -36,10 +40,13 @@ pub(super) enum Command {
     Submit {
         operation: OperationId,
         work: Work,
-        kv: Arc<HostMemory>,
+        kv: Arc<dyn DeviceMemory>,
+        after: Option<Fence>,
     },
     Cancel(OperationId),
     Release(LeaseId),
+    /// A shard's blocks were copied by the worker itself.
+    Consume(LeaseId, u16),
     /// Answered when every operation has completed.
     Close(crossbeam_channel::Sender<()>),
 }
@@ -47,24 +54,29 @@ pub(super) enum Command {
 /// The end of an RPC: of a chunk, or of something that nobody waits for.
 type Answered = (Option<u64>, Result<(), Status>);
 
+/// The end of a copy: its order, its operation on the wire, whether all was copied.
+type Copied = ((u64, u64), u64, bool);
+
 pub(super) struct Driver {
     config: ClientConfig,
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
-    transfers: Transfers,
-    copies: CopyThreads,
+    operations: Operations,
+    copies: Arc<CopyThreads>,
     copied: mpsc::Receiver<Copied>,
+    report_copied: mpsc::Sender<Copied>,
     /// `None` while there is no session.
     link: Option<Link>,
     last_event: Instant,
     connecting: Option<BoxFuture<'static, Result<Link>>>,
     backoff: Duration,
     registration: Option<Registration>,
-    registering: Option<BoxFuture<'static, Result<Pool>>>,
+    registering: Option<BoxFuture<'static, Result<Arc<SessionArena>>>>,
     /// Who waits for the registration.
     waiting: Vec<crossbeam_channel::Sender<Result<()>>>,
     rpcs: FuturesUnordered<BoxFuture<'static, Answered>>,
     releases: Vec<LeaseId>,
+    consumed: Vec<(LeaseId, u16)>,
     closing: Vec<crossbeam_channel::Sender<()>>,
 }
 
@@ -73,17 +85,20 @@ impl Driver {
         config: ClientConfig,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
-        (copies, copied): (CopyThreads, mpsc::Receiver<Copied>),
+        copies: Arc<CopyThreads>,
     ) -> Self {
-        let transfers = Transfers::new(Arc::clone(&shared.completions), config.operation_timeout);
+        let operations = Operations::new(Arc::clone(&shared.completions), config.operation_timeout);
+        // One copy at a time for each operation, and some of those that a lost session left.
+        let (report_copied, copied) = mpsc::channel(4 * SENT_MAX);
         Self {
             connecting: Some(Box::pin(link::connect(config.clone()))),
             config,
             shared,
             commands,
-            transfers,
+            operations,
             copies,
             copied,
+            report_copied,
             link: None,
             last_event: Instant::now(),
             backoff: BACKOFF_MIN,
@@ -92,6 +107,7 @@ impl Driver {
             waiting: Vec::new(),
             rpcs: FuturesUnordered::new(),
             releases: Vec::new(),
+            consumed: Vec::new(),
             closing: Vec::new(),
         }
     }
@@ -101,18 +117,18 @@ impl Driver {
     /// # Cancel safety
     /// Dropping it loses completions; copies end on their own and hold their memories.
     pub(super) async fn run(mut self) {
-        while self.closing.is_empty() || !self.transfers.is_idle() {
+        while self.closing.is_empty() || !self.operations.is_idle() {
             let deadline = self.next_deadline();
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.obey(command),
                     None => break,
                 },
-                Some(copied) = self.copied.recv() => self.transfers.copied(&copied),
+                Some((order, wire, is_complete)) = self.copied.recv() => self.operations.copied(order, wire, is_complete),
                 Some(answered) = self.rpcs.next(), if !self.rpcs.is_empty() => self.answered(answered),
                 event = next_event(&mut self.link), if self.link.is_some() => self.event(event),
                 linked = poll_option(&mut self.connecting), if self.connecting.is_some() => self.connected(linked),
-                pool = poll_option(&mut self.registering), if self.registering.is_some() => self.registered(pool),
+                arena = poll_option(&mut self.registering), if self.registering.is_some() => self.registered(arena),
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {
                     self.tick();
                 }
@@ -127,14 +143,13 @@ impl Driver {
 
     fn next_deadline(&self) -> Option<Instant> {
         let silence = self.link.as_ref().map(|link| self.last_event + link.silence_max);
-        silence.into_iter().chain(self.transfers.next_deadline()).min()
+        silence.into_iter().chain(self.operations.next_deadline()).min()
     }
 
     fn tick(&mut self) {
         let now = Instant::now();
-        if self.transfers.tick(now) {
-            self.lose_link(&Error::new(ErrorKind::Timeout, "the server never ended a cancelled operation"));
-        } else if self.link.as_ref().is_some_and(|link| self.last_event + link.silence_max <= now) {
+        self.operations.tick(now);
+        if self.link.as_ref().is_some_and(|link| self.last_event + link.silence_max <= now) {
             self.lose_link(&Error::new(ErrorKind::Timeout, "the server has been silent for too long"));
         }
     }
@@ -142,13 +157,18 @@ impl Driver {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Register(registration, answer) => self.register(registration, answer),
-            Command::Submit { operation, work, kv } => self.transfers.submit(operation, work, kv, Instant::now()),
-            Command::Cancel(operation) => self.transfers.cancel(operation, Instant::now()),
+            Command::Submit { operation, work, kv, after } => {
+                self.operations.submit(operation, work, kv, after, Instant::now());
+            }
+            Command::Cancel(operation) => self.operations.cancel(operation),
             // One that is not given back runs out by itself.
             Command::Release(lease) if self.link.is_some() && self.releases.len() < BLOCKS_MAX => {
                 self.releases.push(lease);
             }
-            Command::Release(_) => {}
+            Command::Consume(lease, shard) if self.link.is_some() && self.consumed.len() < BLOCKS_MAX => {
+                self.consumed.push((lease, shard));
+            }
+            Command::Release(_) | Command::Consume(..) => {}
             Command::Close(answer) => {
                 self.closing.push(answer);
                 self.shared.close();
@@ -183,20 +203,22 @@ impl Driver {
     fn start_registering(&mut self, pause: Duration) {
         let (Some(link), Some(registration)) = (&self.link, self.registration.clone()) else { return };
         let (rpc, session, config) = (link.rpc.clone(), link.session, self.config.clone());
+        let mapped = self.shared.arena().map(|arena| Arc::clone(&arena.mapped));
         self.registering = Some(Box::pin(async move {
             if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
             }
-            link::register(rpc, session, registration, config).await
+            link::register(rpc, session, registration, mapped, config).await
         }));
     }
 
-    fn registered(&mut self, pool: Result<Pool>) {
+    fn registered(&mut self, arena: Result<Arc<SessionArena>>) {
         self.registering = None;
-        let answer = match pool {
-            Ok(pool) => {
+        let answer = match arena {
+            Ok(arena) => {
                 let Some(link) = &self.link else { return };
-                self.transfers.session_ready(link.session, pool);
+                self.shared.set_arena(arena);
+                self.operations.session_ready(link.session);
                 self.backoff = BACKOFF_MIN;
                 self.shared.registered();
                 tracing::info!(client = self.config.name, "registered with the server at {}", self.config.endpoint);
@@ -270,8 +292,18 @@ impl Driver {
         self.registering = None;
         self.rpcs.clear();
         self.releases.clear();
+        self.consumed.clear();
         self.shared.unlinked();
-        self.transfers.session_lost();
+        self.operations.session_lost();
+        if let Some(arena) = self.shared.arena() {
+            let (shared, linger) = (Arc::clone(&self.shared), self.closing.is_empty());
+            tokio::spawn(async move {
+                if linger {
+                    tokio::time::sleep(ARENA_LINGER).await;
+                }
+                shared.leave_arena(&arena);
+            });
+        }
     }
 
     fn lose_link(&mut self, error: &Error) {
@@ -290,8 +322,9 @@ impl Driver {
         self.last_event = Instant::now();
         match event {
             Ok(Some(SessionEvent { event })) => match event {
-                Some(Event::LoadEnded(ended)) => self.transfers.load_ended(&ended),
-                Some(Event::SaveEnded(ended)) => self.transfers.save_ended(&ended),
+                Some(Event::LoadEnded(ended)) => self.operations.load_ended(ended),
+                Some(Event::SaveEnded(ended)) => self.operations.save_ended(&ended),
+                Some(Event::Copy(order)) => self.operations.ordered(order),
                 Some(Event::Opened(_) | Event::Heartbeat(_)) | None => {}
             },
             Ok(None) => self.lose_link(&Error::new(ErrorKind::Closed, "the server ended the session")),
@@ -299,24 +332,24 @@ impl Driver {
         }
     }
 
-    fn answered(&mut self, (chunk, result): Answered) {
+    fn answered(&mut self, (wire, result): Answered) {
         if let Err(status) = &result
             && link::is_link_broken(status)
         {
             return self.lose_link(&from_status(status));
         }
-        if let (Some(chunk), Err(status)) = (chunk, &result) {
-            tracing::debug!(chunk, "not accepted: {:#}", from_status(status));
+        if let (Some(wire), Err(status)) = (wire, &result) {
+            tracing::debug!(wire, "not accepted: {:#}", from_status(status));
         }
-        if let Some(chunk) = chunk {
-            self.transfers.answered(chunk, result.is_ok());
+        if let Some(wire) = wire {
+            self.operations.answered(wire, result.is_ok());
         }
     }
 
     /// Carries out what the transfers ask for.
     fn pump(&mut self) {
         loop {
-            let actions = self.transfers.pump();
+            let actions = self.operations.pump();
             if actions.is_empty() {
                 break;
             }
@@ -329,34 +362,62 @@ impl Driver {
                 rpc.release(ReleaseRequest { session, leases: leases.into() }).await.map(drop)
             });
         }
+        for (lease, shard) in std::mem::take(&mut self.consumed) {
+            self.call(None, move |mut rpc, session| async move {
+                let leases = wire::lease_bytes(lease).to_vec().into();
+                rpc.consume(ConsumeRequest { session, leases, shard: shard.into() }).await.map(drop)
+            });
+        }
     }
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Load { chunk, request } => {
-                self.call(Some(chunk), |mut rpc, _| async move { rpc.load(request).await.map(drop) });
+            Action::Load { wire, request } => {
+                self.call(Some(wire), |mut rpc, _| async move { rpc.load(request).await.map(drop) });
             }
-            Action::Save { chunk, request } => {
-                self.call(Some(chunk), |mut rpc, _| async move { rpc.save(request).await.map(drop) });
+            Action::Save { wire, request } => {
+                self.call(Some(wire), |mut rpc, _| async move { rpc.save(request).await.map(drop) });
             }
-            Action::Cancel { chunks: operations } => {
+            Action::CopyEnded { order, is_complete } => {
+                self.call(None, move |mut rpc, session| async move {
+                    rpc.copy_ended(CopyEndedRequest { session, order, is_complete }).await.map(drop)
+                });
+            }
+            Action::Cancel { wires: operations } => {
                 self.call(None, |mut rpc, session| async move {
                     rpc.cancel(CancelRequest { session, operations }).await.map(drop)
                 });
             }
-            Action::Copy(job) => {
-                let chunk = job.chunk;
-                if self.copies.start_copy(job).is_err() {
-                    tracing::error!("the copy threads are gone; a chunk is lost");
-                    self.transfers.copied(&Copied { chunk, is_complete: false });
-                }
+            Action::Copy(job) => self.start_copy(job),
+        }
+    }
+
+    fn start_copy(&mut self, job: CopyJob) {
+        let CopyJob { order, wire, kv, direction, blocks, after, cancelled } = job;
+        let Some(arena) = self.shared.arena() else {
+            return self.operations.copied(order, wire, false);
+        };
+        let (report, view) = (self.report_copied.clone(), Arc::clone(&arena.mapped.view));
+        let done = Box::new(move |result: Result<()>| {
+            if let Err(error) = result.as_ref()
+                && error.kind() != ErrorKind::Cancelled
+            {
+                tracing::error!("copying blocks failed: {error:#}");
             }
+            // Only now may the server be told that nothing touches the arena.
+            drop(arena);
+            // There are never more than the channel holds; when the client is gone nobody waits.
+            let _nobody_waits = report.try_send((order, wire, result.is_ok()));
+        });
+        let copy = PlacedCopy { arena: view, direction, blocks, after, cancelled, done };
+        if let Err(refused) = self.copies.start_copy((kv, copy)) {
+            (refused.1.done)(Err(Error::new(ErrorKind::Busy, "the queue of copies is full")));
         }
     }
 
     /// Starts an RPC on the live session. An answer that does not come in time is one from the transport: it is not known
     /// whether the server acts on the request, so the session is given up.
-    fn call<F>(&mut self, chunk: Option<u64>, start: impl FnOnce(link::Rpc, u64) -> F)
+    fn call<F>(&mut self, wire: Option<u64>, start: impl FnOnce(link::Rpc, u64) -> F)
     where
         F: Future<Output = Result<(), Status>> + Send + 'static,
     {
@@ -364,7 +425,7 @@ impl Driver {
         let (rpc, timeout) = (start(link.rpc.clone(), link.session), self.config.rpc_timeout);
         self.rpcs.push(Box::pin(async move {
             let late = || Err(Status::deadline_exceeded(format!("no answer within {timeout:?}")));
-            (chunk, tokio::time::timeout(timeout, rpc).await.unwrap_or_else(|_| late()))
+            (wire, tokio::time::timeout(timeout, rpc).await.unwrap_or_else(|_| late()))
         }));
     }
 }

@@ -1,6 +1,8 @@
-//! One connection to the server, and what has to be done on it before a worker can work: session, registration, shared
-//! memory. A connection is used for one session and never connects again by itself.
+//! One connection to the server, and what has to be done on it before a worker can work: session, registration, arena. A
+//! connection is used for one session and never connects again by itself.
 
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,15 +14,15 @@ use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint as Transport, Uri};
 use tonic::{Status, Streaming};
 
+use super::arena::{self, MappedArena, SessionArena};
 use super::config::{ClientConfig, Endpoint, Registration};
-use super::transfers::Pool;
 use crate::limits::{MESSAGE_BYTES_MAX, TOKEN_BYTES};
 use crate::proto::pega_flow_client::PegaFlowClient;
 use crate::proto::session_event::Event;
-use crate::proto::{OpenSessionRequest, SessionEvent, ShareMemoryRequest};
+use crate::proto::{OpenSessionRequest, SessionEvent, ShareArenaRequest};
 use crate::status::from_status;
 use crate::transport::is_trusted_peer;
-use crate::{memory_socket, memory_socket_path, shared_memory, wire};
+use crate::{memory_socket, memory_socket_path, wire};
 
 pub(super) type Rpc = PegaFlowClient<Channel>;
 
@@ -144,10 +146,10 @@ pub(super) async fn within<T>(timeout: Duration, what: &str, work: impl Future<O
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, format!("{what} took longer than {timeout:?}"))))
 }
 
-/// Registers the worker on a live session and maps the memory that it shares with the server.
+/// Registers the worker on a live session and maps the arena, unless it is the one that is mapped already.
 ///
 /// # Errors
-/// The server's refusal, or `Unsupported` over TCP, which cannot pass memory.
+/// The server's refusal, the device's, or `Unsupported` over TCP, which cannot pass memory.
 ///
 /// # Cancel safety
 /// Dropping it leaves a session that is partly registered; registering again is allowed.
@@ -155,10 +157,11 @@ pub(super) async fn register(
     mut rpc: Rpc,
     session: u64,
     registration: Registration,
+    mapped: Option<Arc<MappedArena>>,
     config: ClientConfig,
-) -> Result<Pool> {
+) -> Result<Arc<SessionArena>> {
     let timeout = config.rpc_timeout;
-    let request = wire::register_request(session, &registration.spec);
+    let request = wire::register_request(session, &registration.spec, registration.memory.layout().blocks());
     within(timeout, "registering", async {
         rpc.register(request).await.map(drop).map_err(|status| from_status(&status))
     })
@@ -166,21 +169,24 @@ pub(super) async fn register(
     let Endpoint::Unix(socket) = &config.endpoint else {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            "loads and saves need shared memory, which TCP cannot pass; use the server's Unix socket",
+            "loads and saves need the server's memory, which TCP cannot pass; use the server's Unix socket",
         ));
     };
-    let (slot_bytes, slots) = registration.staging(config.staging_bytes);
-    let request = ShareMemoryRequest { session, slot_bytes, slots };
-    let shared = within(timeout, "sharing memory", async {
-        rpc.share_memory(request).await.map_err(|status| from_status(&status))
+    let shared = within(timeout, "sharing the arena", async {
+        rpc.share_arena(ShareArenaRequest { session }).await.map_err(|status| from_status(&status))
     })
     .await?
     .into_inner();
     if shared.token.len() != TOKEN_BYTES {
         return Err(Error::new(ErrorKind::InvalidInput, format!("a token of {} bytes", shared.token.len())));
     }
-    let fd = memory_socket::fetch(&memory_socket_path(socket), &shared.token, timeout).await?;
-    Ok(Pool::new(shared.memory, shared_memory::open(&fd, slot_bytes, slots)?))
+    let id = wire::arena(&shared.arena)?;
+    let (fd, connection) = memory_socket::fetch(&memory_socket_path(socket), &shared.token, timeout).await?;
+    let mapped = match mapped.filter(|mapped| mapped.id() == id) {
+        Some(mapped) => mapped,
+        None => Arc::new(MappedArena::new(arena::map(fd.as_fd(), id, shared.bytes)?, registration.memory)?),
+    };
+    Ok(Arc::new(SessionArena { mapped, _connection: connection }))
 }
 
 /// Whether a server that refused a registration would refuse it again: then there is no point in repeating it.

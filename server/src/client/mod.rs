@@ -1,25 +1,27 @@
-//! The client of the server, for callers that block: a scheduler looks up, a worker loads and saves its own memory through
-//! memory shared with the server. It keeps a session open by itself, registers again after every restart of the server,
+//! The client of the server, for callers that block: a scheduler looks up, a worker loads and saves its own memory, which it
+//! copies itself from and to the server's arena. It keeps a session open by itself, registers again after every restart of the server,
 //! and never makes a caller wait longer than the call's timeout; without a server everything fails at once with `Closed`.
 //!
 //! Fencing: an accepted operation ends in exactly one [`Completion`], and only when none of its copies into or out of the
 //! worker's memory can happen any more, whatever became of the server. Start it after a fork, not before.
 
+mod arena;
 mod completions;
 mod config;
 mod copies;
 mod driver;
 mod link;
+mod operations;
 mod shared;
-mod transfers;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    BlockSave, DeviceMemory, Error, ErrorKind, HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
-    LookupRequest, OperationId, Result,
+    ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock,
+    LoadOutcome, LookupReply, LookupRequest, OperationId, Place, PlacedCopy, Result,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -35,11 +37,13 @@ use crate::wire;
 use config::Registration;
 use copies::CopyThreads;
 use driver::{Command, Driver};
+use operations::Work;
 use shared::Shared;
-use transfers::Work;
 
 /// Calls waiting for the client's task; more are refused with `Busy`.
 const COMMANDS_MAX: usize = 4096;
+/// A copy at told places is not started with less of the lease left than this; it takes far less.
+const LEASE_REMAINING_MIN: Duration = Duration::from_secs(10);
 
 /// A client. Cloning gives another handle; the last one ends the session.
 #[derive(Clone)]
@@ -51,6 +55,7 @@ struct Inner {
     config: ClientConfig,
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
+    copies: Arc<CopyThreads>,
     registration: Mutex<Option<Registration>>,
     runtime: Option<Runtime>,
 }
@@ -80,12 +85,10 @@ impl Client {
             .map_err(|error| Error::from_io("cannot start the client's thread", error))?;
         let shared = Arc::new(Shared::default());
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
-        let driver = {
-            let _entered = runtime.enter();
-            Driver::new(config.clone(), Arc::clone(&shared), receiver, CopyThreads::start()?)
-        };
+        let copies = Arc::new(CopyThreads::start()?);
+        let driver = Driver::new(config.clone(), Arc::clone(&shared), receiver, Arc::clone(&copies));
         runtime.spawn(driver.run());
-        let inner = Inner { config, shared, commands, registration: Mutex::default(), runtime: Some(runtime) };
+        let inner = Inner { config, shared, commands, copies, registration: Mutex::default(), runtime: Some(runtime) };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -114,7 +117,7 @@ impl Client {
     /// # Errors
     /// `InvalidInput` for memory that does not fit the geometry or for a second worker, `GeometryMismatch` and other
     /// lasting refusals of the server; passing ones are tried again in the background.
-    pub fn register(&self, spec: InstanceSpec, memory: Arc<HostMemory>) -> Result<()> {
+    pub fn register(&self, spec: InstanceSpec, memory: Arc<dyn DeviceMemory>) -> Result<()> {
         let registration = Registration::new(spec, memory)?;
         let earlier = self.inner.registration.lock().replace(registration.clone());
         let (answer, answered) = crossbeam_channel::bounded(1);
@@ -151,19 +154,108 @@ impl Client {
         let _best_effort = self.inner.commands.try_send(Command::Release(lease));
     }
 
-    /// Starts a load of leased blocks into the worker's memory. Ends in a [`Completion`] if this returns `Ok`, and in
-    /// none otherwise.
+    /// The arena that the worker's device can reach wholly by now; `None` without a registered session, or while it is still
+    /// being made reachable.
+    ///
+    /// # Errors
+    /// Why the device never will reach it.
+    pub fn arena(&self) -> Result<Option<ArenaId>> {
+        let (Some(arena), Ok(memory)) = (self.inner.shared.arena(), self.memory()) else { return Ok(None) };
+        Ok(memory.is_attached(&arena.mapped.view)?.then(|| arena.mapped.id()))
+    }
+
+    /// Starts a load of leased blocks into the worker's memory, behind what is queued on the device's stream `stream` (0 for
+    /// host memory). Ends in a [`Completion`] if this returns `Ok`, and in none otherwise.
     ///
     /// # Errors
     /// `Closed` without a registered session, `InvalidInput` for a block outside the memory, `Busy` at a bound.
-    pub fn load(&self, operation: OperationId, lease: LeaseId, shard: u16, blocks: Vec<LoadBlock>) -> Result<()> {
+    pub fn load(
+        &self,
+        operation: OperationId,
+        lease: LeaseId,
+        shard: u16,
+        blocks: Vec<LoadBlock>,
+        stream: u64,
+    ) -> Result<()> {
         let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
-        self.submit(operation, Work::Load { lease, shard, blocks }, kv)
+        self.submit(operation, Work::Load { lease, shard, blocks }, kv, stream)
     }
 
-    /// Starts a save of blocks of `group` out of the worker's memory, ancestors first. Ends in a [`Completion`] if this returns
-    /// `Ok`, and in none otherwise. Saves reach the server in the order of these calls.
+    /// Loads blocks from the places that a lookup told, without the server: it is only told when the copy has ended. With
+    /// `before`, what is queued on `stream` from now on runs after the load; otherwise only the load runs after what is queued
+    /// there already. Ends in a [`Completion`] if this returns `Ok`, and in none otherwise.
+    ///
+    /// # Errors
+    /// `NotFound` if `arena` is not the one that this worker has, `Busy` if its device cannot reach all of it yet, `Timeout` if
+    /// the lease has less than 10 s `remaining`, `InvalidInput` for a block or place outside; nothing was copied then.
+    #[expect(clippy::too_many_arguments, reason = "the values of one request")]
+    pub fn load_placed(
+        &self,
+        operation: OperationId,
+        lease: LeaseId,
+        shard: u16,
+        arena: ArenaId,
+        blocks: Vec<(u32, Place)>,
+        remaining: Duration,
+        (stream, before): (u64, bool),
+    ) -> Result<()> {
+        let kv = self.known_memory()?;
+        check_blocks(&kv, blocks.len(), blocks.iter().map(|(block, _)| *block))?;
+        if remaining < LEASE_REMAINING_MIN {
+            let message = format!("the lease has {remaining:?} left, less than the {LEASE_REMAINING_MIN:?} to copy in");
+            return Err(Error::new(ErrorKind::Timeout, message));
+        }
+        let held = self.inner.shared.arena().filter(|held| held.mapped.id() == arena).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "the blocks lie in the memory of another server; look them up again")
+        })?;
+        if !kv.is_attached(&held.mapped.view)? {
+            return Err(Error::new(ErrorKind::Busy, "the device cannot reach all of the server's memory yet"));
+        }
+        self.inner.shared.completions.accept(operation)?;
+        let cancelled = Arc::<AtomicBool>::default();
+        let (shared, commands) = (Arc::clone(&self.inner.shared), self.inner.commands.clone());
+        let numbers: Vec<u32> = blocks.iter().map(|(block, _)| *block).collect();
+        let view = Arc::clone(&held.mapped.view);
+        let done = Box::new(move |result: Result<()>| {
+            drop(held);
+            let outcome = match result {
+                Ok(()) => LoadOutcome { loaded_dram: numbers.len() as u32, ..LoadOutcome::default() },
+                Err(error) => {
+                    tracing::warn!("a load ended without its bytes: {error:#}");
+                    LoadOutcome { failed: numbers, ..LoadOutcome::default() }
+                }
+            };
+            // A lease that cannot be given back runs out by itself.
+            let _best_effort = commands.try_send(Command::Consume(lease, shard));
+            shared.placed_ended(operation);
+            shared.completions.end(operation, CompletionResult::Load(outcome));
+        });
+        self.inner.shared.placed_started(operation, Arc::clone(&cancelled));
+        let not_started = |error: Error| {
+            self.inner.shared.placed_ended(operation);
+            self.inner.shared.completions.retract(operation);
+            Err(error)
+        };
+        let direction = CopyDirection::ToDevice;
+        if before {
+            let copy = PlacedCopy { arena: view, direction, blocks, after: None, cancelled, done };
+            return kv.load_before(copy, stream).or_else(not_started);
+        }
+        let after = match kv.fence(stream) {
+            Ok(after) => after,
+            Err(error) => return not_started(error),
+        };
+        let copy = PlacedCopy { arena: view, direction, blocks, after, cancelled, done };
+        match self.inner.copies.start_copy((kv, copy)) {
+            Ok(()) => Ok(()),
+            Err(_) => not_started(Error::new(ErrorKind::Busy, "the queue of copies is full; try again later")),
+        }
+    }
+
+    /// Starts a save of blocks of `group` out of the worker's memory, ancestors first, behind what is queued on the device's
+    /// stream `stream` (0 for host memory). Ends in a [`Completion`] if this returns `Ok`, and in none otherwise. Saves reach
+    /// the server in the order of these calls.
     ///
     /// # Errors
     /// As [`Client::load`].
@@ -174,14 +266,16 @@ impl Client {
         group: u16,
         shard: u16,
         blocks: Vec<BlockSave>,
+        stream: u64,
     ) -> Result<()> {
         let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
-        self.submit(operation, Work::Save { instance, group, shard, blocks }, kv)
+        self.submit(operation, Work::Save { instance, group, shard, blocks }, kv, stream)
     }
 
     /// Asks for an operation to end early; its completion still comes, soon. Unknown ones are ignored.
     pub fn cancel(&self, operation: OperationId) {
+        self.inner.shared.cancel_placed(Some(operation));
         if self.inner.commands.try_send(Command::Cancel(operation)).is_err() {
             tracing::warn!(operation = operation.0, "not cancelled: the client is closed or its queue is full");
         }
@@ -217,7 +311,7 @@ impl Client {
     pub fn stats(&self) -> Result<serde_json::Value> {
         let (mut rpc, _) = self.inner.shared.session()?;
         let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.stats(StatsRequest {}).await })?;
-        let StatsReply { engine_json, server_version, uptime_ms, sessions, shared_bytes, operations } = reply;
+        let StatsReply { engine_json, server_version, uptime_ms, sessions, operations } = reply;
         let engine: serde_json::Value = serde_json::from_str(&engine_json)
             .map_err(|error| Error::new(ErrorKind::Corrupt, format!("the server's counters are no JSON: {error}")))?;
         Ok(serde_json::json!({
@@ -225,7 +319,6 @@ impl Client {
             "server_version": server_version,
             "uptime_ms": uptime_ms,
             "sessions": sessions,
-            "shared_bytes": shared_bytes,
             "operations": operations,
         }))
     }
@@ -235,6 +328,7 @@ impl Client {
     pub fn close(&self, timeout: Duration) {
         let (answer, answered) = crossbeam_channel::bounded(1);
         let deadline = Instant::now() + timeout;
+        self.inner.shared.cancel_placed(None);
         let mut command = Command::Close(answer);
         while let Err(error) = self.inner.commands.try_send(command) {
             match error {
@@ -247,18 +341,24 @@ impl Client {
             }
         }
         let _late = answered.recv_deadline(deadline);
+        self.inner.shared.wait_placed(deadline);
     }
 
-    fn memory(&self) -> Result<Arc<HostMemory>> {
+    fn memory(&self) -> Result<Arc<dyn DeviceMemory>> {
         self.inner.shared.check_working()?;
+        self.known_memory()
+    }
+
+    fn known_memory(&self) -> Result<Arc<dyn DeviceMemory>> {
         let registration = self.inner.registration.lock();
         let memory = registration.as_ref().map(|registration| Arc::clone(&registration.memory));
         memory.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no memory is registered; call register first"))
     }
 
-    fn submit(&self, operation: OperationId, work: Work, kv: Arc<HostMemory>) -> Result<()> {
+    fn submit(&self, operation: OperationId, work: Work, kv: Arc<dyn DeviceMemory>, stream: u64) -> Result<()> {
+        let after = kv.fence(stream)?;
         self.inner.shared.completions.accept(operation)?;
-        self.send(Command::Submit { operation, work, kv })
+        self.send(Command::Submit { operation, work, kv, after })
             .inspect_err(|_| self.inner.shared.completions.retract(operation))
     }
 
@@ -298,7 +398,7 @@ impl Client {
     }
 }
 
-fn check_blocks(kv: &HostMemory, count: usize, mut blocks: impl Iterator<Item = u32>) -> Result<()> {
+fn check_blocks(kv: &Arc<dyn DeviceMemory>, count: usize, mut blocks: impl Iterator<Item = u32>) -> Result<()> {
     let limit = kv.layout().blocks();
     if count > BLOCKS_MAX {
         return Err(Error::new(

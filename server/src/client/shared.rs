@@ -1,12 +1,15 @@
-//! What callers see of a client without asking its task: whether there is a session, under which number, and why not.
+//! What callers see of a client without asking its task: whether there is a session, under which number, why not, and the
+//! arena with the copies that callers have started in it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pegaflow_engine::{Error, ErrorKind, Result};
+use pegaflow_engine::{Error, ErrorKind, OperationId, Result};
 
+use super::arena::SessionArena;
 use super::completions::Completions;
 use super::link::{Link, Rpc};
 
@@ -16,6 +19,10 @@ pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     epoch: AtomicU64,
+    arena: Mutex<Option<Arc<SessionArena>>>,
+    /// Loads that callers copy themselves, with what cancels them.
+    placed: Mutex<HashMap<OperationId, Arc<AtomicBool>>>,
+    placed_ended: Condvar,
 }
 
 #[derive(Default)]
@@ -94,6 +101,44 @@ impl Shared {
 
     pub(super) fn is_closed(&self) -> bool {
         self.state.lock().is_closed
+    }
+
+    /// The arena, also for a moment after the session with its server was lost.
+    pub(super) fn arena(&self) -> Option<Arc<SessionArena>> {
+        self.arena.lock().clone()
+    }
+
+    pub(super) fn set_arena(&self, arena: Arc<SessionArena>) {
+        let earlier = self.arena.lock().replace(arena);
+        drop(earlier);
+    }
+
+    /// Lets the arena go if it is still that one.
+    pub(super) fn leave_arena(&self, left: &Arc<SessionArena>) {
+        let mut arena = self.arena.lock();
+        let is_it = arena.as_ref().is_some_and(|arena| Arc::ptr_eq(arena, left));
+        let earlier = if is_it { arena.take() } else { None };
+        parking_lot::MutexGuard::unlocked(&mut arena, || drop(earlier));
+    }
+
+    pub(super) fn placed_started(&self, operation: OperationId, cancelled: Arc<AtomicBool>) {
+        self.placed.lock().insert(operation, cancelled);
+    }
+
+    pub(super) fn placed_ended(&self, operation: OperationId) {
+        self.placed.lock().remove(&operation);
+        self.placed_ended.notify_all();
+    }
+
+    pub(super) fn cancel_placed(&self, operation: Option<OperationId>) {
+        let placed = self.placed.lock();
+        let meant = placed.iter().filter(|(id, _)| operation.is_none_or(|operation| **id == operation));
+        meant.for_each(|(_, cancelled)| cancelled.store(true, Ordering::Release));
+    }
+
+    pub(super) fn wait_placed(&self, deadline: Instant) {
+        let mut placed = self.placed.lock();
+        while !placed.is_empty() && !self.placed_ended.wait_until(&mut placed, deadline).timed_out() {}
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {

@@ -11,6 +11,7 @@ fn register() -> proto::RegisterRequest {
         namespace: [("model".to_owned(), "m".to_owned())].into(),
         groups: vec![proto::Group { group: 0, block_bytes: 64, shards: 2 }],
         shard: 1,
+        blocks: 9,
     }
 }
 
@@ -24,7 +25,7 @@ fn save(count: usize) -> proto::SaveRequest {
         keys: vec![1; count * KEY_BYTES].into(),
         parents: vec![2; count * KEY_BYTES].into(),
         depths: vec![3; count],
-        slots: vec![4; count],
+        blocks: vec![4; count],
         ..Default::default()
     }
 }
@@ -37,7 +38,7 @@ fn lists_are_taken_up_to_their_limit_and_not_beyond() {
         let load = proto::LoadRequest {
             lease: vec![0; 16].into(),
             indexes: vec![0; count],
-            slots: vec![0; count],
+            blocks: vec![0; count],
             ..Default::default()
         };
         assert_eq!(load_blocks(&load).is_ok(), ok, "{count} blocks of a load");
@@ -84,14 +85,14 @@ fn malformed_lengths_are_refused() {
     }
     assert!(lease(&[0; 15]).is_err() && lease(&[]).is_err() && lease(&[0; 16]).is_ok());
     assert!(save_blocks(&proto::SaveRequest { depths: vec![0], ..save(2) }).is_err());
-    assert!(save_blocks(&proto::SaveRequest { slots: vec![0; 3], ..save(2) }).is_err());
+    assert!(save_blocks(&proto::SaveRequest { blocks: vec![0; 3], ..save(2) }).is_err());
     assert!(save_blocks(&proto::SaveRequest { parents: vec![0; 32].into(), ..save(2) }).is_err());
 }
 
 #[test]
 fn values_come_back_as_they_were() {
     let spec = instance_spec(register()).expect("well-formed");
-    let back = instance_spec(register_request(1, &spec)).expect("well-formed");
+    let back = instance_spec(register_request(1, &spec, 9)).expect("well-formed");
     assert_eq!((back.instance, back.namespace, back.groups, back.shard), {
         let spec = spec.clone();
         (spec.instance, spec.namespace, spec.groups, spec.shard)
@@ -102,10 +103,15 @@ fn values_come_back_as_they_were() {
         keys: (0..5).map(|i| BlockKey::from_bytes([i; 32])).collect(),
         lease: Some(Duration::from_micros(10)),
         tag: 9,
+        with_places: true,
     };
     let back = lookup_request(&lookup_to_wire(1, &request)).expect("well-formed");
-    assert_eq!((&back.keys, back.group, back.tag), (&request.keys, 3, 9));
+    assert_eq!((&back.keys, back.group, back.tag, back.with_places), (&request.keys, 3, 9, true));
     assert_eq!(back.lease, Some(Duration::from_millis(1)), "a short lease is no lease only if none was asked for");
-    let reply = LookupReply { hit_blocks: 4, dram_blocks: 2, lease: Some(LeaseId(0x0102_0304)) };
-    assert_eq!(kind(lookup_reply(&lookup_reply_to_wire(&reply))), Ok(reply));
+    let places = Places { arena: ArenaId(77), places: vec![Place(1), Place(u32::MAX)] };
+    for places in [None, Some(places)] {
+        let reply = LookupReply { hit_blocks: 4, dram_blocks: 2, lease: Some(LeaseId(0x0102_0304)), places };
+        assert_eq!(kind(lookup_reply(&lookup_reply_to_wire(&reply))), Ok(reply));
+    }
+    assert!(arena(&[0; 15]).is_err());
 }

@@ -42,7 +42,9 @@ impl Local {
         let directory = tempfile::tempdir().expect("a directory");
         let socket = directory.path().join("p.sock");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let engine = Engine::open(EngineConfig { dram: ByteSize::mib(64), ..EngineConfig::default() }).expect("opens");
+        let engine =
+            Engine::open(EngineConfig { dram: ByteSize::mib(64), shared_dram: true, ..EngineConfig::default() })
+                .expect("opens");
         let readiness = Readiness::new(Metrics::new());
         let (server, tcp) = runtime.block_on(async {
             let listeners = Listeners::bind(&socket, tcp).await.expect("binds");
@@ -62,7 +64,7 @@ impl Local {
     }
 
     pub(crate) fn worker(&self) -> Worker {
-        let worker = Worker::new(Endpoint::Unix(self.socket.clone()), 1 << 20);
+        let worker = Worker::new(Endpoint::Unix(self.socket.clone()));
         worker.register();
         worker.client.wait_connected(PATIENCE).expect("connects");
         worker
@@ -87,9 +89,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(endpoint: Endpoint, staging_bytes: u64) -> Self {
+    pub(crate) fn new(endpoint: Endpoint) -> Self {
         let mut config = ClientConfig::new(endpoint, "test");
-        config.staging_bytes = staging_bytes;
         config.lookup_timeout = PATIENCE;
         config.rpc_timeout = PATIENCE;
         Self::with(config)
@@ -118,7 +119,7 @@ impl Worker {
     }
 
     pub(crate) fn register(&self) {
-        self.client.register(Self::spec(), Arc::clone(&self.memory)).expect("registers");
+        self.client.register(Self::spec(), self.memory.clone()).expect("registers");
     }
 
     pub(crate) fn memory(&self) -> Arc<HostMemory> {
@@ -162,16 +163,21 @@ impl Worker {
     pub(crate) fn start_save(&self, count: u32) -> pegaflow_engine::Result<OperationId> {
         let operation = self.operation();
         let spec = Self::spec();
-        self.client.save(operation, spec.instance, 0, 0, Self::saves(count)).map(|()| operation)
+        self.client.save(operation, spec.instance, 0, 0, Self::saves(count), 0).map(|()| operation)
     }
 
     pub(crate) fn lookup(&self, count: u32) -> pegaflow_engine::Result<LookupReply> {
+        self.lookup_with(count, false)
+    }
+
+    pub(crate) fn lookup_with(&self, count: u32, with_places: bool) -> pegaflow_engine::Result<LookupReply> {
         self.client.lookup(&LookupRequest {
             instance: Self::spec().instance,
             group: 0,
             keys: (0..count).map(Self::key).collect(),
             lease: Some(PATIENCE),
             tag: 1,
+            with_places,
         })
     }
 
@@ -180,7 +186,7 @@ impl Worker {
         let lease = self.lookup(count).expect("answers").lease.expect("found");
         let operation = self.operation();
         let blocks = (0..count).map(|index| LoadBlock { index, block: BLOCKS - count + index }).collect();
-        self.client.load(operation, lease, 0, blocks).expect("accepted");
+        self.client.load(operation, lease, 0, blocks, 0).expect("accepted");
         operation
     }
 

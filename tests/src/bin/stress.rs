@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use pegaflow_tests::{Chain, ServerOptions, ServerProcess, TestWorker, WorkerOptions};
+use pegaflow_tests::{Chain, KvDevice, ServerOptions, ServerProcess, TestWorker, WorkerOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -44,8 +44,13 @@ struct Tally {
 /// The life of one client; some block sizes and chains are shared by several of them.
 fn client(socket: &Path, number: u64, random: &mut SmallRng, until: Instant, tally: &Tally) -> Result<()> {
     let block_bytes = 48 * 1024 * (1 + number % 4);
-    let options =
-        WorkerOptions { instance: format!("stress-{number}"), model: "stress".into(), block_bytes, blocks: BLOCKS };
+    let options = WorkerOptions {
+        instance: format!("stress-{number}"),
+        model: "stress".into(),
+        block_bytes,
+        blocks: BLOCKS,
+        device: KvDevice::Host,
+    };
     let mut worker = TestWorker::connect(socket, options, Duration::from_secs(30))?;
     while Instant::now() < until {
         let chain = Chain::new(random.random_range(0..200), random.random_range(1..=BLOCKS as usize));
@@ -108,7 +113,13 @@ struct Gauges {
 }
 
 fn gauges(socket: &Path, server: &ServerProcess) -> Result<Gauges> {
-    let options = WorkerOptions { instance: "gauges".into(), model: "gauges".into(), block_bytes: 48, blocks: 1 };
+    let options = WorkerOptions {
+        instance: "gauges".into(),
+        model: "gauges".into(),
+        block_bytes: 48,
+        blocks: 1,
+        device: KvDevice::Host,
+    };
     let worker = TestWorker::connect(socket, options, Duration::from_secs(30))?;
     let stats = worker.client.stats()?;
     let number = |name: &str| stats["engine"][name].as_u64().with_context(|| format!("no {name} in {stats}"));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use pegaflow_tests::{Chain, ServerOptions, ServerProcess, TestWorker, WorkerOptions};
+use pegaflow_tests::{Chain, KvDevice, ServerOptions, ServerProcess, TestWorker, WorkerOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -72,6 +72,7 @@ impl Scenario {
             model: "torture".into(),
             block_bytes: 48 * 1024,
             blocks: CHAIN_BLOCKS_MAX as u32,
+            device: KvDevice::Host,
         };
         TestWorker::connect(&self.options.socket(), options, START_TIMEOUT)
     }

@@ -1,18 +1,27 @@
-//! The arena: anonymous memory taken once at start, cut into chunks. A chunk holds slots of one size; an empty chunk
-//! may become any size again, so fixed block sizes never fragment, several of them side by side.
-#![expect(unsafe_code, reason = "maps and unmaps the arena's memory")]
+//! The arena: memory mapped once at start, cut into chunks, private or shared with workers by its descriptor. A chunk
+//! holds slots of one size; an empty chunk may become any size again, so fixed block sizes never fragment, several of
+//! them side by side. Chunks can be used from the first one on as their memory is taken: see [`growth`].
+#![expect(unsafe_code, reason = "computes addresses inside the arena's mapping")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use super::mapping::{HUGE_PAGE, Mapping};
 use super::slot::{HEADER_BYTES, Slot};
+use super::view::{ArenaId, ArenaView};
+use super::{growth, memory, numa};
 use crate::error::{Error, ErrorKind, Result};
 
 const PAGE: usize = 4096;
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Which pages the arena asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,15 +42,27 @@ pub struct ArenaConfig {
     pub chunk_bytes: u64,
     /// Which pages.
     pub huge_pages: HugePages,
-    /// Whether to touch every page now, in parallel, so that no later access faults.
+    /// Whether to take the memory before it is used, so that no access faults: the first window before the arena is
+    /// returned, the others in the background. Without it all is usable at once, and taken page by page.
     pub touch: bool,
+    /// Bytes of a window, the memory that is taken at once; rounded up to whole chunks. Default: 256 MiB.
+    pub window_bytes: u64,
+    /// Whether other processes may map it: a sealed memfd instead of private memory. Default: no.
+    pub is_shared: bool,
 }
 
 impl ArenaConfig {
-    /// `capacity_bytes` in chunks of 16 MiB (2 MiB where the capacity is under 256 MiB), touched at start.
+    /// `capacity_bytes` in chunks of 16 MiB (2 MiB where the capacity is under 256 MiB), touched from the start on.
     pub fn new(capacity_bytes: u64) -> Self {
         let chunk_bytes = if capacity_bytes < 256 << 20 { HUGE_PAGE as u64 } else { 16 << 20 };
-        Self { capacity_bytes, chunk_bytes, huge_pages: HugePages::Transparent, touch: true }
+        Self {
+            capacity_bytes,
+            chunk_bytes,
+            huge_pages: HugePages::Transparent,
+            touch: true,
+            window_bytes: 256 << 20,
+            is_shared: false,
+        }
     }
 }
 
@@ -60,21 +81,20 @@ pub struct ClassUsage {
 
 /// Memory for slots. Unmapped when the arena and all of its slots are gone.
 pub struct Arena {
-    start: NonNull<u8>,
-    bytes: usize,
+    id: ArenaId,
+    mapping: Mapping,
     chunk_bytes: usize,
+    window_bytes: usize,
     state: Mutex<State>,
+    /// The bytes from the start on whose memory is there; whole chunks. Only grows, by one thread.
+    ready_bytes: AtomicUsize,
+    /// Whom to tell of growth: what stands on the arena, a handful.
+    listeners: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
 }
-
-// SAFETY: the mapping is plain memory that any thread may use; who may use which part is decided by `state`, which is
-// behind a mutex.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
 
 #[derive(Default)]
 struct State {
-    /// Chunks that hold no slot.
+    /// Chunks that are ready and hold no slot.
     free_chunks: BTreeSet<u32>,
     chunks: Vec<Chunk>,
     classes: BTreeMap<usize, Class>,
@@ -97,11 +117,20 @@ struct Chunk {
 }
 
 impl Arena {
-    /// Maps the memory.
+    /// Maps the memory and takes the first window of it; a thread takes the others, one after the other, as long as the
+    /// arena lives.
     ///
     /// # Errors
-    /// `InvalidInput` for sizes outside the limits, `NoSpace` where the kernel has not that much memory.
+    /// `InvalidInput` for sizes outside the limits, `NoSpace` where the kernel has not the memory of the first window.
     pub fn new(config: ArenaConfig) -> Result<Arc<Self>> {
+        Self::growing(config, Mapping::populate)
+    }
+
+    /// As `new`; `populate` takes the memory of a window.
+    pub(crate) fn growing(
+        config: ArenaConfig,
+        populate: impl Fn(&Mapping, Range<usize>) -> io::Result<()> + Send + 'static,
+    ) -> Result<Arc<Self>> {
         let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
         let chunk_bytes =
             usize::try_from(config.chunk_bytes).map_err(|_| bad("the chunk size does not fit in memory".into()))?;
@@ -116,22 +145,30 @@ impl Arena {
             )));
         }
         let bytes = count * chunk_bytes;
-        let start = map(bytes, config.huge_pages)?;
-        let arena = Self {
-            start,
-            bytes,
-            chunk_bytes,
-            state: Mutex::new(State {
-                free_chunks: (0..count as u32).collect(),
-                chunks: vec![Chunk::default(); count],
-                ..State::default()
-            }),
-        };
-        exclude_from_core_dumps(start, bytes);
+        let mapping = Mapping::new(bytes, config.huge_pages, config.is_shared)?;
         if config.touch {
-            arena.touch()?;
+            if !mapping.is_reserved() {
+                memory::warn_if_short(bytes as u64);
+            }
+            mapping.place(&numa::placement(Path::new("/sys")));
         }
-        Ok(Arc::new(arena))
+        let secret = [RandomState::new(), RandomState::new()].map(|secret| secret.hash_one(bytes));
+        let window_chunks = usize::try_from(config.window_bytes).unwrap_or(bytes).div_ceil(chunk_bytes).clamp(1, count);
+        let arena = Arc::new(Self {
+            id: ArenaId((u128::from(secret[0]) << 64) | u128::from(secret[1])),
+            mapping,
+            chunk_bytes,
+            window_bytes: window_chunks * chunk_bytes,
+            state: Mutex::new(State { chunks: vec![Chunk::default(); count], ..State::default() }),
+            ready_bytes: AtomicUsize::new(0),
+            listeners: Mutex::default(),
+        });
+        if config.touch {
+            growth::start(&arena, populate)?;
+        } else {
+            arena.grow(bytes);
+        }
+        Ok(arena)
     }
 
     /// Takes a slot whose payload area has at least `payload_bytes` (rounded up to 4096), or `None` when there is no
@@ -147,14 +184,15 @@ impl Arena {
         state.used_bytes += slot_bytes;
         drop(state);
         let offset = chunk as usize * self.chunk_bytes + offset;
-        debug_assert!(offset + slot_bytes <= self.bytes, "a slot lies inside the arena");
+        debug_assert!(offset + slot_bytes <= self.mapping.bytes(), "a slot lies inside the arena");
         // SAFETY: the offset is inside the mapping, see the assertion; the result is not null because the start is not.
-        let start = unsafe { self.start.add(offset) };
+        let start = unsafe { self.mapping.start().add(offset) };
         Some(Slot::new(Arc::clone(self), start, slot_bytes, chunk))
     }
 
     pub(super) fn give_back(&self, start: NonNull<u8>, slot_bytes: usize, chunk: u32) {
-        let offset = start.as_ptr() as usize - self.start.as_ptr() as usize - chunk as usize * self.chunk_bytes;
+        let offset =
+            start.as_ptr() as usize - self.mapping.start().as_ptr() as usize - chunk as usize * self.chunk_bytes;
         let mut state = self.state.lock();
         state.used_bytes -= slot_bytes;
         if slot_bytes <= self.chunk_bytes {
@@ -165,14 +203,59 @@ impl Arena {
         }
     }
 
-    /// The whole mapping, for registration with the kernel: start and length.
-    pub fn range(&self) -> (NonNull<u8>, usize) {
-        (self.start, self.bytes)
+    /// Its name, new with every arena.
+    pub fn id(&self) -> ArenaId {
+        self.id
     }
 
-    /// Bytes in all.
+    /// The descriptor by which another process can map it, if it is shared.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.mapping.fd()
+    }
+
+    /// The arena as those see it who copy blocks.
+    pub fn view(self: &Arc<Self>) -> Arc<ArenaView> {
+        Arc::new(ArenaView::new(self.id, self.mapping.start(), self.mapping.bytes(), Box::new(Arc::clone(self))))
+    }
+
+    /// The whole mapping, for registration with the kernel: start and length.
+    pub fn range(&self) -> (NonNull<u8>, usize) {
+        (self.mapping.start(), self.mapping.bytes())
+    }
+
+    /// Bytes in all, those that are not ready yet included.
     pub fn capacity_bytes(&self) -> u64 {
-        self.bytes as u64
+        self.mapping.bytes() as u64
+    }
+
+    /// The bytes from the start on that slots can be in by now. Never less than before.
+    pub fn ready_bytes(&self) -> u64 {
+        self.ready_bytes.load(Ordering::Acquire) as u64
+    }
+
+    /// Calls `listener` each time the arena has grown, on the thread that grows it: it only wakes others. Kept as long
+    /// as the arena.
+    pub fn on_growth(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        self.listeners.lock().push(listener);
+    }
+
+    pub(super) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// What is to be populated next, if anything is.
+    pub(super) fn next_window(&self) -> Option<Range<usize>> {
+        let (ready, bytes) = (self.ready_bytes.load(Ordering::Acquire), self.mapping.bytes());
+        (ready < bytes).then(|| ready..bytes.min(ready + self.window_bytes))
+    }
+
+    /// The memory up to `ready_bytes`, a whole number of chunks, is there. Called by one thread at a time.
+    pub(super) fn grow(&self, ready_bytes: usize) {
+        let before = self.ready_bytes.load(Ordering::Acquire);
+        let chunks = (before / self.chunk_bytes) as u32..(ready_bytes / self.chunk_bytes) as u32;
+        self.state.lock().free_chunks.extend(chunks);
+        self.ready_bytes.store(ready_bytes, Ordering::Release);
+        self.listeners.lock().iter().for_each(|listener| listener());
     }
 
     /// Bytes in slots.
@@ -185,7 +268,7 @@ impl Arena {
         payload_bytes.next_multiple_of(PAGE).max(PAGE) + HEADER_BYTES
     }
 
-    /// Chunks that hold no slot.
+    /// Chunks that are ready and hold no slot.
     pub fn free_chunks(&self) -> usize {
         self.state.lock().free_chunks.len()
     }
@@ -200,20 +283,6 @@ impl Arena {
             slots: class.chunks * (self.chunk_bytes / slot_bytes),
         };
         state.classes.iter().map(usage).collect()
-    }
-
-    fn touch(&self) -> Result<()> {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(16);
-        let share = self.bytes.div_ceil(threads).next_multiple_of(HUGE_PAGE);
-        let first = self.start.as_ptr() as usize;
-        let outcome = std::thread::scope(|scope| {
-            let touch = |from: usize| scope.spawn(move || populate(first + from, share.min(self.bytes - from)));
-            let running: Vec<_> = (0..self.bytes).step_by(share).map(touch).collect();
-            running.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
-        });
-        outcome.map_err(|source| {
-            Error::from_io(format!("taking {} bytes of DRAM (give less, or free memory)", self.bytes), source)
-        })
     }
 }
 
@@ -277,68 +346,6 @@ impl State {
             self.free_chunks.remove(&chunk);
         }
         Some(first)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and no slot is left: each holds an `Arc` of this arena.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
-    }
-}
-
-fn map(bytes: usize, huge_pages: HugePages) -> Result<NonNull<u8>> {
-    if huge_pages == HugePages::Reserved {
-        match map_with(bytes, libc::MAP_HUGETLB) {
-            Ok(start) => return Ok(start),
-            Err(error) => {
-                tracing::warn!(bytes, %error, "no reserved 2 MiB pages (see vm.nr_hugepages); using the usual pages")
-            }
-        }
-    }
-    let start =
-        map_with(bytes, 0).map_err(|source| Error::from_io(format!("mapping {bytes} bytes of DRAM"), source))?;
-    // SAFETY: the range was just mapped. A refused hint changes nothing.
-    unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-    Ok(start)
-}
-
-fn map_with(bytes: usize, flags: libc::c_int) -> std::io::Result<NonNull<u8>> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing that exists.
-    let start = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            bytes,
-            protection,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | flags,
-            -1,
-            0,
-        )
-    };
-    match NonNull::new(start.cast::<u8>()) {
-        Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Ok(start),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-/// The text of users is in these bytes: keep it out of core dumps.
-fn exclude_from_core_dumps(start: NonNull<u8>, bytes: usize) {
-    // SAFETY: the range is mapped and ours.
-    if unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_DONTDUMP) } != 0 {
-        tracing::warn!(error = %std::io::Error::last_os_error(), "the arena could not be kept out of core dumps");
-    }
-}
-
-fn populate(start: usize, bytes: usize) -> std::io::Result<()> {
-    // SAFETY: the range lies in the mapping that the caller owns; populating changes no byte.
-    if unsafe { libc::madvise(start as *mut libc::c_void, bytes, libc::MADV_POPULATE_WRITE) } == 0 {
-        return Ok(());
-    }
-    match std::io::Error::last_os_error() {
-        // Before Linux 5.14: pages are then taken at their first use.
-        error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-        error => Err(error),
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::arena::Arena;
+use super::view::Place;
 
 /// The bytes at the start of a slot that are kept for the record's header.
 pub const HEADER_BYTES: usize = 4096;
@@ -50,6 +51,12 @@ impl Slot {
     /// The arena chunk that it lies in.
     pub fn chunk(&self) -> u32 {
         self.chunk
+    }
+
+    /// Where it lies in its arena.
+    pub fn place(&self) -> Place {
+        let offset = self.start.as_ptr() as usize - self.arena.range().0.as_ptr() as usize;
+        Place((offset / 4096) as u32)
     }
 
     /// The first byte, for I/O and device copies. Whoever uses it holds the slot until the operation has ended.

@@ -1,24 +1,14 @@
-//! The host-memory device: vLLM on CPU, shared memory of a worker, and every test. A copy is a `memcpy`, done on the
-//! calling thread; a batch has ended when it is returned.
+//! The host-memory device: vLLM on CPU, and every test. A copy is a `memcpy`, done on the calling thread.
 #![expect(unsafe_code, reason = "copies between registered memories and arena slots")]
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
 
-use super::{BlockCopy, CopyBatch, CopyDirection, Device, DeviceMemory};
+use super::ranges::{RangeFragment, Ranges};
+use super::{CopyDirection, DeviceMemory, PlacedCopy};
 use crate::block::{Fragment, MemoryLayout};
-use crate::dram::HEADER_BYTES;
 use crate::error::{Error, ErrorKind, Result};
-
-/// A fragment of every block in one of several allocations: vLLM on CPU has one for each layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RangeFragment {
-    /// Which of the ranges it lies in, from 0.
-    pub range: u32,
-    /// Where it lies; the offset counts from the start of the range.
-    pub fragment: Fragment,
-}
 
 /// Host memory that somebody else allocated, in one or more ranges, kept alive by `owner`.
 ///
@@ -70,66 +60,10 @@ impl HostMemory {
         blocks: u32,
         owner: Box<dyn std::any::Any + Send + Sync>,
     ) -> Result<Self> {
-        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
-        let mut numbered = Vec::with_capacity(ranges.len());
-        let mut total = 0u64;
-        for (start, bytes) in ranges {
-            numbered.push((*start, total, *bytes));
-            total = total.checked_add(*bytes).ok_or_else(|| bad("the ranges are larger than 2^64 bytes".into()))?;
-        }
-        let mut places = Vec::with_capacity(fragments.len());
-        let mut flat = Vec::with_capacity(fragments.len());
-        for RangeFragment { range, fragment } in fragments {
-            let (start, base, bytes) = *usize::try_from(range)
-                .ok()
-                .and_then(|range| numbered.get(range))
-                .ok_or_else(|| bad(format!("a fragment names range {range}; there are {}", ranges.len())))?;
-            // Inside its own range, not only inside the sum of them.
-            MemoryLayout::new(vec![fragment], blocks, bytes)?;
-            places.push((start, base));
-            flat.push(Fragment { offset: base + fragment.offset, ..fragment });
-        }
-        Ok(Self { places, layout: MemoryLayout::new(flat, blocks, total)?, _owner: owner })
-    }
-
-    /// Copies one block to a block of another host memory, fragments of both in order, whatever their cut. The copy
-    /// has ended when this returns.
-    ///
-    /// # Errors
-    /// `InvalidInput` if a block is outside its memory, or the two memories have blocks of different length.
-    pub fn copy_block_to(&self, block: u32, target: &HostMemory, target_block: u32) -> Result<()> {
-        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
-        let (from_bytes, to_bytes) = (self.layout.block_bytes(), target.layout.block_bytes());
-        if from_bytes != to_bytes {
-            return Err(bad(format!("a block of {from_bytes} bytes cannot be copied to one of {to_bytes} bytes")));
-        }
-        let outside = |block: u32, blocks: u32| {
-            bad(format!("block {block} is outside the registered {blocks}; give a lower one"))
-        };
-        let mut sources = self.pieces_of(block).ok_or_else(|| outside(block, self.layout.blocks()))?;
-        let targets = target.pieces_of(target_block).ok_or_else(|| outside(target_block, target.layout.blocks()))?;
-        let mut source: (*mut u8, usize) = (std::ptr::null_mut(), 0);
-        for (mut to, mut wanted) in targets {
-            while wanted > 0 {
-                if source.1 == 0 {
-                    // Both blocks have the same length, so the source cannot run out first.
-                    let Some(next) = sources.next() else { break };
-                    source = next;
-                }
-                let (from, left) = source;
-                let step = wanted.min(left);
-                // SAFETY: `step` stays inside one piece of each block, and the owners of both memories live during this
-                // call. The two may be the same memory, so this is a move that allows overlap. Writers at the same time
-                // are the caller's, see `HostMemory::new`.
-                unsafe {
-                    std::ptr::copy(from, to, step);
-                    source = (from.add(step), left - step);
-                    to = to.add(step);
-                }
-                wanted -= step;
-            }
-        }
-        Ok(())
+        let lengths: Vec<u64> = ranges.iter().map(|(_, bytes)| *bytes).collect();
+        let Ranges { layout, places } = Ranges::new(&lengths, fragments, blocks)?;
+        let start_of = |(range, base): (usize, u64)| ranges.get(range).map(|(start, _)| (*start, base));
+        Ok(Self { places: places.into_iter().filter_map(start_of).collect(), layout, _owner: owner })
     }
 
     /// Where the pieces of a block lie, and how long each is; `None` if there is no such block. The layout has checked
@@ -142,19 +76,15 @@ impl HostMemory {
         }))
     }
 
-    fn copy_block(&self, direction: CopyDirection, copy: &BlockCopy) -> Result<()> {
-        let outside = || {
-            Error::new(
-                ErrorKind::InvalidInput,
-                format!("block {} is outside the registered {}", copy.block, self.layout.blocks()),
-            )
-        };
-        let mut at = HEADER_BYTES;
-        for (device, bytes) in self.pieces_of(copy.block).ok_or_else(outside)? {
-            // SAFETY: `HostDevice::copy` has checked that the slot is large enough; the slot and the owner of the memory
-            // are held by the caller during this call. The two do not overlap: a slot lies in the arena's own mapping.
+    /// Copies one block, fragments in order, between the memory and a payload of the arena.
+    fn copy_block(&self, direction: CopyDirection, block: u32, payload: NonNull<u8>) {
+        let mut at = 0;
+        for (device, bytes) in self.pieces_of(block).into_iter().flatten() {
+            // SAFETY: `PlacedCopy::check` has checked that all of the block lies in the arena, which the copy holds, and that
+            // the block lies in this memory, whose owner lives as long as it. The two do not overlap: the arena is a
+            // mapping of its own.
             unsafe {
-                let slot = copy.slot.as_ptr().as_ptr().add(at);
+                let slot = payload.as_ptr().add(at);
                 match direction {
                     CopyDirection::ToSlots => std::ptr::copy_nonoverlapping(device, slot, bytes),
                     CopyDirection::ToDevice => std::ptr::copy_nonoverlapping(slot, device, bytes),
@@ -162,70 +92,70 @@ impl HostMemory {
             }
             at += bytes;
         }
+    }
+
+    fn copy_all(&self, copy: &PlacedCopy) -> Result<()> {
+        copy.check(&self.layout)?;
+        for (block, place) in &copy.blocks {
+            if copy.cancelled.load(Ordering::Acquire) {
+                return Err(Error::new(ErrorKind::Cancelled, "the copy was cancelled"));
+            }
+            let payload = copy.arena.payload(*place, self.layout.block_bytes())?;
+            self.copy_block(copy.direction, *block, payload);
+        }
         Ok(())
     }
 }
 
 impl DeviceMemory for HostMemory {
+    fn device(&self) -> &'static str {
+        "host"
+    }
+
     fn layout(&self) -> &MemoryLayout {
         &self.layout
     }
 
-    fn as_host(&self) -> Option<&HostMemory> {
-        Some(self)
+    fn start(self: Arc<Self>, copy: PlacedCopy) {
+        let result = self.copy_all(&copy);
+        (copy.done)(result);
     }
-}
 
-/// The host backend.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct HostDevice;
-
-struct Ended;
-
-impl CopyBatch for Ended {
-    fn wait(&mut self, _deadline: Instant) -> Result<()> {
+    fn load_before(self: Arc<Self>, copy: PlacedCopy, _stream: u64) -> Result<()> {
+        self.copy_all(&copy)?;
+        (copy.done)(Ok(()));
         Ok(())
-    }
-}
-
-impl Device for HostDevice {
-    fn name(&self) -> &'static str {
-        "host"
-    }
-
-    fn copy(
-        &self,
-        memory: &Arc<dyn DeviceMemory>,
-        direction: CopyDirection,
-        copies: Vec<BlockCopy>,
-    ) -> Result<Box<dyn CopyBatch>> {
-        let layout = memory.layout();
-        let host = memory
-            .as_host()
-            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the host device cannot copy a GPU's memory"))?;
-        for copy in &copies {
-            if copy.block >= layout.blocks() || (copy.slot.payload_bytes() as u64) < layout.block_bytes() {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!(
-                        "block {} of {} bytes does not fit: the memory has {} blocks, the slot {} bytes",
-                        copy.block,
-                        layout.block_bytes(),
-                        layout.blocks(),
-                        copy.slot.payload_bytes()
-                    ),
-                ));
-            }
-        }
-        copies.iter().try_for_each(|copy| host.copy_block(direction, copy))?;
-        Ok(Box::new(Ended))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dram::{Arena, ArenaConfig};
+    use crate::dram::{Arena, ArenaConfig, ArenaView, Place, Slot};
+    use crate::error::ErrorKind;
+
+    fn slot() -> (Arc<ArenaView>, Slot) {
+        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
+        (arena.view(), arena.alloc(96).expect("room"))
+    }
+
+    fn copy(
+        memory: &Arc<HostMemory>,
+        direction: CopyDirection,
+        block: u32,
+        (arena, place): (&Arc<ArenaView>, Place),
+    ) -> Result<(), ErrorKind> {
+        let (done, ended) = crossbeam_channel::bounded(1);
+        Arc::clone(memory).start(PlacedCopy {
+            arena: Arc::clone(arena),
+            direction,
+            blocks: vec![(block, place)],
+            after: None,
+            cancelled: Arc::default(),
+            done: Box::new(move |result| drop(done.try_send(result))),
+        });
+        ended.try_recv().expect("host memory copies at once").map_err(|error| error.kind())
+    }
 
     #[test]
     fn a_block_in_fragments_comes_back_bit_for_bit() {
@@ -236,18 +166,13 @@ mod tests {
         let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
         // SAFETY: `bytes` outlives the memory and is not touched while copies run.
         let memory = unsafe { HostMemory::new(start, 4096, fragments, 16, Box::new(())) }.expect("fits");
-        let memory: Arc<dyn DeviceMemory> = Arc::new(memory);
-        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
-        let slot = Arc::new(arena.alloc(96).expect("room"));
-        let copy = |direction, block| {
-            HostDevice
-                .copy(&memory, direction, vec![BlockCopy { block, slot: Arc::clone(&slot) }])
-                .map(|_| ())
-                .map_err(|e| e.kind())
-        };
-        copy(CopyDirection::ToSlots, 3).expect("in range");
-        copy(CopyDirection::ToDevice, 5).expect("in range");
-        assert_eq!(copy(CopyDirection::ToDevice, 16), Err(ErrorKind::InvalidInput));
+        let memory = Arc::new(memory);
+        let (arena, slot) = slot();
+        let at = (&arena, slot.place());
+        copy(&memory, CopyDirection::ToSlots, 3, at).expect("in range");
+        copy(&memory, CopyDirection::ToDevice, 5, at).expect("in range");
+        assert_eq!(copy(&memory, CopyDirection::ToDevice, 16, at), Err(ErrorKind::InvalidInput));
+        assert_eq!(copy(&memory, CopyDirection::ToDevice, 5, (&arena, Place(9999))), Err(ErrorKind::InvalidInput));
         assert_eq!(bytes[5 * 64..6 * 64], original[3 * 64..4 * 64]);
         assert_eq!(bytes[2048 + 5 * 128..2048 + 5 * 128 + 32], original[2048 + 3 * 128..2048 + 3 * 128 + 32]);
         assert_eq!(bytes[..5 * 64], original[..5 * 64]);
@@ -269,47 +194,14 @@ mod tests {
         for refused in [make(fragments(48, 2)), make(fragments(32, 3))] {
             assert_eq!(refused.map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
         }
-        let memory: Arc<dyn DeviceMemory> = Arc::new(make(fragments(32, 2)).expect("fits"));
-        let arena = Arena::new(ArenaConfig::new(4 << 20)).expect("memory");
-        let slot = Arc::new(arena.alloc(96).expect("room"));
+        let memory = Arc::new(make(fragments(32, 2)).expect("fits"));
+        let (arena, slot) = slot();
         for (direction, block) in [(CopyDirection::ToSlots, 1), (CopyDirection::ToDevice, 7)] {
-            let copies = vec![BlockCopy { block, slot: Arc::clone(&slot) }];
-            HostDevice.copy(&memory, direction, copies).map(|_| ()).expect("in range");
+            copy(&memory, direction, block, (&arena, slot.place())).expect("in range");
         }
-        for (layer, before) in layers.iter().zip(&original) {
-            assert_eq!(layer[224..], before[32..64]);
-            assert_eq!(layer[..224], before[..224]);
+        for (layer, original) in layers.iter().zip(&original) {
+            assert_eq!(layer[7 * 32..8 * 32], original[32..64]);
+            assert_eq!(layer[..7 * 32], original[..7 * 32]);
         }
-    }
-
-    #[test]
-    fn blocks_cut_differently_are_copied_between_memories() {
-        let mut bytes: Vec<u8> = (0..4096u32).map(|i| (i * 13 % 251) as u8).collect();
-        let mut staging = vec![0u8; 4 * 96];
-        let fragments =
-            vec![Fragment { offset: 0, stride: 64, bytes: 64 }, Fragment { offset: 2048, stride: 128, bytes: 32 }];
-        let other = vec![
-            Fragment { offset: 0, stride: 96, bytes: 16 },
-            Fragment { offset: 16, stride: 96, bytes: 64 },
-            Fragment { offset: 80, stride: 96, bytes: 16 },
-        ];
-        let memory = |bytes: &mut Vec<u8>, fragments: Vec<Fragment>, blocks| {
-            let start = NonNull::new(bytes.as_mut_ptr()).expect("not null");
-            // SAFETY: the vectors outlive the memories and are not touched while copies run.
-            unsafe { HostMemory::new(start, bytes.len() as u64, fragments, blocks, Box::new(())) }.expect("fits")
-        };
-        let kv = memory(&mut bytes, fragments, 16);
-        let slots = memory(&mut staging, other, 4);
-        kv.copy_block_to(3, &slots, 1).expect("in range");
-        slots.copy_block_to(1, &kv, 9).expect("in range");
-        assert_eq!(kv.copy_block_to(16, &slots, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
-        assert_eq!(kv.copy_block_to(0, &slots, 4).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
-        let (head, tail) = (bytes[3 * 64..4 * 64].to_vec(), bytes[2048 + 3 * 128..2048 + 3 * 128 + 32].to_vec());
-        assert_eq!(staging[96..192], [head.clone(), tail.clone()].concat());
-        assert_eq!(staging[..96], [0; 96]);
-        assert_eq!((&bytes[9 * 64..10 * 64], &bytes[2048 + 9 * 128..2048 + 9 * 128 + 32]), (&head[..], &tail[..]));
-        let mut short = vec![0u8; 64];
-        let short = memory(&mut short, vec![Fragment { offset: 0, stride: 64, bytes: 64 }], 1);
-        assert_eq!(kv.copy_block_to(0, &short, 0).map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
     }
 }

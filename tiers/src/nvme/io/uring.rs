@@ -1,10 +1,13 @@
 //! The io_uring engine: one named thread owns one ring; any thread may hand it requests through bounded queues.
 //! An eventfd, polled by the ring, wakes the thread; it blocks in the kernel otherwise and never spins. Requests enter
 //! by `submit`, wait in [`Queues`], move into the ring while fewer than `depth` are in flight, and leave by `done` on
-//! the ring's thread. [`ring`] is that thread, [`registered`] the arena as the kernel knows it.
+//! the ring's thread. [`ring`] is that thread, [`registered`] the arena as the kernel knows it: that thread registers
+//! it piece by piece as it becomes ready.
 
 #[cfg(test)]
 mod breakdown;
+#[cfg(test)]
+mod growing;
 mod in_flight;
 mod registered;
 mod ring;
@@ -34,7 +37,7 @@ pub(super) struct RingOptions {
     pub(super) depth: usize,
     /// Longer transfers are cut.
     pub(super) piece_bytes: usize,
-    /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB.
+    /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB. Registering one holds up the ring.
     pub(super) buffer_bytes: usize,
     /// The most registered buffers; the kernel takes at most 16,384.
     pub(super) buffers_max: usize,
@@ -42,7 +45,7 @@ pub(super) struct RingOptions {
 
 impl RingOptions {
     pub(super) fn new(depth: usize) -> Self {
-        Self { depth, piece_bytes: PIECE_BYTES, buffer_bytes: 1 << 30, buffers_max: 1 << 14 }
+        Self { depth, piece_bytes: PIECE_BYTES, buffer_bytes: 256 << 20, buffers_max: 1 << 14 }
     }
 }
 
@@ -63,6 +66,9 @@ struct Shared {
     inbox: Mutex<Inbox>,
     /// Its counter is above zero when the thread is to look at the inbox.
     wake: OwnedFd,
+    /// For tests.
+    #[cfg(test)]
+    registered_bytes: std::sync::atomic::AtomicUsize,
 }
 
 #[derive(Default)]
@@ -83,7 +89,16 @@ impl UringIo {
         debug_assert!((1..=DEPTH_MAX).contains(&depth), "the depth was checked");
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::from_io("making an eventfd (see ulimit -n)", errno.into()))?;
-        let shared = Arc::new(Shared { files, inbox: Mutex::default(), wake });
+        let shared = Arc::new(Shared {
+            files,
+            inbox: Mutex::default(),
+            wake,
+            #[cfg(test)]
+            registered_bytes: Default::default(),
+        });
+        // What has become ready is registered while the ring is idle rather than before somebody's next request.
+        let growing = Arc::downgrade(&shared);
+        arena.on_growth(Box::new(move || growing.upgrade().iter().for_each(|shared| shared.wake())));
         let (ready, started) = bounded(1);
         let thread = std::thread::Builder::new().name("pega-uring".to_owned());
         let thread = thread

@@ -14,7 +14,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::super::operation::{Operation, deliver, panic_text};
 use super::super::{IoCompletion, IoKind, IoRequest};
 use super::in_flight::InFlight;
-use super::registered::{Registered, parts, register_most};
+use super::registered::{Registered, register_most};
 use super::{RingOptions, Shared};
 use crate::dram::Arena;
 use crate::error::{Error, ErrorKind, Result};
@@ -68,7 +68,7 @@ struct Ring {
     /// Reused: numbers of operations to start, and what the kernel reported.
     taken: Vec<usize>,
     reported: Vec<(u64, i32)>,
-    _arena: Arc<Arena>,
+    arena: Arc<Arena>,
 }
 
 impl Ring {
@@ -82,15 +82,8 @@ impl Ring {
                 false
             }
         };
-        let registered = register_arena(&ring, &arena, options);
-        tracing::info!(
-            depth,
-            has_registered_files,
-            registered_bytes = registered.bytes(),
-            arena_bytes = arena.capacity_bytes(),
-            "io_uring is ready"
-        );
-        Ok(Self {
+        let registered = make_table(&ring, &arena, options);
+        let mut ring = Self {
             ring,
             in_flight: InFlight::new(depth),
             shared,
@@ -102,8 +95,17 @@ impl Ring {
             enter_failures: 0,
             taken: Vec::with_capacity(depth),
             reported: Vec::with_capacity(2 * depth + 2),
-            _arena: arena,
-        })
+            arena,
+        };
+        ring.register_next();
+        tracing::info!(
+            depth,
+            has_registered_files,
+            registered_bytes = ring.registered.bytes(),
+            arena_bytes = ring.arena.capacity_bytes(),
+            "io_uring is ready"
+        );
+        Ok(ring)
     }
 
     /// Serves until the engine is closed and nothing is in flight.
@@ -113,9 +115,29 @@ impl Ring {
             if is_closed && self.in_flight.is_empty() {
                 return Ok(());
             }
+            self.register_next();
             self.arm_wake()?;
             self.enter()?;
             self.reap()?;
+        }
+    }
+
+    /// Registers the next part of the arena if all of it is ready: only one, because the ring stands still meanwhile.
+    fn register_next(&mut self) {
+        let Some((number, part)) = self.registered.next(self.arena.ready_bytes() as usize) else { return };
+        // SAFETY: the part lies in the arena, which this thread keeps mapped until the ring is closed.
+        match unsafe { self.ring.submitter().register_buffers_update(number, &[part], None) } {
+            Ok(()) => self.registered.add(),
+            Err(error) => {
+                self.registered.stop();
+                warn_partly(&self.registered, &self.arena, &error);
+            }
+        }
+        #[cfg(test)]
+        self.shared.registered_bytes.store(self.registered.bytes(), std::sync::atomic::Ordering::Release);
+        // More is ready: let the ring come by here again, after it has looked at requests, even if there are none.
+        if self.registered.next(self.arena.ready_bytes() as usize).is_some() {
+            self.shared.wake();
         }
     }
 
@@ -329,21 +351,34 @@ fn refused(source: io::Error) -> Error {
     Error::from_io(format!("the kernel gives no io_uring ({remedy}, or use io = psync)"), source)
 }
 
-/// Registers the arena, or as much of it as the kernel takes, and says so.
-fn register_arena(ring: &IoUring, arena: &Arena, options: RingOptions) -> Registered {
-    let memory = arena.range();
-    let parts = parts(memory, options.buffer_bytes, options.buffers_max);
+/// Makes the table of registered buffers, empty: they are registered as the arena grows. A kernel before 5.19 has only
+/// tables that are full from the start: then it is what is ready now, or as much of that as the kernel takes.
+fn make_table(ring: &IoUring, arena: &Arena, options: RingOptions) -> Registered {
+    let mut registered = Registered::new(arena.range(), options.buffer_bytes, options.buffers_max);
     let submitter = ring.submitter();
+    if registered.buffers() == 0 {
+        return registered;
+    }
+    let Err(error) = submitter.register_buffers_sparse(registered.buffers() as u32) else { return registered };
+    tracing::info!(%error, "io_uring has no tables that grow; what the arena has by now is registered");
+    let parts = registered.parts(arena.ready_bytes() as usize);
     let register = |count: usize| {
         // SAFETY: the parts lie in the arena, which the ring's thread keeps mapped until the ring is closed.
         unsafe { submitter.register_buffers(parts.get(..count).unwrap_or(&parts)) }
     };
     let (count, reason) = register_most(parts.len(), register, || submitter.unregister_buffers());
+    (0..count).for_each(|_| registered.add());
+    registered.stop();
     if let Some(error) = reason {
-        let remedy = "raise the limit on locked memory (ulimit -l) for faster transfers";
-        tracing::warn!(%error, registered = count, of = parts.len(), remedy, "the arena is not registered as a whole");
+        warn_partly(&registered, arena, &error);
     }
-    Registered::new(memory, options.buffer_bytes, count)
+    registered
+}
+
+fn warn_partly(registered: &Registered, arena: &Arena, error: &io::Error) {
+    let (registered_bytes, of_bytes) = (registered.bytes(), arena.capacity_bytes());
+    let remedy = "raise the limit on locked memory (ulimit -l) for faster transfers";
+    tracing::warn!(%error, registered_bytes, of_bytes, remedy, "the arena is not registered as a whole");
 }
 
 fn broken(doing: &str, source: io::Error) -> Error {
