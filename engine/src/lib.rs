@@ -13,6 +13,7 @@ mod load;
 mod lookup;
 mod objects;
 mod operations;
+mod placed;
 mod prelude;
 mod reclaim;
 mod registry;

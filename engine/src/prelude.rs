@@ -6,6 +6,7 @@ pub use crate::api::{
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 pub use crate::engine::{Engine, ObjectBytes};
+pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory,
     Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache,

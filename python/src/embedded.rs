@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use pegaflow_engine::{
     ArenaId, ArenaView, BlockSave, CopyDirection, DeviceMemory, Engine, EngineConfig, Error, ErrorKind, InstanceId,
     InstanceSpec, KvCache, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LocalKvCache, LookupReply, LookupRequest,
-    OperationId, Place, PlacedCopy, Result, SaveOutcome, SaveRequest, SessionId,
+    OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveOutcome, SaveRequest, SessionId,
 };
 
 struct Opened {
@@ -177,13 +176,9 @@ pub(crate) struct Embedded {
     session: Mutex<(SessionId, Option<InstanceId>)>,
     memory: Mutex<Option<Arc<dyn DeviceMemory>>>,
     arena: Arc<ArenaView>,
-    /// Placed loads in flight, with what cancels them.
-    placed: Arc<Mutex<HashMap<OperationId, Arc<AtomicBool>>>>,
+    placed: Arc<PlacedLoads>,
     ended: Arc<EndedQueue>,
 }
-
-/// A placed load is not started with less of its lease left than this; it takes far less.
-const LEASE_REMAINING_MIN: Duration = Duration::from_secs(10);
 
 impl Embedded {
     /// Opens the engine and starts a session.
@@ -252,34 +247,24 @@ impl Embedded {
         if arena != self.arena.id() {
             return Err(Error::new(ErrorKind::NotFound, "the blocks lie in another memory; look them up again"));
         }
-        if remaining < LEASE_REMAINING_MIN {
-            let message = format!("the lease has {remaining:?} left, less than the {LEASE_REMAINING_MIN:?} to copy in");
-            return Err(Error::new(ErrorKind::Timeout, message));
-        }
+        PlacedLoads::check_lease(remaining)?;
         if !memory.is_attached(&self.arena)? {
             return Err(Error::new(ErrorKind::Busy, "the device cannot reach all of the memory yet"));
         }
         let after = if before { None } else { memory.fence(stream)? };
-        let cancelled = Arc::<AtomicBool>::default();
+        let cancelled = self.placed.start(operation);
         let numbers: Vec<u32> = blocks.iter().map(|(block, _)| *block).collect();
         let (engine, placed, ended) = (self.shared.engine.clone(), Arc::clone(&self.placed), Arc::clone(&self.ended));
         let done = Box::new(move |result: Result<()>| {
-            let outcome = match result {
-                Ok(()) => LoadOutcome { loaded_dram: numbers.len() as u32, ..LoadOutcome::default() },
-                Err(error) => {
-                    tracing::warn!("a load ended without its bytes: {error:#}");
-                    LoadOutcome { failed: numbers, ..LoadOutcome::default() }
-                }
-            };
+            let outcome = PlacedLoads::outcome(result, numbers);
             engine.consume(lease, shard);
-            placed.lock().remove(&operation);
+            placed.end(operation);
             ended.push(Ended::Load(operation, outcome));
         });
-        self.placed.lock().insert(operation, Arc::clone(&cancelled));
         let direction = CopyDirection::ToDevice;
         let copy = PlacedCopy { arena: Arc::clone(&self.arena), direction, blocks, after, cancelled, done };
         if before {
-            return memory.load_before(copy, stream).inspect_err(|_| drop(self.placed.lock().remove(&operation)));
+            return memory.load_before(copy, stream).inspect_err(|_| self.placed.end(operation));
         }
         // Host memory is copied by whoever starts the copy: not by the model's thread.
         std::thread::Builder::new()
@@ -287,7 +272,7 @@ impl Embedded {
             .spawn(move || memory.start(copy))
             .map(drop)
             .map_err(|error| Error::from_io("cannot start a copy thread", error))
-            .inspect_err(|_| drop(self.placed.lock().remove(&operation)))
+            .inspect_err(|_| self.placed.end(operation))
     }
 
     pub(crate) fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
@@ -328,9 +313,7 @@ impl Embedded {
     }
 
     pub(crate) fn cancel(&self, operation: OperationId) {
-        if let Some(cancelled) = self.placed.lock().get(&operation) {
-            cancelled.store(true, Ordering::Release);
-        }
+        self.placed.cancel(Some(operation));
         self.shared.engine.cancel(self.session(), operation);
     }
 
@@ -351,11 +334,9 @@ impl Embedded {
     pub(crate) fn close(&self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let ended = self.shared.engine.end_session(self.session(), timeout);
-        while !self.placed.lock().is_empty() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let has_placed_ended = self.placed.wait(deadline);
         let memory = self.memory.lock().take();
-        if ended.is_err() || !self.placed.lock().is_empty() {
+        if ended.is_err() || !has_placed_ended {
             std::mem::forget(memory);
         } else if let Some(memory) = memory {
             memory.detach(&self.arena);

@@ -15,13 +15,12 @@ mod operations;
 mod shared;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
     ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LoadOutcome, LookupReply, LookupRequest, OperationId, Place, PlacedCopy, Result,
+    LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -42,8 +41,6 @@ use shared::Shared;
 
 /// Calls waiting for the client's task; more are refused with `Busy`.
 const COMMANDS_MAX: usize = 4096;
-/// A copy at told places is not started with less of the lease left than this; it takes far less.
-const LEASE_REMAINING_MIN: Duration = Duration::from_secs(10);
 
 /// A client. Cloning gives another handle; the last one ends the session.
 #[derive(Clone)]
@@ -202,10 +199,7 @@ impl Client {
     ) -> Result<()> {
         let kv = self.known_memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|(block, _)| *block))?;
-        if remaining < LEASE_REMAINING_MIN {
-            let message = format!("the lease has {remaining:?} left, less than the {LEASE_REMAINING_MIN:?} to copy in");
-            return Err(Error::new(ErrorKind::Timeout, message));
-        }
+        PlacedLoads::check_lease(remaining)?;
         let held = self.inner.shared.arena().filter(|held| held.mapped.id() == arena).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "the blocks lie in the memory of another server; look them up again")
         })?;
@@ -213,27 +207,20 @@ impl Client {
             return Err(Error::new(ErrorKind::Busy, "the device cannot reach all of the server's memory yet"));
         }
         self.inner.shared.completions.accept(operation)?;
-        let cancelled = Arc::<AtomicBool>::default();
+        let cancelled = self.inner.shared.placed.start(operation);
         let (shared, commands) = (Arc::clone(&self.inner.shared), self.inner.commands.clone());
         let numbers: Vec<u32> = blocks.iter().map(|(block, _)| *block).collect();
         let view = Arc::clone(&held.mapped.view);
         let done = Box::new(move |result: Result<()>| {
             drop(held);
-            let outcome = match result {
-                Ok(()) => LoadOutcome { loaded_dram: numbers.len() as u32, ..LoadOutcome::default() },
-                Err(error) => {
-                    tracing::warn!("a load ended without its bytes: {error:#}");
-                    LoadOutcome { failed: numbers, ..LoadOutcome::default() }
-                }
-            };
+            let outcome = PlacedLoads::outcome(result, numbers);
             // A lease that cannot be given back runs out by itself.
             let _best_effort = commands.try_send(Command::Consume(lease, shard));
-            shared.placed_ended(operation);
+            shared.placed.end(operation);
             shared.completions.end(operation, CompletionResult::Load(outcome));
         });
-        self.inner.shared.placed_started(operation, Arc::clone(&cancelled));
         let not_started = |error: Error| {
-            self.inner.shared.placed_ended(operation);
+            self.inner.shared.placed.end(operation);
             self.inner.shared.completions.retract(operation);
             Err(error)
         };
@@ -275,7 +262,7 @@ impl Client {
 
     /// Asks for an operation to end early; its completion still comes, soon. Unknown ones are ignored.
     pub fn cancel(&self, operation: OperationId) {
-        self.inner.shared.cancel_placed(Some(operation));
+        self.inner.shared.placed.cancel(Some(operation));
         if self.inner.commands.try_send(Command::Cancel(operation)).is_err() {
             tracing::warn!(operation = operation.0, "not cancelled: the client is closed or its queue is full");
         }
@@ -328,7 +315,7 @@ impl Client {
     pub fn close(&self, timeout: Duration) {
         let (answer, answered) = crossbeam_channel::bounded(1);
         let deadline = Instant::now() + timeout;
-        self.inner.shared.cancel_placed(None);
+        self.inner.shared.placed.cancel(None);
         let mut command = Command::Close(answer);
         while let Err(error) = self.inner.commands.try_send(command) {
             match error {
@@ -341,7 +328,7 @@ impl Client {
             }
         }
         let _late = answered.recv_deadline(deadline);
-        self.inner.shared.wait_placed(deadline);
+        let _in_time = self.inner.shared.placed.wait(deadline);
     }
 
     fn memory(&self) -> Result<Arc<dyn DeviceMemory>> {

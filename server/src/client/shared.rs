@@ -1,13 +1,12 @@
 //! What callers see of a client without asking its task: whether there is a session, under which number, why not, and the
 //! arena with the copies that callers have started in it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pegaflow_engine::{Error, ErrorKind, OperationId, Result};
+use pegaflow_engine::{Error, ErrorKind, PlacedLoads, Result};
 
 use super::arena::SessionArena;
 use super::completions::Completions;
@@ -20,9 +19,8 @@ pub(super) struct Shared {
     changed: Condvar,
     epoch: AtomicU64,
     arena: Mutex<Option<Arc<SessionArena>>>,
-    /// Loads that callers copy themselves, with what cancels them.
-    placed: Mutex<HashMap<OperationId, Arc<AtomicBool>>>,
-    placed_ended: Condvar,
+    /// Loads that callers copy themselves.
+    pub(super) placed: PlacedLoads,
 }
 
 #[derive(Default)]
@@ -119,26 +117,6 @@ impl Shared {
         let is_it = arena.as_ref().is_some_and(|arena| Arc::ptr_eq(arena, left));
         let earlier = if is_it { arena.take() } else { None };
         parking_lot::MutexGuard::unlocked(&mut arena, || drop(earlier));
-    }
-
-    pub(super) fn placed_started(&self, operation: OperationId, cancelled: Arc<AtomicBool>) {
-        self.placed.lock().insert(operation, cancelled);
-    }
-
-    pub(super) fn placed_ended(&self, operation: OperationId) {
-        self.placed.lock().remove(&operation);
-        self.placed_ended.notify_all();
-    }
-
-    pub(super) fn cancel_placed(&self, operation: Option<OperationId>) {
-        let placed = self.placed.lock();
-        let meant = placed.iter().filter(|(id, _)| operation.is_none_or(|operation| **id == operation));
-        meant.for_each(|(_, cancelled)| cancelled.store(true, Ordering::Release));
-    }
-
-    pub(super) fn wait_placed(&self, deadline: Instant) {
-        let mut placed = self.placed.lock();
-        while !placed.is_empty() && !self.placed_ended.wait_until(&mut placed, deadline).timed_out() {}
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
