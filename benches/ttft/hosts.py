@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -23,7 +22,7 @@ REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "e2e"))
 
 import shapes  # noqa: E402
-from processes import Process, StoryError, free_port, http_get, wait_until  # noqa: E402
+from processes import HttpProcess, PipedProcess, Process, StoryError, free_port, http_get  # noqa: E402
 
 _START_SECONDS = 420.0
 _ANSWER_SECONDS = 300.0
@@ -78,9 +77,6 @@ class Engine:
         *,
         path: str | None = None,
     ) -> None:
-        read_end, write_end = os.pipe()
-        self._replies = os.fdopen(read_end, "rb", buffering=0)
-        self._unread = b""
         arguments: dict[str, Any] = {
             "model": str(shapes.write(settings.shape, settings.state / "models")),
             "load_format": "dummy",
@@ -105,9 +101,9 @@ class Engine:
         }
         paths = [str(HERE), path if path is not None else os.environ.get("PYTHONPATH", "")]
         inherited = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX")}
-        self.process = Process(
+        self.process = PipedProcess(
             f"vLLM, {name}",
-            [settings.python, HERE / "child.py", json.dumps(child), str(write_end)],
+            [settings.python, HERE / "child.py", json.dumps(child)],
             settings.state / "logs" / f"{name.replace(' ', '-')}.log",
             {
                 **inherited,
@@ -121,42 +117,20 @@ class Engine:
                 "PEGAFLOW_BENCH_WEIGHTS_SEED": str(WEIGHTS_SEED),
                 **(environment or {}),
             },
-            stdin=subprocess.PIPE,
-            pass_fds=[write_end],
         )
-        os.close(write_end)
         try:
-            self.start_s = float(self._next(_START_SECONDS)["start_s"])
+            self.start_s = float(json.loads(self.process.receive(_START_SECONDS))["start_s"])
         except BaseException:
             self.process.kill()
             raise
 
-    def _next(self, timeout_s: float) -> Any:
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self.process.failure(f"no answer within {timeout_s:.0f} s")
-            if not select.select([self._replies], [], [], left)[0]:
-                continue
-            received = self._replies.read(1 << 20)
-            if not received:
-                self.process.popen.wait(timeout=30)
-                raise self.process.failure(f"ended with exit code {self.process.popen.returncode}")
-            self._unread += received
-        line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
-
     def send(self, *request: Any) -> None:
         """Sends a request without waiting for the answer."""
-        stdin = self.process.popen.stdin
-        assert stdin is not None, "the child was started with a pipe as its input"
-        stdin.write(json.dumps(request).encode() + b"\n")
-        stdin.flush()
+        self.process.send(request)
 
     def _call(self, *request: Any) -> Any:
         self.send(*request)
-        return self._next(_ANSWER_SECONDS)
+        return json.loads(self.process.receive(_ANSWER_SECONDS))
 
     def ask(self, seed: str, tokens: int, answer: int = 1) -> dict[str, Any]:
         """One prompt: `ms`, `tokens`, `cached`."""
@@ -178,12 +152,11 @@ class Engine:
 
     def stop(self) -> None:
         """Ends it in order, or kills it."""
-        if self.process.popen.stdin is not None:
-            self.process.popen.stdin.close()
+        self.process.end_input()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.popen.wait(timeout=_STOP_SECONDS)
         self.process.kill()
-        self._replies.close()
+        self.process.end_output()
 
 
 class Server:
@@ -191,19 +164,9 @@ class Server:
 
     def __init__(self, name: str, command: list[str], log: Path, http: int, environment: dict[str, str]) -> None:
         self._http = http
-        self.process = Process(name, command, log, environment)
-        try:
-            wait_until(f"{name}: start", _SERVER_SECONDS, self._is_ready)
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def _is_ready(self) -> bool:
-        self.process.check_running()
-        try:
-            return http_get(self._http, "/ready")[0] == 200
-        except OSError:
-            return False
+        self.process = HttpProcess(
+            name, command, log, environment, port=http, ready_path="/ready", start_seconds=_SERVER_SECONDS
+        )
 
     def metric(self, name: str) -> float | None:
         """The sum of a metric's series; none if there is no such."""

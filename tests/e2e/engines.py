@@ -6,8 +6,6 @@ import http.client
 import json
 import os
 import re
-import select
-import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from processes import Process, StoryError, free_port, http_get, wait_until
+from processes import HttpProcess, PipedProcess, Process, free_port
 from prompts import Prompt
 
 BLOCK_TOKENS = 32
@@ -89,7 +87,10 @@ class VllmSettings:
 class Engine(Protocol):
     """A running vLLM."""
 
-    process: Process
+    @property
+    def process(self) -> Process:
+        """Its process."""
+        ...
 
     def ask(self, prompts: Sequence[Prompt]) -> Reply:
         """Sends the prompts at one moment and returns when all are answered.
@@ -124,53 +125,26 @@ class OfflineEngine:
     """vLLM's offline class in a child process; `__init__` returns when the model is loaded."""
 
     def __init__(self, name: str, settings: VllmSettings) -> None:
-        read_end, write_end = os.pipe()
-        self._replies = os.fdopen(read_end, "rb", buffering=0)
-        self._unread = b""
         self._counted = _Counted()
         script = Path(__file__).with_name("offline.py")
         arguments = settings.engine_arguments() | {"disable_log_stats": False}
-        self.process = Process(
+        self.process = PipedProcess(
             f"vLLM, {name}",
-            [settings.python, script, json.dumps(arguments), str(write_end)],
+            [settings.python, script, json.dumps(arguments)],
             settings.logs / f"{name.replace(' ', '-')}.log",
             settings.environment(),
-            stdin=subprocess.PIPE,
-            pass_fds=[write_end],
         )
-        os.close(write_end)
         try:
-            self._next_line(_START_SECONDS)
+            self.process.receive(_START_SECONDS)
         except BaseException:
             self.process.kill()
             raise
 
-    def _next_line(self, timeout_seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_seconds
-        while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self.process.failure(f"no answer within {timeout_seconds:.0f} s")
-            if not select.select([self._replies], [], [], left)[0]:
-                continue
-            received = self._replies.read(1 << 20)
-            if not received:
-                self.process.popen.wait(timeout=30)
-                raise self.process.failure(f"ended with exit code {self.process.popen.returncode}")
-            self._unread += received
-        line, _, self._unread = self._unread.partition(b"\n")
-        value: dict[str, Any] = json.loads(line)
-        return value
-
     def ask(self, prompts: Sequence[Prompt]) -> Reply:
         """See `Engine`."""
         requests = [{"tokens": prompt.tokens, "max_tokens": prompt.max_tokens} for prompt in prompts]
-        stdin = self.process.popen.stdin
-        if stdin is None:
-            raise StoryError("invariant: the child was started with a pipe as its input")
-        stdin.write(json.dumps(requests).encode() + b"\n")
-        stdin.flush()
-        line = self._next_line(_ANSWER_SECONDS)
+        self.process.send(requests)
+        line = json.loads(self.process.receive(_ANSWER_SECONDS))
         answers = [
             Answer(tuple(answer["tokens"]), answer["cached_tokens"], answer["ttft_ms"]) for answer in line["answers"]
         ]
@@ -203,24 +177,18 @@ class HttpEngine:
             else:
                 command += [option, json.dumps(value) if isinstance(value, dict) else str(value)]
         log = settings.logs / f"{name.replace(' ', '-')}.log"
-        self.process = Process(f"vLLM server, {name}", command, log, settings.environment())
-        try:
-            wait_until(f"{self.process.name}: start", _START_SECONDS, self._is_healthy)
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def _is_healthy(self) -> bool:
-        self.process.check_running()
-        try:
-            return http_get(self._port, "/health")[0] == 200
-        except OSError:
-            return False
+        self.process = HttpProcess(
+            f"vLLM server, {name}",
+            command,
+            log,
+            settings.environment(),
+            port=self._port,
+            ready_path="/health",
+            start_seconds=_START_SECONDS,
+        )
 
     def _tokens_by_source(self) -> dict[str, int]:
-        status, text = http_get(self._port, "/metrics")
-        if status != 200:
-            raise self.process.failure(f"/metrics answered {status}")
+        text = self.process.metrics()
         counts: dict[str, int] = {}
         for source, value in re.findall(
             r'^vllm:prompt_tokens_by_source_total\{[^}]*source="(\w+)"[^}]*\} (\S+)$', text, re.MULTILINE

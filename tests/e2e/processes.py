@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -122,6 +124,99 @@ class Process:
 
         wait_until(f"{self.name}: kill", 30, all_gone)
         self.popen.wait(timeout=10)
+
+
+class PipedProcess(Process):
+    """A process that is asked by lines of JSON on its standard input and answers on a descriptor of its own."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> None:
+        """`command` is given one more argument: the number of the descriptor to answer on."""
+        read_end, write_end = os.pipe()
+        self._replies = os.fdopen(read_end, "rb", buffering=0)
+        self._unread = b""
+        super().__init__(
+            name, [*command, str(write_end)], log, environment, stdin=subprocess.PIPE, pass_fds=[write_end]
+        )
+        os.close(write_end)
+
+    def send(self, request: object) -> None:
+        """Sends a request without waiting for the answer."""
+        stdin = self.popen.stdin
+        if stdin is None:
+            raise StoryError("invariant: the child was started with a pipe as its input")
+        stdin.write(json.dumps(request).encode() + b"\n")
+        stdin.flush()
+
+    def receive(self, timeout_seconds: float) -> bytes:
+        """The next answer: a line.
+
+        Raises:
+            StoryError: none within the bound, or the process ended.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self.failure(f"no answer within {timeout_seconds:.0f} s")
+            if not select.select([self._replies], [], [], left)[0]:
+                continue
+            received = self._replies.read(1 << 20)
+            if not received:
+                self.popen.wait(timeout=30)
+                raise self.failure(f"ended with exit code {self.popen.returncode}")
+            self._unread += received
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def end_input(self) -> None:
+        """Nothing more will be asked."""
+        if self.popen.stdin is not None:
+            self.popen.stdin.close()
+
+    def end_output(self) -> None:
+        """No more answers are read."""
+        self._replies.close()
+
+
+class HttpProcess(Process):
+    """A process with a port for its readiness and its metrics; `__init__` returns when it says that it is ready."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        log: Path,
+        environment: Mapping[str, str],
+        *,
+        port: int,
+        ready_path: str,
+        start_seconds: float,
+    ) -> None:
+        super().__init__(name, command, log, environment)
+        self._port, self._ready_path = port, ready_path
+        try:
+            wait_until(f"{name}: start", start_seconds, self._is_ready)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _is_ready(self) -> bool:
+        self.check_running()
+        try:
+            return http_get(self._port, self._ready_path)[0] == 200
+        except OSError:
+            return False
+
+    def metrics(self) -> str:
+        """What `/metrics` says.
+
+        Raises:
+            StoryError: it answered with an error.
+        """
+        status, text = http_get(self._port, "/metrics")
+        if status != 200:
+            raise self.failure(f"/metrics answered {status}")
+        return text
 
 
 def kill_at_once(processes: Sequence[Process]) -> None:

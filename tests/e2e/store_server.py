@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import Process, free_port, http_get, wait_until
+from processes import HttpProcess, free_port
 
 _START_SECONDS = 60.0
 _LOADED_BLOCKS = re.compile(r'^pegaflow_loaded_blocks_total\{tier="(dram|nvme)"\} (\S+)$', re.MULTILINE)
@@ -42,28 +42,14 @@ class StoreServer:
     """A running server; `__init__` returns when it says that it is ready."""
 
     def __init__(self, name: str, settings: ServerSettings) -> None:
-        self._port = free_port()
-        command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{self._port}"]
+        port = free_port()
+        command: list[str | Path] = [settings.binary, "--socket", settings.socket, "--http", f"127.0.0.1:{port}"]
         command += ["--dram", "256MiB", "--path", settings.store, "--capacity", "1GiB"]
-        self.process = Process(
-            "pegaflow-server", command, settings.logs / f"server-{name.replace(' ', '-')}.log", os.environ
+        log = settings.logs / f"server-{name.replace(' ', '-')}.log"
+        self.process = HttpProcess(
+            "pegaflow-server", command, log, os.environ, port=port, ready_path="/ready", start_seconds=_START_SECONDS
         )
-        try:
-            wait_until(f"{self.process.name}: start", _START_SECONDS, self._is_ready)
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def _is_ready(self) -> bool:
-        self.process.check_running()
-        try:
-            return http_get(self._port, "/ready")[0] == 200
-        except OSError:
-            return False
 
     def loaded_blocks(self) -> dict[str, int]:
         """How many blocks were loaded since start, by the tier that held them."""
-        status, text = http_get(self._port, "/metrics")
-        if status != 200:
-            raise self.process.failure(f"/metrics answered {status}")
-        return {tier: int(float(value)) for tier, value in _LOADED_BLOCKS.findall(text)}
+        return {tier: int(float(value)) for tier, value in _LOADED_BLOCKS.findall(self.process.metrics())}
