@@ -15,6 +15,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import argparse
+import faulthandler
 import json
 import statistics
 import sys
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _WARM_UP_STEPS = 50
+# Without an end of a part for so long, where every thread is goes to standard error.
+_STUCK_SECONDS = 60.0
 
 
 class Decoding:
@@ -61,6 +64,13 @@ class Decoding:
         return times
 
 
+def _say(what: str) -> None:
+    """Reports that it goes on."""
+    print(f"interference: {what}", file=sys.stderr, flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(_STUCK_SECONDS, repeat=True)
+
+
 def _percentile(times: list[float], percent: float) -> float:
     return sorted(times)[min(len(times) - 1, int(len(times) * percent / 100))]
 
@@ -79,6 +89,8 @@ def measure(decoding: Decoding, loops: dict[str, Any], rounds: int, steps: int) 
             rates[name].append(loop.stop())
             decoding.steps(5)
             times[name]["alone"] += decoding.steps(steps - half)
+            median = {kind: round(statistics.median(of_kind), 2) for kind, of_kind in times[name].items()}
+            _say(f"{name}: {median['beside']} ms a step beside {rates[name][-1]:.1f} GB/s, {median['alone']} alone")
     details: dict[str, Any] = {}
     for name, both in times.items():
         alone, beside = both["alone"], both["beside"]
@@ -135,8 +147,11 @@ def main() -> int:
             options.ordinal, options.block_bytes, options.fragments, direction, method or None
         )
     vocabulary = shapes.SHAPES[settings.shape].vocabulary
+    _say("vLLM is ready")
     decoding = Decoding(llm, vocabulary, options.requests, options.tokens, answer)
+    _say(f"{options.requests} requests decode")
     details = measure(decoding, loops, options.rounds, options.steps)
+    faulthandler.cancel_dump_traceback_later()
     result = {
         "tpot_median_rise": max(one["median_rise"] for one in details.values()),
         "tpot_p99_rise": max(one["p99_rise"] for one in details.values()),

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use parking_lot::Mutex;
@@ -20,6 +20,8 @@ use crate::error::{detached, to_python};
 const BYTES: u64 = 1 << 30;
 /// Copies in flight: while one ends the next one runs.
 const IN_FLIGHT: usize = 2;
+/// How long one of them may take, with whatever else the GPU does beside it.
+const COPY_TIMEOUT: Duration = Duration::from_secs(30);
 
 struct Traffic {
     memory: Arc<CudaMemory>,
@@ -29,7 +31,7 @@ struct Traffic {
 }
 
 struct Running {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<()>>,
     started: Instant,
 }
 
@@ -94,11 +96,13 @@ impl Traffic {
                 self.memory.detach(&view);
                 return Ok(());
             }
-            if let Ok(result) = wait.recv() {
-                in_flight -= 1;
-                result?;
-                copied_bytes.fetch_add(self.slots.len() as u64 * block_bytes, Ordering::Relaxed);
-            }
+            // The copies hold what they use: leaving them behind frees nothing under them.
+            wait.recv_timeout(COPY_TIMEOUT).map_err(|_| {
+                let message = format!("no copy has ended for {} s: the GPU is stuck", COPY_TIMEOUT.as_secs());
+                Error::new(ErrorKind::Timeout, message)
+            })??;
+            in_flight -= 1;
+            copied_bytes.fetch_add(self.slots.len() as u64 * block_bytes, Ordering::Relaxed);
         }
     }
 }
@@ -142,22 +146,20 @@ impl CopyLoop {
         self.copied_bytes.store(0, Ordering::Relaxed);
         let (traffic, is_stopped, copied) =
             (Arc::clone(&self.traffic), Arc::clone(&self.is_stopped), Arc::clone(&self.copied_bytes));
-        let copy = move || {
-            if let Err(error) = traffic.run(&is_stopped, &copied) {
-                tracing::error!("the copies ended early: {error:#}");
-            }
-        };
+        let copy = move || traffic.run(&is_stopped, &copied);
         let thread = std::thread::Builder::new().name("pega-copy-loop".into()).spawn(copy);
         let thread = thread.map_err(|error| to_python(py, &Error::from_io("cannot start a thread", error)))?;
         *running = Some(Running { thread, started: Instant::now() });
         Ok(())
     }
 
-    /// Stops, and returns how much was copied, in GB (10^9 bytes) per second since the start.
-    fn stop(&self, py: Python<'_>) -> f64 {
+    /// Stops, and returns how much was copied, in GB (10^9 bytes) per second since the start. Fails if a copy failed, or
+    /// none ended for 30 s.
+    fn stop(&self, py: Python<'_>) -> PyResult<f64> {
         self.is_stopped.store(true, Ordering::Release);
-        let Some(Running { thread, started }) = self.running.lock().take() else { return 0.0 };
-        py.detach(|| drop(thread.join()));
-        self.copied_bytes.load(Ordering::Relaxed) as f64 / 1e9 / started.elapsed().as_secs_f64()
+        let Some(Running { thread, started }) = self.running.lock().take() else { return Ok(0.0) };
+        let broken = || Err(Error::new(ErrorKind::Poisoned, "the thread of the copies panicked"));
+        let copied = detached(py, || thread.join().unwrap_or_else(|_| broken()));
+        copied.map(|()| self.copied_bytes.load(Ordering::Relaxed) as f64 / 1e9 / started.elapsed().as_secs_f64())
     }
 }
