@@ -82,6 +82,13 @@ impl Place {
         Self { directory, arena, config, policy }
     }
 
+    /// The same with one more drive of so many regions.
+    fn with_drive(mut self, regions: u64) -> Self {
+        let path = self.directory.path().join(format!("drive{}", self.config.more_drives.len() + 1));
+        self.config.more_drives.push(DriveConfig { path, capacity_bytes: regions * REGION_BYTES });
+        self
+    }
+
     fn open(&self) -> (Arc<Store>, RecoveryReport) {
         self.try_open().expect("the store opens")
     }
@@ -110,8 +117,13 @@ impl Place {
     /// open store does later is in it.
     fn copy(&self) -> Self {
         let directory = drive_directory();
-        let config = StoreConfig { path: directory.path().join("store"), ..self.config.clone() };
-        copy_tree(&self.config.path, &config.path);
+        let mut config = StoreConfig { path: directory.path().join("store"), ..self.config.clone() };
+        for (number, drive) in config.more_drives.iter_mut().enumerate() {
+            drive.path = directory.path().join(format!("drive{}", number + 1));
+        }
+        for ((from, _), (to, _)) in self.config.drives().zip(config.drives()) {
+            copy_tree(from, to);
+        }
         Self { directory, arena: Arc::clone(&self.arena), config, policy: Arc::clone(&self.policy) }
     }
 
