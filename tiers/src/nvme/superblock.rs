@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(page[624..640], [64, 0, 0, 0, 2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(page[640..648], [0x0d, 0x0c, 0x0b, 0x0a, 0, 0, 0, 0]);
         assert!(page[648..].iter().all(|&byte| byte == 0));
-        assert_eq!(blake3::hash(&page).to_string(), "d042e9d528557bbb4fee9897259d14390276560e5d57e950a701e192dba8c864");
+        assert_eq!(blake3::hash(&page).to_string(), "40b55b2f7d9380faaf720fa51b19b0c0fbd182d1b1971a1cb1795fb4fdf304ce");
     }
 
     #[test]
