@@ -12,16 +12,18 @@ use rustix::fs::{FallocateFlags, fallocate, fstatvfs, statfs};
 use super::version::{check_version_text, version_text};
 use crate::error::{Error, ErrorKind, Result};
 
-const LOCK: &str = "LOCK";
-const VERSION: &str = "VERSION";
+pub(super) const LOCK: &str = "LOCK";
+pub(super) const VERSION: &str = "VERSION";
 /// Stands in for `VERSION` while a store is being made; the rename is the moment in which it exists.
 const VERSION_NEW: &str = "VERSION.new";
 const SUPERBLOCK: &str = "superblock";
-const REGIONS: &str = "regions.0";
+pub(super) const REGIONS: &str = "regions.0";
 const NAMESPACES: &str = "namespaces";
 const INDEX: &str = "index";
+/// Says whose drive a directory is, in directories besides the home.
+pub(super) const IDENTITY: &str = "drive";
 /// Not ours, and harmless: the root of an ext4 file system has it.
-const LOST_AND_FOUND: &str = "lost+found";
+pub(super) const LOST_AND_FOUND: &str = "lost+found";
 
 /// File systems on which neither locks nor `fdatasync` mean what this store needs, by their magic numbers.
 const NETWORK_FILE_SYSTEMS: [(u64, &str); 13] = [
@@ -63,7 +65,7 @@ impl Directory {
             Some(lock) => lock,
             None => {
                 content(path)?;
-                try_lock(path, true)?.ok_or_else(|| Error::new(ErrorKind::Io, "LOCK was made and is not there"))?
+                lock_new(path)?
             }
         };
         let is_new = content(path)? == Content::Nothing;
@@ -160,7 +162,7 @@ enum Content {
     Nothing,
 }
 
-fn make(path: &Path) -> Result<()> {
+pub(super) fn make(path: &Path) -> Result<()> {
     if fs::metadata(path).is_ok_and(|found| !found.is_dir()) {
         let message = format!("{} is a file, not a directory; give a directory for the store", path.display());
         return Err(Error::new(ErrorKind::InvalidInput, message));
@@ -170,7 +172,7 @@ fn make(path: &Path) -> Result<()> {
 }
 
 /// The system's error, with the remedy where rights are missing.
-fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
+pub(super) fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
     let error = Error::from_io(doing, source);
     if error.kind() != ErrorKind::PermissionDenied {
         return error;
@@ -181,7 +183,7 @@ fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
 }
 
 /// Takes the lock; `None` if there is no such file and none is to be made. Changes nothing else.
-fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
+pub(super) fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
     let name = path.join(LOCK);
     let opened = OpenOptions::new().read(true).write(true).create(make).truncate(false).mode(0o600).open(&name);
     let file = match opened {
@@ -205,13 +207,18 @@ fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
     }
 }
 
+/// Makes the lock and takes it.
+pub(super) fn lock_new(path: &Path) -> Result<File> {
+    try_lock(path, true)?.ok_or_else(|| Error::new(ErrorKind::Io, "LOCK was made and is not there"))
+}
+
 /// Leaves this process's number in the lock for whoever comes second.
-fn note_holder(path: &Path, mut lock: &File) -> Result<()> {
+pub(super) fn note_holder(path: &Path, mut lock: &File) -> Result<()> {
     let written = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
     written.map_err(|source| Error::from_io(format!("writing {}", path.join(LOCK).display()), source))
 }
 
-fn refuse_network_file_systems(path: &Path) -> Result<()> {
+pub(super) fn refuse_network_file_systems(path: &Path) -> Result<()> {
     let found =
         statfs(path).map_err(|source| Error::from_io(format!("looking at {}", path.display()), source.into()))?;
     // The kernel's magic numbers have 32 bits, in a field that may be signed and wider.
@@ -249,6 +256,13 @@ fn content(path: &Path) -> Result<Content> {
     };
     for entry in fs::read_dir(path).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
+        if name == OsStr::new(IDENTITY) {
+            let message = format!(
+                "{} is a further drive of a store, not its home; list the home first, and further drives as they joined",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::ForeignFormat, message));
+        }
         if !ours.iter().any(|known| name == OsStr::new(known)) {
             let message = format!(
                 "{} holds {name:?} and no {VERSION}, so it is no store of this engine; give an empty directory",
@@ -304,6 +318,19 @@ pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
             }
         }
     }
+}
+
+/// Gives back what a file has beyond `bytes` bytes.
+///
+/// # Errors
+/// What the file system reports.
+pub(super) fn truncate(path: &Path, bytes: u64) -> Result<()> {
+    let failed = |source| Error::from_io(format!("cutting {} to {bytes} bytes", path.display()), source);
+    let file = OpenOptions::new().write(true).open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.len() > bytes {
+        file.set_len(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

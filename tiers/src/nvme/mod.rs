@@ -7,8 +7,12 @@ mod config;
 mod counters;
 mod directory;
 mod drive;
+mod drive_directory;
+mod drive_identity;
+mod drive_table;
 mod inbox;
 mod io;
+mod membership;
 mod namespaces;
 mod page;
 mod policy;
@@ -29,7 +33,7 @@ mod version;
 mod writer;
 
 pub use append::{Append, AppendDone};
-pub use config::StoreConfig;
+pub use config::{DriveConfig, StoreConfig};
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,

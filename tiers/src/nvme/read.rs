@@ -9,7 +9,6 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::append::Done;
-use super::drive::REGION_FILE;
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
 use super::record_header::{CODEC_STORED, DiskIdentity, RecordHeader};
@@ -119,10 +118,11 @@ impl Verifiers {
         let done = Done::new(done);
         let reading = Box::new(Reading { id, identity, location, slot, _pins: pins, in_flight, result: Ok(()), done });
         let (hand_over, take_back) = parts(reading);
+        let (file, offset) = shared.drive.locate(location.region, location.page);
         let request = IoRequest {
-            file: REGION_FILE,
+            file,
             kind: IoKind::Read,
-            offset: shared.drive.offset(location.region, location.page),
+            offset,
             buffer: Some(buffer),
             priority,
             done: Box::new(move |completion: IoCompletion| {

@@ -2,7 +2,7 @@
 //! the writer thread and reads to the engine and the verifiers.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
@@ -12,10 +12,14 @@ use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, QueuedRecord};
 use super::config::StoreConfig;
-use super::directory::{Directory, preallocate};
+use super::directory::{Directory, preallocate, truncate};
 use super::drive::Drive;
+use super::drive_directory::DriveDirectory;
+use super::drive_identity::{DriveIdentity, Membership};
+use super::drive_table::DriveTable;
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
+use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
@@ -57,6 +61,7 @@ struct Running {
     verifiers: Vec<JoinHandle<()>>,
     index: Arc<IndexLog>,
     directory: Directory,
+    more_drives: Vec<DriveDirectory>,
 }
 
 impl Store {
@@ -64,9 +69,10 @@ impl Store {
     /// kernel, others work too.
     ///
     /// # Errors
-    /// `InvalidInput` for a configuration outside its limits, another region size or a smaller capacity than the store
-    /// has; `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` for a network file
-    /// system or a missing I/O engine; `Corrupt` if both superblocks are unreadable; `Io`.
+    /// `InvalidInput` for a configuration outside its limits, another region size than the store has, drives that were
+    /// swapped, or a new one while one of the store's is missing; `Locked`, `ForeignFormat`, `NewerFormat`,
+    /// `PermissionDenied`, `NoSpace`, `Unsupported` for a network file system or a missing I/O engine; `Corrupt` if both
+    /// superblocks are unreadable or a drive is of the past; `Io`.
     pub fn open(
         config: StoreConfig,
         arena: Arc<Arena>,
@@ -84,36 +90,39 @@ impl Store {
     ) -> Result<(Arc<Self>, RecoveryReport)> {
         config.validate()?;
         let mut directory = Directory::open(&config.path)?;
-        if directory.is_new() {
-            let made = make_files(&config, &directory);
-            made.inspect_err(|_| directory.abandon())?;
-        }
-        let files = [open_file(&directory.superblock())?, open_file(&directory.regions())?];
-        let io = wrap(open_engine(config.io, &files, arena, config.queue_depth)?);
-        let superblock = if directory.is_new() {
-            let made =
-                first_superblock(&config).and_then(|first| Drive::write_superblock(&*io, &first).map(|()| first));
-            made.inspect_err(|_| directory.abandon())?
-        } else {
-            resize(&config, &directory, Drive::read_superblock(&*io)?)?
-        };
+        let mut more_drives = Vec::new();
+        let prepared = prepare(&config, &directory, &mut more_drives, arena, wrap).inspect_err(|_| {
+            more_drives.iter().for_each(DriveDirectory::abandon);
+            if directory.is_new() {
+                directory.abandon();
+            }
+        });
+        let Prepared { io, superblock, plan } = prepared?;
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let inbox = Arc::new(Inbox::new(config.write_queue_bytes));
+        let places = plan.places();
+        let drive_of_region = places.iter().map(|place| place.map(|place| place.drive));
+        let regions = Arc::new(Regions::new(drive_of_region, Arc::clone(&inbox)));
         let shared = Arc::new(Shared::new(
             superblock.store,
-            Arc::new(Drive::new(io, region_pages)),
-            Arc::new(Regions::new(superblock.region_count, Arc::clone(&inbox))),
+            Arc::new(Drive::new(io, region_pages, plan.listed.len(), places)),
+            regions,
             Namespaces::open(&directory.namespaces(), superblock.store)?,
             inbox,
             policy,
         ));
-        let (report, handover) = recover(&shared, &directory, superblock)?;
+        let (uuid, region_bytes, opens) = (superblock.store, superblock.region_bytes, superblock.opens);
+        let (report, handover) = recover(&shared, &directory, superblock, &plan)?;
         if directory.is_new() {
             directory.complete()?;
         }
+        join(&mut more_drives, uuid, opens, &plan, Membership::Joined)?;
+        for (path, place) in region_files(&directory, &more_drives).iter().zip(&plan.listed) {
+            truncate(path, u64::from(plan.regions_after(*place)) * region_bytes)?;
+        }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        let store = Self::start(shared, region_bytes, writer, index, directory, more_drives)?;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
@@ -124,6 +133,7 @@ impl Store {
         writer: Writer,
         index: Arc<IndexLog>,
         directory: Directory,
+        more_drives: Vec<DriveDirectory>,
     ) -> Result<Self> {
         let (verifiers, verifier_threads) = Verifiers::start(&shared)?;
         let (ended, writer_ended) = bounded(1);
@@ -142,7 +152,7 @@ impl Store {
         let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
         let own_threads = verifier_threads.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
-        let running = Running { writer, writer_ended, verifiers: verifier_threads, index, directory };
+        let running = Running { writer, writer_ended, verifiers: verifier_threads, index, directory, more_drives };
         Ok(Self {
             shared,
             region_bytes,
@@ -342,15 +352,14 @@ impl Store {
     /// beside everything else, on tokio-uring where the kernel has it. `progress` is called now and then.
     ///
     /// # Errors
-    /// `Closed`, and `Io` if the region file can not be opened again. Damage is no error: it is in the report.
+    /// `Closed`, and `Io` if a region file can not be opened again. Damage is no error: it is in the report.
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
         let running = self.running.lock();
-        let (index, path) = running
-            .as_ref()
-            .map(|running| (Arc::clone(&running.index), running.directory.regions()))
-            .ok_or_else(closed)?;
+        let of_running =
+            |running: &Running| (Arc::clone(&running.index), region_files(&running.directory, &running.more_drives));
+        let (index, paths) = running.as_ref().map(of_running).ok_or_else(closed)?;
         drop(running);
-        verify(&self.shared, &index, &path, progress)
+        verify(&self.shared, &index, &paths, progress)
     }
 
     /// All regions, by number.
@@ -419,6 +428,7 @@ impl Running {
             }
         }
         drop(self.index);
+        drop(self.more_drives);
         drop(self.directory);
     }
 }
@@ -460,9 +470,79 @@ fn open_file(path: &Path) -> Result<File> {
     open_direct(path).map(|(file, _, _)| file)
 }
 
-fn make_files(config: &StoreConfig, directory: &Directory) -> Result<()> {
-    preallocate(&directory.regions(), u64::from(config.region_count()) * config.region_bytes)?;
-    preallocate(&directory.superblock(), SUPERBLOCK_COPIES * PAGE_BYTES as u64)
+/// The files of regions, by drive.
+fn region_files(directory: &Directory, more_drives: &[DriveDirectory]) -> Vec<PathBuf> {
+    std::iter::once(directory.regions()).chain(more_drives.iter().map(DriveDirectory::regions)).collect()
+}
+
+/// What is there before a store is recovered.
+struct Prepared {
+    io: Arc<dyn BlockIo>,
+    /// As it will be written next: with this open counted, and everything that is or joins in its table.
+    superblock: Superblock,
+    plan: Plan,
+}
+
+/// Opens the files of all drives, decides which drives the store has, and takes the space for what is new.
+fn prepare(
+    config: &StoreConfig,
+    directory: &Directory,
+    more_drives: &mut Vec<DriveDirectory>,
+    arena: &Arc<Arena>,
+    wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+) -> Result<Prepared> {
+    for drive in &config.more_drives {
+        more_drives.push(DriveDirectory::open(&drive.path)?);
+    }
+    if directory.is_new() {
+        preallocate(&directory.superblock(), SUPERBLOCK_COPIES * PAGE_BYTES as u64)?;
+        preallocate(&directory.regions(), config.capacity_bytes / config.region_bytes * config.region_bytes)?;
+    }
+    more_drives.iter_mut().try_for_each(DriveDirectory::begin)?;
+    let mut files = vec![open_file(&directory.superblock())?];
+    for path in region_files(directory, more_drives) {
+        files.push(open_file(&path)?);
+    }
+    let io = wrap(open_engine(config.io, &files, arena, config.depth_of_all())?);
+    let known = if directory.is_new() { first_superblock(config)? } else { Drive::read_superblock(&*io)? };
+    check_region_bytes(config, &known)?;
+    let identities = std::iter::once(None).chain(more_drives.iter().map(DriveDirectory::identity));
+    let listed: Vec<Listed<'_>> = config
+        .drives()
+        .zip(identities)
+        .zip(config.regions_of_drives(known.region_bytes)?)
+        .map(|(((path, _), identity), regions)| Listed { path, identity, regions })
+        .collect();
+    let plan = Plan::new(&known, &listed)?;
+    for (path, place) in region_files(directory, more_drives).iter().zip(&plan.listed) {
+        preallocate(path, u64::from(plan.during.regions_of(*place)) * known.region_bytes)?;
+    }
+    if directory.is_new() {
+        Drive::write_superblock(&*io, &Superblock { table: plan.during.clone(), ..known.clone() })?;
+    }
+    let superblock = Superblock { table: plan.during.clone(), opens: known.opens + 1, ..known };
+    join(more_drives, superblock.store, superblock.opens, &plan, Membership::Joining)?;
+    Ok(Prepared { io, superblock, plan })
+}
+
+/// Writes whose each drive is. One that is a member stays one; the others become `membership`.
+fn join(
+    more_drives: &mut [DriveDirectory],
+    store: StoreUuid,
+    opens: u64,
+    plan: &Plan,
+    membership: Membership,
+) -> Result<()> {
+    for (listed, directory) in (1..).zip(more_drives) {
+        let Some(drive) = plan.uuid(listed) else { continue };
+        let known = directory.identity().filter(|known| known.drive == drive && known.store == store);
+        let membership = known.map_or(membership, |known| known.membership.max(membership));
+        let identity = DriveIdentity { membership, store, drive, opens };
+        if known != Some(identity) {
+            directory.write(identity)?;
+        }
+    }
+    Ok(())
 }
 
 fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
@@ -471,7 +551,9 @@ fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
         store: StoreUuid::random()?,
         counter: 1,
         region_bytes: config.region_bytes,
-        region_count: config.region_count(),
+        table: DriveTable::default(),
+        opens: 0,
+        rebuild_floor: 0,
         generation_ceiling: 1,
         sequence_ceiling: 1,
         is_clean: true,
@@ -479,22 +561,13 @@ fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
     })
 }
 
-/// Grows the store to the configured capacity; the superblock says so with its next write.
-fn resize(config: &StoreConfig, directory: &Directory, superblock: Superblock) -> Result<Superblock> {
-    let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+fn check_region_bytes(config: &StoreConfig, superblock: &Superblock) -> Result<()> {
     let (has, wants) = (superblock.region_bytes, config.region_bytes);
-    if has != wants {
-        return bad(format!(
-            "the store has regions of {has} bytes, the configuration says {wants}; give {has}, or an empty directory"
-        ));
+    if has == wants || config.keeps_region_bytes {
+        return Ok(());
     }
-    if superblock.region_count > config.region_count() {
-        let bytes = u64::from(superblock.region_count) * has;
-        return bad(format!(
-            "the store has {bytes} bytes, the configuration says {}; a store can not shrink: give at least {bytes}, or an empty directory",
-            config.capacity_bytes
-        ));
-    }
-    preallocate(&directory.regions(), u64::from(config.region_count()) * has)?;
-    Ok(Superblock { region_count: config.region_count(), ..superblock })
+    let message = format!(
+        "the store has regions of {has} bytes, the configuration says {wants}; give {has}, or an empty directory"
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message))
 }

@@ -1,5 +1,5 @@
-//! The writer: the one thread that decides what lies where. It gives every record its sequence and its place in the
-//! open region, keeps many writes in flight, and makes them durable in groups: data, then `fdatasync`, then the index,
+//! The writer: the one thread that decides what lies where. It gives every record its sequence and its place in an
+//! open region, one on each drive, keeps many writes in flight, and makes them durable in groups: data, then `fdatasync`, then the index,
 //! then lookups, then the callbacks. It sleeps when there is nothing to do.
 //!
 //! `pending` holds everything submitted and not yet durable, in the order of sequences. Only a prefix of it that is
@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::append::{Done, QueuedRecord};
 use super::config::StoreConfig;
 use super::counters::Counters;
-use super::drive::{REGION_FILE, one_page};
+use super::drive::one_page;
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location, RegionMark};
 
 mod commit;
+mod lanes;
 mod reclaim;
 
 pub(super) use commit::hiding_name;
@@ -53,7 +54,7 @@ impl WriterConfig {
     }
 }
 
-/// The region that records go to.
+/// A region that records go to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OpenRegion {
     pub(super) region: u32,
@@ -65,8 +66,8 @@ pub(super) struct OpenRegion {
 pub(super) struct Handover {
     pub(super) counters: Counters,
     pub(super) index: Arc<IndexLog>,
-    pub(super) open: Option<OpenRegion>,
-    pub(super) free: VecDeque<u32>,
+    /// By drive: the region to go on with, and the free ones.
+    pub(super) lanes: Vec<(Option<OpenRegion>, VecDeque<u32>)>,
     /// The slot of each region that holds its current header.
     pub(super) header_slots: Vec<u32>,
 }
@@ -126,7 +127,7 @@ impl Pending {
 
     fn bytes(&self) -> u64 {
         match &self.what {
-            What::Record { location, .. } => u64::from(location.pages) * PAGE_BYTES as u64,
+            What::Record { location, .. } => bytes_of(location),
             _ => 0,
         }
     }
@@ -146,16 +147,16 @@ pub(super) struct Writer {
     is_written_urgent: bool,
     in_flight: usize,
     has_failed_write: bool,
-    /// What the sync in flight covers.
-    syncing: Option<Vec<Pending>>,
-    open: Option<OpenRegion>,
+    syncing: Option<commit::Syncing>,
+    /// By drive.
+    lanes: Vec<lanes::Lane>,
+    /// The drive whose turn it is among equals.
+    next_lane: usize,
     last_sequence: u64,
-    free: VecDeque<u32>,
     header_slots: Vec<u32>,
     /// Marks that go into the next commit.
     marks: Vec<RegionMark>,
     reclaim: Option<reclaim::Reclaim>,
-    reclaim_again_at: Option<Instant>,
     starving_since: Option<Instant>,
     busy_until: Option<Instant>,
     slots_in_flight: HashSet<usize>,
@@ -182,12 +183,15 @@ impl Writer {
             in_flight: 0,
             has_failed_write: false,
             syncing: None,
-            open: handover.open,
-            free: handover.free,
+            lanes: handover
+                .lanes
+                .into_iter()
+                .map(|(open, free)| lanes::Lane { open, free, ..lanes::Lane::default() })
+                .collect(),
+            next_lane: 0,
             header_slots: handover.header_slots,
             marks: Vec::new(),
             reclaim: None,
-            reclaim_again_at: None,
             starving_since: None,
             busy_until: None,
             slots_in_flight: HashSet::new(),
@@ -241,21 +245,24 @@ impl Writer {
         for (id, location) in news.bad_records {
             self.quarantine(id, location);
         }
-        if let Some(result) = news.synced {
-            self.finish_sync(result);
+        for result in news.synced {
+            self.note_synced(result);
         }
     }
 
     fn note_written(&mut self, sequence: u64, result: Result<()>) {
         self.in_flight -= 1;
         let ended = self.pending.iter_mut().skip(self.written).find_map(|pending| match &mut pending.what {
-            What::Record { record, sequence: of, write, .. } if *of == sequence => Some((record, write)),
+            What::Record { record, location, sequence: of, write, .. } if *of == sequence => {
+                Some((record, *location, write))
+            }
             _ => None,
         });
-        let Some((record, write)) = ended else {
+        let Some((record, location, write)) = ended else {
             debug_assert!(false, "a write ended that is not pending");
             return;
         };
+        let has_failed = result.is_err();
         if let Some(address) = record.slot_address() {
             self.slots_in_flight.remove(&address);
         }
@@ -267,6 +274,7 @@ impl Writer {
                 Write::Failed(error)
             }
         };
+        self.note_ended(location.region, bytes_of(&location), has_failed);
     }
 
     fn advance_written(&mut self) {
@@ -300,7 +308,7 @@ impl Writer {
 
     /// Submits what is queued, as far as the drive, the regions and the order allow.
     fn submit(&mut self) {
-        while !self.has_failed_write && self.in_flight < self.config.queue_depth && self.busy_until.is_none() {
+        while !self.has_failed_write && self.busy_until.is_none() {
             match self.queue.pop_front() {
                 None => break,
                 Some(Entry::Flush(done)) => self.pending.push_back(Pending::new(What::Flush(done))),
@@ -320,7 +328,7 @@ impl Writer {
         if record.slot_address().is_some_and(|address| self.slots_in_flight.contains(&address)) {
             return Err(record);
         }
-        let Some(open) = self.room_for(record.pages) else { return Err(record) };
+        let Some((lane, open)) = self.room_for(record.pages) else { return Err(record) };
         let sequence = match self.counters.next_sequence() {
             Ok(sequence) => sequence,
             Err(error) => {
@@ -333,10 +341,11 @@ impl Writer {
         let replaces = record.kind == HeaderKind::Object && self.is_known(record.id.fingerprint());
         let buffer = self.image(&record, location, sequence, replaces);
         let inbox = Arc::clone(&self.shared.inbox);
+        let (file, offset) = self.shared.drive.locate(location.region, location.page);
         let request = IoRequest {
-            file: REGION_FILE,
+            file,
             kind: IoKind::Write,
-            offset: self.shared.drive.offset(location.region, location.page),
+            offset,
             buffer: Some(buffer),
             priority: IoPriority::Write,
             done: Box::new(move |completion: IoCompletion| inbox.push_written(sequence, completion.result)),
@@ -351,7 +360,7 @@ impl Writer {
         };
         match &write {
             Write::InFlight => {
-                self.in_flight += 1;
+                self.note_started(lane, bytes_of(&location));
                 self.slots_in_flight.extend(record.slot_address());
             }
             _ => self.has_failed_write = true,
@@ -360,7 +369,7 @@ impl Writer {
             *self.objects_pending.entry(record.id.fingerprint()).or_default() += 1;
         }
         self.last_sequence = sequence;
-        self.open = Some(OpenRegion { next_page: open.next_page + record.pages, ..open });
+        self.lanes[lane].open = Some(OpenRegion { next_page: open.next_page + record.pages, ..open });
         self.shared.regions.set_used(open.region, open.next_page + record.pages);
         self.pending.push_back(Pending::new(What::Record { record, location, sequence, replaces, write }));
         Ok(())
@@ -413,13 +422,15 @@ impl Writer {
         let is_failed = |p: &Pending| matches!(p.what, What::Record { write: Write::Failed(_), .. });
         let Some(first) = self.pending.iter().position(is_failed) else { return };
         let rest = self.pending.split_off(first);
-        let open = self.open.map(|open| (open.region, open.generation));
-        let is_open_bad = |p: &Pending| {
-            matches!(&p.what, What::Record { location, write: Write::Failed(_), .. }
-                if Some((location.region, location.generation)) == open)
-        };
-        if rest.iter().any(is_open_bad) {
-            self.seal_open_region();
+        for lane in 0..self.lanes.len() {
+            let open = self.lanes[lane].open.map(|open| (open.region, open.generation));
+            let is_open_bad = |p: &Pending| {
+                matches!(&p.what, What::Record { location, write: Write::Failed(_), .. }
+                    if Some((location.region, location.generation)) == open)
+            };
+            if rest.iter().any(is_open_bad) {
+                self.seal_open_region(lane);
+            }
         }
         let mut again = VecDeque::new();
         for pending in rest {
@@ -524,6 +535,10 @@ impl Writer {
         self.index.sync()?;
         self.counters.finish()
     }
+}
+
+fn bytes_of(location: &Location) -> u64 {
+    u64::from(location.pages) * PAGE_BYTES as u64
 }
 
 fn unix_ms() -> u64 {

@@ -198,9 +198,8 @@ fn a_store_is_opened_as_it_was_made_or_larger() {
     assert!(error.message().contains(&std::process::id().to_string()), "{error}");
     close(store);
     let good = place.config.clone();
-    let changes: [fn(&mut StoreConfig); 7] = [
+    let changes: [fn(&mut StoreConfig); 6] = [
         |config| config.region_bytes *= 2,
-        |config| config.capacity_bytes /= 2,
         |config| config.region_bytes = 5000,
         |config| config.region_bytes = 0,
         |config| config.capacity_bytes = 3 * REGION_BYTES,
