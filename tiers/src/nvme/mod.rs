@@ -7,6 +7,7 @@ mod config;
 mod counters;
 mod directory;
 mod drive;
+mod fill;
 mod inbox;
 mod io;
 mod namespaces;
@@ -30,6 +31,7 @@ mod writer;
 
 pub use append::{Append, AppendDone};
 pub use config::StoreConfig;
+pub use fill::IndexFill;
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,

@@ -92,9 +92,9 @@ impl Writer {
         self.note_hiding_regions(batch)?;
         let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
         let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
-        self.index.commit(&changes, &marks)?;
+        self.shared.commit(&self.index, &changes, &marks)?;
         self.marks.clear();
-        self.shared.publish(&self.index, &changes)
+        Ok(())
     }
 
     /// A region that gets its first record that hides older ones is noted before the record is: whoever reclaims the
