@@ -325,6 +325,14 @@ impl std::fmt::Debug for IndexLog {
     }
 }
 
+/// Writes a row that cannot be read in the place of a record's.
+#[cfg(test)]
+pub(crate) fn spoil_row(path: &Path, id: &RecordId) {
+    let log = IndexLog::open(path).expect("opens");
+    log.database.put_cf(log.family(Family::Records), encode_id(id), [0; 80]).expect("written");
+    log.close();
+}
+
 /// What is written must be readable.
 fn check_location(row: &IndexRow) -> Result<()> {
     if row.location.is_valid() {
