@@ -2,6 +2,8 @@
 
 mod prompts;
 mod records;
+mod synthetic;
 
 pub use prompts::{BLOCK_BYTES, Prompts, block_memory, spec};
 pub use records::{PROMPT_BLOCKS, Records};
+pub use synthetic::{REGION_BYTES, SyntheticStore};

@@ -193,10 +193,16 @@ pub struct Stats {
     pub nvme_capacity_bytes: u64,
     /// Bytes of regions in use.
     pub nvme_used_bytes: u64,
-    /// Records found by lookups.
+    /// Records found by lookups; after an open of a large store an estimate, until the index is full.
     pub nvme_records: u64,
     /// Bytes of memory that the in-memory index takes.
     pub index_bytes: u64,
+    /// Whether the in-memory index has every record; until then lookups ask RocksDB for what it lacks.
+    pub index_full: bool,
+    /// Rows that the in-memory index was filled with since open.
+    pub index_filled_rows: u64,
+    /// Rows that it is to be filled with; an estimate until it is full.
+    pub index_rows: u64,
     /// The I/O engine: `io_uring`, `psync` or `none`.
     pub io_engine: String,
     /// Whether the store takes no more writes after a failure.

@@ -84,6 +84,8 @@ table! {
         "pegaflow_nvme_used_bytes", nvme_used_bytes, "Bytes of regions in use.";
         "pegaflow_nvme_records", nvme_records, "Records that lookups find.";
         "pegaflow_index_bytes", index_bytes, "Bytes of memory that the in-memory index takes.";
+        "pegaflow_index_filled_rows", index_filled_rows, "Rows that the in-memory index was filled with since open.";
+        "pegaflow_index_rows", index_rows, "Rows that the in-memory index is to be filled with; an estimate until it is full.";
         "pegaflow_instances", instances, "Registered inference engines.";
         "pegaflow_leases", leases, "Live leases.";
         "pegaflow_engine_sessions", sessions, "Sessions of the engine, those that are ending included.";
@@ -113,6 +115,7 @@ fn describe() {
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
     metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
+    metrics::describe_gauge!("pegaflow_index_full", "1 if the in-memory index has every record, else 0.");
     metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
 }
 
@@ -124,6 +127,7 @@ fn record(stats: &Stats, server: ServerGauges) {
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
     metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));
+    metrics::gauge!("pegaflow_index_full").set(f64::from(u8::from(stats.index_full)));
     let io_engine = stats.io_engine.clone();
     metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
 }

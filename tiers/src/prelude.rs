@@ -12,7 +12,7 @@ pub use crate::gpu::{
 };
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, DriveConfig, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority,
+    Append, AppendDone, BlockIo, DriveConfig, FileId, IndexFill, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority,
     IoRequest, Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
     StoreStats, Verified, VerifyProgress, VerifyReport, open_direct, open_engine,
 };

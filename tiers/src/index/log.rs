@@ -9,6 +9,7 @@ mod reclaimed;
 use std::collections::HashMap;
 use std::path::Path;
 
+use rocksdb::properties::ESTIMATE_NUM_KEYS;
 use rocksdb::{DB, ReadOptions, WriteBatch, WriteOptions};
 
 use self::database::{Family, rocks};
@@ -19,6 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Read ahead during a scan of all rows.
 const SCAN_READAHEAD_BYTES: usize = 4 << 20;
+/// What a row takes in the files of the log, about: for how much a scan of some rows reads ahead.
+const ROW_BYTES: usize = 128;
 /// The longest name of a named value, in bytes.
 const META_NAME_BYTES_MAX: usize = 256;
 /// The largest named value, in bytes.
@@ -140,6 +143,71 @@ impl IndexLog {
         Ok(count)
     }
 
+    /// Calls `each` with the rows behind `after` (from the first on for `None`) in the order of their keys, after reading
+    /// at most `limit`. Returns the last one read, to go on behind, or `None` if that were all. Each call sees what was
+    /// committed before it began.
+    ///
+    /// # Errors
+    /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
+    pub fn scan_after(
+        &self,
+        after: Option<&RecordId>,
+        limit: usize,
+        each: &mut dyn FnMut(IndexRow),
+    ) -> Result<Option<RecordId>> {
+        let generations = self.generations.snapshot();
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_readahead_size(limit.saturating_mul(ROW_BYTES).min(SCAN_READAHEAD_BYTES));
+        let mut rows = self.database.raw_iterator_cf_opt(self.family(Family::Records), options);
+        match after {
+            None => rows.seek_to_first(),
+            Some(id) => {
+                rows.seek(encode_id(id));
+                if rows.key() == Some(encode_id(id).as_slice()) {
+                    rows.next();
+                }
+            }
+        }
+        let mut last = None;
+        for _ in 0..limit {
+            let Some((key, value)) = rows.item() else {
+                rows.status().map_err(rocks("scanning the index"))?;
+                return Ok(None);
+            };
+            let id = decode_id(key)?;
+            let row = IndexRow::decode(id, value)?;
+            last = Some(id);
+            if generations.is_current(&row.location) {
+                each(row);
+            }
+            rows.next();
+        }
+        Ok(last)
+    }
+
+    /// The rows of many records, in the order of `ids`, at once. Reads the drive: for lookups only while the table does
+    /// not have everything.
+    ///
+    /// # Errors
+    /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
+    pub fn get_many(&self, ids: &[RecordId]) -> Result<Vec<Option<IndexRow>>> {
+        let keys: Vec<_> = ids.iter().map(encode_id).collect();
+        let found = self.database.batched_multi_get_cf(self.family(Family::Records), &keys, false);
+        let decode = |(id, found): (&RecordId, std::result::Result<Option<rocksdb::DBPinnableSlice<'_>>, _>)| {
+            let found = found.map_err(rocks("reading the index"))?;
+            let row = found.map(|value| IndexRow::decode(*id, &value)).transpose()?;
+            Ok(row.filter(|row| self.generations.is_current(&row.location)))
+        };
+        ids.iter().zip(found).map(decode).collect()
+    }
+
+    /// How many rows there are, about.
+    pub fn rows_estimate(&self) -> u64 {
+        let estimate = self.database.property_int_value_cf(self.family(Family::Records), ESTIMATE_NUM_KEYS);
+        estimate.ok().flatten().unwrap_or(0)
+    }
+
     /// How far each region is covered, in the order of their numbers.
     ///
     /// # Errors
@@ -255,6 +323,14 @@ impl std::fmt::Debug for IndexLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IndexLog").field("path", &self.database.path()).finish_non_exhaustive()
     }
+}
+
+/// Writes a row that cannot be read in the place of a record's.
+#[cfg(test)]
+pub(crate) fn spoil_row(path: &Path, id: &RecordId) {
+    let log = IndexLog::open(path).expect("opens");
+    log.database.put_cf(log.family(Family::Records), encode_id(id), [0; 80]).expect("written");
+    log.close();
 }
 
 /// What is written must be readable.

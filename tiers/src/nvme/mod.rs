@@ -10,6 +10,7 @@ mod drive;
 mod drive_directory;
 mod drive_identity;
 mod drive_table;
+mod fill;
 mod inbox;
 mod io;
 mod membership;
@@ -34,6 +35,7 @@ mod writer;
 
 pub use append::{Append, AppendDone};
 pub use config::{DriveConfig, StoreConfig};
+pub use fill::IndexFill;
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,

@@ -24,7 +24,7 @@ pub struct RegionInfo {
     pub generation: u64,
     /// Its state.
     pub state: RegionState,
-    /// Records in it that the index points to.
+    /// Records in it that the table points to; of a large store not all of them until the table is full.
     pub records: u64,
     /// Bytes of these records, headers and padding included.
     pub live_bytes: u64,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::counters::Counters;
 use super::directory::Directory;
 use super::membership::Plan;
+use super::fill;
 use super::page::{PAGE_BYTES, get_u64};
 use super::record_header::{CODEC_STORED, DiskIdentity, HeaderKind, RecordHeader};
 use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
@@ -32,11 +33,13 @@ const OPENS_NAME: &str = "opens";
 /// What an open found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RecoveryReport {
-    /// Records that are found by lookups now.
+    /// Records that are found by lookups now; an estimate unless `is_index_full`.
     pub records: u64,
+    /// Whether the table in memory has all of them. If not, it is being filled; see [`super::StoreStats::index`].
+    pub is_index_full: bool,
     /// Of these, records that were in the regions and not yet in the index.
     pub recovered_records: u64,
-    /// Rows of the index that pointed to nothing any more.
+    /// Rows of the index that pointed to nothing any more, as far as they were read.
     pub dropped_rows: u64,
     /// Whether the index was made anew from the regions.
     pub index_rebuilt: bool,
@@ -80,7 +83,7 @@ pub(super) fn recover(
         let mut recovery = Recovery { shared, index: Arc::new(index), report, changes: Vec::new(), marks: Vec::new() };
         let live = recovery.restore_regions(&headers.found)?;
         if !index_rebuilt {
-            recovery.load_rows()?;
+            fill::begin(shared, &recovery.index)?;
         }
         Ok((recovery, live))
     };
@@ -122,7 +125,10 @@ pub(super) fn recover(
         (0..shared.regions.count()).filter(is_free).collect()
     };
     let lanes = (0..shared.drive.drives()).map(|drive| (open.remove(&drive), free_on(drive))).collect();
-    (report.records, report.elapsed) = (shared.table.len() as u64, started.elapsed());
+    let filled = shared.fill.progress();
+    report.records = if filled.is_full { shared.table.len() as u64 } else { index.rows_estimate() };
+    (report.is_index_full, report.dropped_rows) = (filled.is_full, filled.dropped_rows);
+    report.elapsed = started.elapsed();
     Ok((report, Handover { counters, index, lanes, header_slots: headers.slots }))
 }
 
@@ -235,6 +241,14 @@ fn new_index(shared: &Shared, directory: &Directory, superblock: &Superblock) ->
     Ok(index)
 }
 
+/// A part of the index can not be read: the next open makes it anew.
+///
+/// # Errors
+/// `NoSpace` or `Io`.
+pub(super) fn distrust(index: &IndexLog) -> Result<()> {
+    index.meta_put(STORE_NAME, &[])
+}
+
 impl Recovery<'_> {
     /// Takes up the regions that hold records, in the order of their generations: on each drive that is the order of their
     /// sequences.
@@ -267,32 +281,6 @@ impl Recovery<'_> {
         }
         live.sort_by_key(|live| live.header.generation);
         Ok(live)
-    }
-
-    /// Fills the table from the rows of the index.
-    fn load_rows(&mut self) -> Result<()> {
-        let region_pages = self.shared.drive.region_pages();
-        let mut dropped = Vec::new();
-        let mut dropped_rows = 0;
-        self.index.scan(&mut |row| {
-            let Location { region, generation, page, pages } = row.location;
-            let is_there =
-                self.shared.regions.resolve(row.location).is_some_and(|there| there.generation == generation)
-                    && page >= HEADER_SLOTS
-                    && page + pages <= region_pages;
-            if is_there {
-                self.shared.point_to(&row.id, row.parent, row.location);
-                self.shared.regions.set_used(region, page + pages);
-            } else {
-                dropped_rows += 1;
-                if dropped.len() < BATCH {
-                    dropped.push(IndexChange::Remove { id: row.id, sequence: row.sequence });
-                }
-            }
-            Ok(())
-        })?;
-        self.report.dropped_rows = dropped_rows;
-        self.index.commit(&dropped, &[])
     }
 
     /// Reads the regions on from where the index ends. Several grow at a time, one on each drive, so their records are
@@ -500,7 +488,6 @@ impl Recovery<'_> {
 
     fn commit_changes(&mut self) -> Result<()> {
         let changes = std::mem::take(&mut self.changes);
-        self.index.commit(&changes, &[])?;
-        self.shared.publish(&self.index, &changes)
+        self.shared.commit(&self.index, &changes, &[])
     }
 }

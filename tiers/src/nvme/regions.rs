@@ -92,6 +92,15 @@ impl Regions {
             .then_some(Location { generation, ..location })
     }
 
+    /// Whether the region is in the location's generation, be it found by lookups or not: a region that is being
+    /// reclaimed may yet be given back.
+    pub(super) fn holds(&self, location: &Location) -> bool {
+        self.regions
+            .lock()
+            .get(location.region as usize)
+            .is_some_and(|region| region.state != RegionState::Free && region.generation == location.generation)
+    }
+
     /// A number for one access, for [`Regions::touch`].
     pub(super) fn next_tick(&self) -> u64 {
         self.tick.fetch_add(1, Ordering::Relaxed)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::drive::Drive;
+use super::fill::{Fill, FillPlan};
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
 use super::policy::ReclaimPolicy;
@@ -22,6 +23,7 @@ pub(super) struct Shared {
     pub(super) drive: Arc<Drive>,
     pub(super) regions: Arc<Regions>,
     pub(super) table: Table,
+    pub(super) fill: Fill,
     pub(super) namespaces: Namespaces,
     pub(super) inbox: Arc<Inbox>,
     pub(super) counts: Counts,
@@ -38,12 +40,14 @@ impl Shared {
         namespaces: Namespaces,
         inbox: Arc<Inbox>,
         policy: Arc<dyn ReclaimPolicy>,
+        plan: FillPlan,
     ) -> Self {
         Self {
             uuid,
             drive,
             regions,
             table: Table::new(),
+            fill: Fill::new(plan),
             namespaces,
             inbox,
             counts: Counts::default(),
@@ -67,12 +71,7 @@ impl Shared {
         }
     }
 
-    /// Where a record lies, if it is there.
-    pub(super) fn locate(&self, fingerprint: u64) -> Option<Location> {
-        self.table.get(fingerprint).and_then(|location| self.regions.resolve(location))
-    }
-
-    /// Brings the table up to date with changes that `index` has taken.
+    /// Brings the table up to date with changes that `index` has taken; see [`Shared::commit`].
     ///
     /// # Errors
     /// What the index reports.

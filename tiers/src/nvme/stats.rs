@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::fill::IndexFill;
+
 /// Counters and gauges of a store; counters start at zero when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -16,12 +18,15 @@ pub struct StoreStats {
     pub regions: u64,
     /// Regions that hold nothing.
     pub free_regions: u64,
-    /// Records that lookups find, and in small part stale entries of reclaimed regions that they do not.
+    /// Records that the table has, in small part stale entries of reclaimed regions that lookups do not find. Of a large
+    /// store not all until the table is full.
     pub records: u64,
-    /// Bytes of the records in use, headers and padding included.
+    /// Bytes of these records, headers and padding included.
     pub live_bytes: u64,
     /// Bytes of memory of the index.
     pub index_bytes: u64,
+    /// How far the table is filled.
+    pub index: IndexFill,
     /// Bytes of records that are accepted and not durable.
     pub queued_bytes: u64,
     /// Records that became durable.

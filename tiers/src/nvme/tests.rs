@@ -5,6 +5,7 @@ mod basics;
 mod crashes;
 mod drives;
 mod faults;
+mod filling;
 mod reclaiming;
 
 use std::path::{Path, PathBuf};

@@ -73,6 +73,8 @@ pub(super) fn verify(
     paths: &[PathBuf],
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
+    // What is not in the table could not be taken out of it.
+    shared.fill.wait();
     let attempts: [Option<Attempt>; 2] = [on_tokio_uring(), Some(on_blocking_reads)];
     let mut last = Error::new(ErrorKind::Io, "the verification did not end");
     for attempt in attempts.into_iter().flatten() {
@@ -171,7 +173,7 @@ impl Job {
     fn places(&self, is_wanted: impl Fn(u32) -> bool) -> Result<Vec<(Location, RecordId)>> {
         let mut places = Vec::new();
         self.index.scan(&mut |row| {
-            if is_wanted(row.location.region) && self.shared.locate(row.id.fingerprint()) == Some(row.location) {
+            if is_wanted(row.location.region) && self.shared.locate(&row.id) == Some(row.location) {
                 places.push((row.location, row.id));
             }
             Ok(())

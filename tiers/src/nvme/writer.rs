@@ -338,7 +338,7 @@ impl Writer {
         };
         let location =
             Location { region: open.region, generation: open.generation, page: open.next_page, pages: record.pages };
-        let replaces = record.kind == HeaderKind::Object && self.is_known(record.id.fingerprint());
+        let replaces = record.kind == HeaderKind::Object && self.is_known(&record.id);
         let buffer = self.image(&record, location, sequence, replaces);
         let inbox = Arc::clone(&self.shared.inbox);
         let (file, offset) = self.shared.drive.locate(location.region, location.page);
@@ -375,8 +375,10 @@ impl Writer {
         Ok(())
     }
 
-    fn is_known(&self, fingerprint: u64) -> bool {
-        self.objects_pending.contains_key(&fingerprint) || self.shared.locate(fingerprint).is_some()
+    /// Whether there is an older version. If the index can not say, there may be.
+    fn is_known(&self, id: &RecordId) -> bool {
+        self.objects_pending.contains_key(&id.fingerprint())
+            || self.shared.try_locate(id).map_or(true, |found| found.is_some())
     }
 
     /// What goes to the drive: the slot, with its header page filled, or a page with the header alone.

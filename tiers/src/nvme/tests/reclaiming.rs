@@ -106,7 +106,7 @@ fn assert_only_newest(place: &Place, store: &Store, newest: &HashMap<u64, Option
 }
 
 /// Keeps the oldest region for ever and gives up the next one.
-struct SecondOldest;
+pub(super) struct SecondOldest;
 
 impl ReclaimPolicy for SecondOldest {
     fn victim(&self, candidates: &[RegionInfo]) -> Option<u32> {

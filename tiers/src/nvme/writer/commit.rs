@@ -148,13 +148,13 @@ impl Writer {
         self.note_hiding_regions(batch)?;
         let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
         let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
-        self.index.commit(&changes, &marks)?;
+        self.shared.commit(&self.index, &changes, &marks)?;
         self.marks.clear();
         // A drive may be gone at the next open, and with it the only other place that knows of a removal.
         if self.lanes.len() > 1 && batch.iter().any(hides_older) {
             self.index.sync()?;
         }
-        self.shared.publish(&self.index, &changes)
+        Ok(())
     }
 
     /// A region that gets its first record that hides older ones is noted before the record is: whoever reclaims the
