@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::io::IoChoice;
 use super::page::PAGE_BYTES;
+use crate::codec::CodecChoice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::Location;
 
@@ -34,6 +35,9 @@ pub struct StoreConfig {
     pub commit_bytes: u64,
     /// Bytes of records that are accepted and not durable; beyond it appends are refused as busy. Default: 256 MiB.
     pub write_queue_bytes: u64,
+    /// Whether blocks are compressed. Encoded copies take at most `write_queue_bytes` of memory more. Default:
+    /// [`CodecChoice::Auto`].
+    pub codec: CodecChoice,
 }
 
 impl StoreConfig {
@@ -48,6 +52,7 @@ impl StoreConfig {
             commit_interval: Duration::from_secs(1),
             commit_bytes: 64 << 20,
             write_queue_bytes: 256 << 20,
+            codec: CodecChoice::Auto,
         }
     }
 

@@ -1,12 +1,14 @@
 //! The block store: regions in a preallocated file, written as a log with O_DIRECT, found through an index.
 //! Owns the format, the data plane and recovery. Decides nothing: which region to reclaim is asked of a policy.
-//! A write goes store -> inbox -> writer -> io -> commit -> index; a read goes store -> read -> io -> verifiers.
+//! A write goes store -> inbox (-> encoders) -> writer -> io -> commit -> index; a read goes store -> read -> io ->
+//! verifiers, which also decode.
 
 mod append;
 mod config;
 mod counters;
 mod directory;
 mod drive;
+mod encoding;
 mod inbox;
 mod io;
 mod namespaces;
@@ -27,6 +29,11 @@ mod tests;
 mod verify;
 mod version;
 mod writer;
+
+/// Cores that this process may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
 
 pub use append::{Append, AppendDone};
 pub use config::StoreConfig;

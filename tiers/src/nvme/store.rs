@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use parking_lot::{Mutex, RwLock};
 
-use super::append::{Append, Done, QueuedRecord};
+use super::append::{Append, Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::directory::{Directory, preallocate};
 use super::drive::Drive;
+use super::encoding::Encoders;
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
-use super::read::{ReadDone, Verifiers};
+use super::read::{ReadDone, Verifiers, measure_decoding};
 use super::recovery::{RecoveryReport, recover};
 use super::region_header::HEADER_SLOTS;
 use super::regions::{RegionPins, Regions};
@@ -30,6 +31,7 @@ use super::verify::{VerifyProgress, VerifyReport, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
+use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location};
@@ -44,6 +46,7 @@ pub struct Store {
     shared: Arc<Shared>,
     region_bytes: u64,
     verifiers: RwLock<Option<Verifiers>>,
+    encoders: RwLock<Option<Encoders>>,
     running: Mutex<Option<Running>>,
     /// Held by whoever closes; nobody else waits for it.
     closing: Mutex<()>,
@@ -54,7 +57,8 @@ pub struct Store {
 struct Running {
     writer: JoinHandle<()>,
     writer_ended: Receiver<Result<()>>,
-    verifiers: Vec<JoinHandle<()>>,
+    /// Those that verify and those that encode.
+    helpers: Vec<JoinHandle<()>>,
     index: Arc<IndexLog>,
     directory: Directory,
 }
@@ -113,19 +117,24 @@ impl Store {
         }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        let store = Self::start(shared, &config, writer, index, directory)?;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
 
     fn start(
         shared: Arc<Shared>,
-        region_bytes: u64,
+        config: &StoreConfig,
         writer: Writer,
         index: Arc<IndexLog>,
         directory: Directory,
     ) -> Result<Self> {
-        let (verifiers, verifier_threads) = Verifiers::start(&shared)?;
+        let (verifiers, mut helpers) = Verifiers::start(&shared)?;
+        if config.codec == CodecChoice::Auto {
+            shared.set_decode_speed(measure_decoding());
+        }
+        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec, config.write_queue_bytes)?;
+        helpers.extend(encoder_threads);
         let (ended, writer_ended) = bounded(1);
         let for_writer = Arc::clone(&shared);
         let work = move || {
@@ -141,12 +150,13 @@ impl Store {
         };
         let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
-        let own_threads = verifier_threads.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
-        let running = Running { writer, writer_ended, verifiers: verifier_threads, index, directory };
+        let own_threads = helpers.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
+        let running = Running { writer, writer_ended, helpers, index, directory };
         Ok(Self {
             shared,
-            region_bytes,
+            region_bytes: config.region_bytes,
             verifiers: RwLock::new(Some(verifiers)),
+            encoders: RwLock::new(Some(encoders)),
             running: Mutex::new(Some(running)),
             closing: Mutex::new(()),
             own_threads,
@@ -188,7 +198,7 @@ impl Store {
             Err(error) => return Err((append, error)),
         };
         let Append { id, kind, parent, depth, slot, payload_bytes, done } = append;
-        let record = QueuedRecord {
+        let mut record = QueuedRecord {
             id,
             identity,
             shards,
@@ -198,13 +208,21 @@ impl Store {
             depth,
             slot,
             payload_bytes,
+            form: Form::Stored,
             pages,
             charged_bytes: u64::from(pages) * PAGE_BYTES as u64,
             is_retry: false,
             is_for_reclaim: false,
             done: Done::new(done),
         };
-        self.shared.inbox.push_record(Box::new(record)).map_err(|(record, error)| {
+        // The record takes its place in the order first, and is encoded while it waits there.
+        let encoders = self.encoders.read();
+        let plan = encoders.as_ref().map(|encoders| (encoders, encoders.plan(&mut record)));
+        let pushed = self.shared.inbox.push_record(Box::new(record));
+        if let (Ok(()), Some((encoders, plan))) = (&pushed, plan) {
+            encoders.carry_out(plan);
+        }
+        pushed.map_err(|(record, error)| {
             let QueuedRecord { slot, done, .. } = *record;
             let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
             (Append { id, kind, parent, depth, slot, payload_bytes, done }, error)
@@ -353,6 +371,12 @@ impl Store {
         verify(&self.shared, &index, &path, progress)
     }
 
+    /// Tells how many bytes per second the drives read at their best, all together. Blocks are only encoded as long as the
+    /// store's threads decode at least as fast; while nobody has told they are.
+    pub fn set_drive_read_speed(&self, bytes_per_second: u64) {
+        self.shared.set_drive_speed(bytes_per_second);
+    }
+
     /// All regions, by number.
     pub fn regions(&self) -> Vec<RegionInfo> {
         self.shared.regions.infos()
@@ -371,6 +395,7 @@ impl Store {
             live_bytes: regions.iter().map(|info| info.live_bytes).sum(),
             index_bytes: self.shared.table.memory_bytes() as u64,
             queued_bytes: self.shared.inbox.held_bytes(),
+            decode_bytes_per_second: self.shared.decode_speed(),
             ..self.shared.counts.snapshot()
         }
     }
@@ -402,6 +427,7 @@ impl Store {
         };
         let ended = self.running.lock().take();
         drop(self.verifiers.write().take());
+        drop(self.encoders.write().take());
         if let Some(ended) = ended {
             ended.end(&self.shared);
         }
@@ -413,7 +439,7 @@ impl Running {
     /// Ends what is left when the writer has ended. The lock goes last.
     fn end(self, shared: &Shared) {
         shared.drive.io().close();
-        for thread in self.verifiers.into_iter().chain([self.writer]) {
+        for thread in self.helpers.into_iter().chain([self.writer]) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the store panicked");
             }
@@ -428,6 +454,9 @@ impl Drop for Store {
         let Some(running) = self.running.get_mut().take() else { return };
         self.shared.inbox.end(Ending::Abandon);
         drop(self.verifiers.get_mut().take());
+        if let Some(encoders) = self.encoders.get_mut().take() {
+            encoders.stop();
+        }
         let shared = Arc::clone(&self.shared);
         let end = move || {
             if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {

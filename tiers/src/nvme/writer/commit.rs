@@ -8,6 +8,7 @@ use super::{BUSY_PAUSE, Pending, What, Writer};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
+use crate::nvme::append::Form;
 use crate::nvme::drive::REGION_FILE;
 use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
 use crate::nvme::page::PAGE_BYTES;
@@ -136,6 +137,15 @@ impl Writer {
             What::Record { record, location, .. } => {
                 add(&self.shared.counts.appended_records, 1);
                 add(&self.shared.counts.appended_bytes, u64::from(location.pages) * PAGE_BYTES as u64);
+                if record.kind.has_payload() {
+                    add(&self.shared.counts.appended_payload_bytes, record.payload_bytes);
+                    // An encoded payload is whole pages long.
+                    let pages_bytes = u64::from(location.pages - 1) * PAGE_BYTES as u64;
+                    add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
+                }
+                if matches!(record.form, Form::Sent) {
+                    add(&self.shared.counts.encoded_records, 1);
+                }
                 self.resolve(record, Ok(location));
             }
             What::Flush(done) => done.call(Ok(())),
