@@ -3,6 +3,7 @@
 
 mod basics;
 mod crashes;
+mod encoded;
 mod faults;
 mod reclaiming;
 
