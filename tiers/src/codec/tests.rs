@@ -171,6 +171,16 @@ fn bombs_are_refused() {
     assert_eq!(decode(Codec::Zstd, &frame[..PAGE], 1 << 30), Err(ErrorKind::Corrupt));
 }
 
+/// Made up from intact parts, so that only the decoded length is wrong.
+#[test]
+fn a_chunk_that_decodes_to_less_is_refused() {
+    let short = zstd::bulk::compress(&vec![1u8; CHUNK_BYTES - 16], 1).expect("compresses");
+    let mut frame = vec![0; PAGE];
+    super::frame::write_table(&mut frame, &[short.len() as u32]);
+    frame[PAGE - short.len()..].copy_from_slice(&short);
+    assert_eq!(decode(Codec::Zstd, &frame, CHUNK_BYTES), Err(ErrorKind::Corrupt));
+}
+
 fn payloads() -> impl Strategy<Value = Vec<u8>> {
     let length = 1usize..(CHUNK_BYTES * 3 / 16);
     (length, 0u8..4, any::<u64>()).prop_map(|(groups, kind, seed)| match kind {

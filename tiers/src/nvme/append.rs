@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::encoding::{Encoding, Image};
+use super::encoding::{Encoding, Image, ImageHead};
 use super::page::{PAGE_BYTES, pages_of};
 use super::record_header::{DiskIdentity, HeaderKind};
 use crate::block::{BlockKey, RecordId, RecordKind};
@@ -80,8 +80,8 @@ pub(super) enum Form {
     Encoding(Arc<Encoding>),
     /// Out of this buffer.
     Encoded(Image),
-    /// The buffer was handed to the drive.
-    Sent,
+    /// The buffer was handed to the drive; until it comes back it counts for the encoders' bound.
+    Sent(Option<ImageHead>),
 }
 
 /// A record on its way through the writer.

@@ -35,8 +35,8 @@ pub struct StoreConfig {
     pub commit_bytes: u64,
     /// Bytes of records that are accepted and not durable; beyond it appends are refused as busy. Default: 256 MiB.
     pub write_queue_bytes: u64,
-    /// Whether blocks are compressed. Encoded copies take at most `write_queue_bytes` of memory more. Default:
-    /// [`CodecChoice::Auto`].
+    /// Whether blocks are compressed. Encoded copies take at most 256 MiB of memory until they are written, and 64 MiB of
+    /// buffers are kept. Default: [`CodecChoice::Auto`].
     pub codec: CodecChoice,
 }
 

@@ -3,15 +3,13 @@
 //! same for all. The writer waits for a record that is being encoded; when the encoders have too much to do, records are
 //! stored as they are. Slots are only read: what is encoded lies in buffers of its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::append::{Form, QueuedRecord};
@@ -27,8 +25,11 @@ use crate::error::{Error, Result};
 
 /// Threads that encode: a quarter of the machine, which has other things to do.
 const ENCODERS_MAX: usize = 4;
-/// Records that wait to be encoded at most.
-const JOBS_MAX: usize = 4096;
+/// Bytes of records that are encoded and not yet written; the encoders wait beyond it (but one record always goes).
+const IMAGE_BYTES_MAX: u64 = if cfg!(test) { 256 << 10 } else { 256 << 20 };
+/// Bytes of records that wait for the encoders, above which records are stored as they are; while it is the drive that is
+/// behind there is time to encode all of them.
+const WAITING_BYTES_MAX: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// Bytes of buffers that are kept for the next records.
 const SPARE_BYTES_MAX: usize = 64 << 20;
 
@@ -38,9 +39,9 @@ pub(super) struct Image {
     pub(super) head: ImageHead,
 }
 
-/// What a record's header says of its encoded payload.
-#[derive(Debug, Clone, Copy)]
+/// What a record's header says of its encoded payload, and the room that it takes until it is written.
 pub(super) struct ImageHead {
+    pub(super) _room: Room,
     pub(super) codec: Codec,
     pub(super) stored_bytes: u64,
     pub(super) stored_xxh3: u64,
@@ -95,72 +96,144 @@ impl Spares {
     }
 }
 
+/// What the encoders have to do, in the order of the writer's queue: so whoever waits for room waits for records that are
+/// written before his own.
+#[derive(Default)]
+struct Jobs {
+    state: Mutex<JobState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct JobState {
+    waiting: VecDeque<Job>,
+    waiting_bytes: u64,
+    /// Of records that are being encoded, or are encoded and not yet written.
+    image_bytes: u64,
+    is_ended: bool,
+}
+
+impl JobState {
+    fn has_room(&self, bytes: u64) -> bool {
+        self.image_bytes == 0 || self.image_bytes + bytes <= IMAGE_BYTES_MAX
+    }
+}
+
+impl Jobs {
+    /// The next job with room for its image; `None` when there will be no more.
+    fn next(self: &Arc<Self>) -> Option<(Job, Room)> {
+        let mut state = self.state.lock();
+        loop {
+            let first = state.waiting.front().map(|job| job.payload_bytes as u64);
+            match first {
+                Some(bytes) if state.has_room(bytes) => {
+                    let job = state.waiting.pop_front()?;
+                    state.waiting_bytes -= bytes;
+                    state.image_bytes += bytes;
+                    return Some((job, Room { jobs: Arc::clone(self), bytes }));
+                }
+                None if state.is_ended => return None,
+                _ => self.changed.wait(&mut state),
+            }
+        }
+    }
+
+    /// Lets the threads end; what still waits is stored as it is.
+    fn end(&self) {
+        let mut state = self.state.lock();
+        state.is_ended = true;
+        let left = std::mem::take(&mut state.waiting);
+        state.waiting_bytes = 0;
+        drop(state);
+        self.changed.notify_all();
+        drop(left);
+    }
+}
+
+/// Room for an image, given back when dropped.
+pub(super) struct Room {
+    jobs: Arc<Jobs>,
+    bytes: u64,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.jobs.state.lock().image_bytes -= self.bytes;
+        self.jobs.changed.notify_one();
+    }
+}
+
 /// The threads that encode, and who decides what they get.
 pub(super) struct Encoders {
     shared: Arc<Shared>,
     choice: CodecChoice,
-    sender: Sender<Job>,
-    waiting: Arc<AtomicU64>,
-    waiting_bytes_max: u64,
-    is_stopped: Arc<AtomicBool>,
+    jobs: Arc<Jobs>,
     lanes: RwLock<HashMap<(NamespaceHandle, u16), Arc<Lane>>>,
 }
 
 impl Encoders {
-    /// Starts the threads; none if nothing is to be encoded.
+    /// Starts the threads; none if nothing is to be encoded. Dropping the result lets them end.
     ///
     /// # Errors
     /// `Io` if the system gives no threads.
-    pub(super) fn start(
-        shared: &Arc<Shared>,
-        choice: CodecChoice,
-        write_queue_bytes: u64,
-    ) -> Result<(Self, Vec<JoinHandle<()>>)> {
-        let (sender, receiver) = bounded::<Job>(JOBS_MAX);
-        let is_stopped = Arc::new(AtomicBool::new(false));
+    pub(super) fn start(shared: &Arc<Shared>, choice: CodecChoice) -> Result<(Self, Vec<JoinHandle<()>>)> {
+        let jobs: Arc<Jobs> = Arc::default();
+        let encoders = Self { shared: Arc::clone(shared), choice, jobs: Arc::clone(&jobs), lanes: RwLock::default() };
         let threads = match choice {
             CodecChoice::None => 0,
             CodecChoice::Auto => super::cores().div_ceil(4).min(ENCODERS_MAX),
         };
         let start = |number| {
-            let (receiver, is_stopped): (Receiver<Job>, _) = (receiver.clone(), Arc::clone(&is_stopped));
-            let work = move || encode_all(&receiver, &is_stopped);
-            std::thread::Builder::new().name(format!("pega-encode-{number}")).spawn(work)
+            let jobs = Arc::clone(&jobs);
+            std::thread::Builder::new().name(format!("pega-encode-{number}")).spawn(move || encode_all(&jobs))
         };
         let threads: std::io::Result<Vec<_>> = (0..threads).map(start).collect();
         let threads = threads.map_err(|source| Error::from_io("starting the store's encoder threads", source))?;
-        let encoders = Self {
-            shared: Arc::clone(shared),
-            choice,
-            sender,
-            waiting: Arc::default(),
-            // Half of what may wait for the drive: the other half can be written meanwhile.
-            waiting_bytes_max: write_queue_bytes / 2,
-            is_stopped,
-            lanes: RwLock::default(),
-        };
         Ok((encoders, threads))
     }
 
-    /// Lets what still waits be stored as it is.
-    pub(super) fn stop(&self) {
-        self.is_stopped.store(true, Ordering::Release);
+    /// Lets `push` put a record into the writer's queue, and has it encoded there if that is worth it.
+    pub(super) fn push<E>(
+        &self,
+        mut record: Box<QueuedRecord>,
+        push: impl FnOnce(Box<QueuedRecord>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let plan = self.plan(&mut record);
+        match plan {
+            Plan::Store => push(record),
+            Plan::Skip(skip) => push(record).map(|()| self.shared.counts.skip(skip)),
+            Plan::Encode(job) => {
+                // Both queues have the same order.
+                let mut state = self.jobs.state.lock();
+                let pushed = push(record);
+                if pushed.is_ok() && !state.is_ended {
+                    state.waiting_bytes += job.payload_bytes as u64;
+                    state.waiting.push_back(job);
+                    drop(state);
+                    self.jobs.changed.notify_one();
+                } else {
+                    drop(state);
+                    drop(job);
+                }
+                pushed
+            }
+        }
     }
 
-    /// Whether and how a record is to be encoded: for [`Encoders::carry_out`], once it has its place in the queue.
-    pub(super) fn plan(&self, record: &mut QueuedRecord) -> Plan {
+    /// Whether and how a record is to be encoded.
+    fn plan(&self, record: &mut QueuedRecord) -> Plan {
         let is_block = record.kind == HeaderKind::Kv && self.choice == CodecChoice::Auto;
         let Some(slot) = record.slot.as_ref().filter(|_| is_block) else { return Plan::Store };
         let Some(lane) = self.lane(record) else { return Plan::Store };
-        let skip = if !self.shared.pays_to_decode() {
-            Some(Skip::Speed)
-        } else if self.waiting.load(Ordering::Relaxed) + record.payload_bytes > self.waiting_bytes_max {
-            Some(Skip::Queue)
-        } else {
-            None
-        };
-        if let Some(skip) = skip {
-            return Plan::Skip(skip);
+        if !self.shared.pays_to_decode() {
+            return Plan::Skip(Skip::Speed);
+        }
+        let state = self.jobs.state.lock();
+        let are_encoders_behind =
+            state.waiting_bytes + record.payload_bytes > WAITING_BYTES_MAX && state.has_room(record.payload_bytes);
+        drop(state);
+        if are_encoders_behind {
+            return Plan::Skip(Skip::Queue);
         }
         let Some(codec) = lane.next() else { return Plan::Skip(Skip::Ratio) };
         let encoding = Arc::new(Encoding::default());
@@ -171,21 +244,9 @@ impl Encoders {
             payload_bytes: record.payload_bytes as usize,
             codec,
             lane,
-            waiting: Arc::clone(&self.waiting),
         };
-        self.waiting.fetch_add(record.payload_bytes, Ordering::Relaxed);
         record.form = Form::Encoding(encoding);
-        Plan::Encode(Box::new(job))
-    }
-
-    /// Does what was planned for a record that was accepted. Without room for it the record is stored as it is.
-    pub(super) fn carry_out(&self, plan: Plan) {
-        let skip = match plan {
-            Plan::Store => None,
-            Plan::Skip(skip) => Some(skip),
-            Plan::Encode(job) => self.sender.try_send(*job).err().map(|_| Skip::Queue),
-        };
-        skip.into_iter().for_each(|skip| self.shared.counts.skip(skip));
+        Plan::Encode(job)
     }
 
     fn lane(&self, record: &QueuedRecord) -> Option<Arc<Lane>> {
@@ -198,29 +259,34 @@ impl Encoders {
     }
 }
 
+impl Drop for Encoders {
+    fn drop(&mut self) {
+        self.jobs.end();
+    }
+}
+
 /// What is to become of a record.
-pub(super) enum Plan {
+enum Plan {
     /// It is none that is ever encoded.
     Store,
     Skip(Skip),
-    Encode(Box<Job>),
+    Encode(Job),
 }
 
 /// A record to encode. Its end, whichever, tells the writer.
-pub(super) struct Job {
+struct Job {
     shared: Arc<Shared>,
     encoding: Arc<Encoding>,
     slot: Arc<Slot>,
     payload_bytes: usize,
     codec: Codec,
     lane: Arc<Lane>,
-    waiting: Arc<AtomicU64>,
 }
 
 impl Job {
-    fn run(&self, encoder: &mut Encoder) {
+    fn run(&self, encoder: &mut Encoder, room: Room) {
         let began = Instant::now();
-        let image = self.encode(encoder);
+        let image = self.encode(encoder, room);
         let counts = &self.shared.counts;
         add(&counts.encode_ns, began.elapsed().as_nanos() as u64);
         let raw_bytes = self.payload_bytes as u64;
@@ -231,7 +297,7 @@ impl Job {
         *self.encoding.0.lock() = Progress::Ended(image);
     }
 
-    fn encode(&self, encoder: &mut Encoder) -> Option<Image> {
+    fn encode(&self, encoder: &mut Encoder, room: Room) -> Option<Image> {
         let payload = self.slot.payload().get(..self.payload_bytes)?;
         let mut pages = self.shared.spares.take(PAGE_BYTES + self.payload_bytes);
         let Some(encoded) = encoder.encode(self.codec, payload, pages.as_mut_slice(), PAGE_BYTES) else {
@@ -241,7 +307,7 @@ impl Job {
         let stored = &pages.as_slice()[encoded.frame.clone()];
         let (stored_bytes, stored_xxh3) = (stored.len() as u64, xxh3_64(stored));
         pages.set_bytes(encoded.frame.end);
-        let head = ImageHead { codec: self.codec, stored_bytes, stored_xxh3, raw_xxh3: xxh3_64(payload) };
+        let head = ImageHead { _room: room, codec: self.codec, stored_bytes, stored_xxh3, raw_xxh3: xxh3_64(payload) };
         Some(Image { pages, head })
     }
 }
@@ -249,7 +315,6 @@ impl Job {
 impl Drop for Job {
     /// Also when it was never run: the writer waits for it.
     fn drop(&mut self) {
-        self.waiting.fetch_sub(self.payload_bytes as u64, Ordering::Relaxed);
         let mut progress = self.encoding.0.lock();
         if matches!(*progress, Progress::Running) {
             *progress = Progress::Ended(None);
@@ -259,13 +324,10 @@ impl Drop for Job {
     }
 }
 
-fn encode_all(jobs: &Receiver<Job>, is_stopped: &AtomicBool) {
+fn encode_all(jobs: &Arc<Jobs>) {
     let mut encoder = Encoder::new();
-    for job in jobs {
-        if is_stopped.load(Ordering::Acquire) {
-            continue;
-        }
-        if catch_unwind(AssertUnwindSafe(|| job.run(&mut encoder))).is_err() {
+    while let Some((job, room)) = jobs.next() {
+        if catch_unwind(AssertUnwindSafe(|| job.run(&mut encoder, room))).is_err() {
             tracing::error!("encoding a record panicked; it is stored as it is");
             encoder = Encoder::new();
         }

@@ -133,7 +133,7 @@ impl Store {
         if config.codec == CodecChoice::Auto {
             shared.set_decode_speed(measure_decoding());
         }
-        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec, config.write_queue_bytes)?;
+        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec)?;
         helpers.extend(encoder_threads);
         let (ended, writer_ended) = bounded(1);
         let for_writer = Arc::clone(&shared);
@@ -198,7 +198,7 @@ impl Store {
             Err(error) => return Err((append, error)),
         };
         let Append { id, kind, parent, depth, slot, payload_bytes, done } = append;
-        let mut record = QueuedRecord {
+        let record = QueuedRecord {
             id,
             identity,
             shards,
@@ -215,13 +215,11 @@ impl Store {
             is_for_reclaim: false,
             done: Done::new(done),
         };
-        // The record takes its place in the order first, and is encoded while it waits there.
-        let encoders = self.encoders.read();
-        let plan = encoders.as_ref().map(|encoders| (encoders, encoders.plan(&mut record)));
-        let pushed = self.shared.inbox.push_record(Box::new(record));
-        if let (Ok(()), Some((encoders, plan))) = (&pushed, plan) {
-            encoders.carry_out(plan);
-        }
+        let (record, push) = (Box::new(record), |record| self.shared.inbox.push_record(record));
+        let pushed = match &*self.encoders.read() {
+            Some(encoders) => encoders.push(record, push),
+            None => push(record),
+        };
         pushed.map_err(|(record, error)| {
             let QueuedRecord { slot, done, .. } = *record;
             let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
@@ -454,9 +452,7 @@ impl Drop for Store {
         let Some(running) = self.running.get_mut().take() else { return };
         self.shared.inbox.end(Ending::Abandon);
         drop(self.verifiers.get_mut().take());
-        if let Some(encoders) = self.encoders.get_mut().take() {
-            encoders.stop();
-        }
+        drop(self.encoders.get_mut().take());
         let shared = Arc::clone(&self.shared);
         let end = move || {
             if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {

@@ -15,7 +15,7 @@ use super::append::{Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::counters::Counters;
 use super::drive::{REGION_FILE, one_page};
-use super::encoding::{Image, ImageHead};
+use super::encoding::Image;
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
@@ -260,6 +260,10 @@ impl Writer {
         if let Some(address) = record.slot_address() {
             self.slots_in_flight.remove(&address);
         }
+        if let Form::Sent(head) = &mut record.form {
+            // Its buffer is free again.
+            drop(head.take());
+        }
         *write = match result {
             Ok(()) => Write::Written,
             Err(error) => {
@@ -337,8 +341,8 @@ impl Writer {
             Location { region: open.region, generation: open.generation, page: open.next_page, pages: record.pages };
         let replaces = record.kind == HeaderKind::Object && self.is_known(record.id.fingerprint());
         let header = self.header(&record, location, sequence, replaces);
-        let (buffer, head) = fill(&mut record, &header);
-        let is_encoded = head.is_some();
+        let buffer = fill(&mut record, &header);
+        let is_encoded = matches!(record.form, Form::Sent(_));
         let shared = Arc::clone(&self.shared);
         let request = IoRequest {
             file: REGION_FILE,
@@ -357,9 +361,7 @@ impl Writer {
             Ok(()) => Write::InFlight,
             Err((request, error)) if error.kind() == ErrorKind::Busy => {
                 self.busy_until = Some(Instant::now() + BUSY_PAUSE);
-                if let (Some(head), Some(IoBuffer::Pages(pages))) = (head, request.buffer) {
-                    record.form = Form::Encoded(Image { pages, head });
-                }
+                take_back(&mut record, request.buffer);
                 return Err(record);
             }
             Err((_, error)) => Write::Failed(error),
@@ -544,25 +546,29 @@ impl Writer {
 }
 
 /// What goes to the drive: the slot, or the buffer of an encoded record, with its header page filled; or a page with the
-/// header alone. What is known of an encoded record comes too.
-fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> (IoBuffer, Option<ImageHead>) {
+/// header alone.
+fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> IoBuffer {
     let page = header.encode();
     match (std::mem::replace(&mut record.form, Form::Stored), &record.slot) {
-        (Form::Encoded(image), _) => {
-            record.form = Form::Sent;
-            let Image { mut pages, head } = image;
+        (Form::Encoded(Image { mut pages, head }), _) => {
+            record.form = Form::Sent(Some(head));
             pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
-            (IoBuffer::Pages(pages), Some(head))
+            IoBuffer::Pages(pages)
         }
-        (form, Some(slot)) => {
-            record.form = form;
+        (_, Some(slot)) => {
             slot.write_header(&page);
-            (IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }, None)
+            IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
         }
-        (form, None) => {
-            record.form = form;
-            (one_page(&page), None)
-        }
+        (_, None) => one_page(&page),
+    }
+}
+
+/// Undoes [`fill`] when the drive did not take it.
+fn take_back(record: &mut QueuedRecord, buffer: Option<IoBuffer>) {
+    if let (Form::Sent(head), Some(IoBuffer::Pages(pages))) = (&mut record.form, buffer)
+        && let Some(head) = head.take()
+    {
+        record.form = Form::Encoded(Image { pages, head });
     }
 }
 

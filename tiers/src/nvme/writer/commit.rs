@@ -143,7 +143,7 @@ impl Writer {
                     let pages_bytes = u64::from(location.pages - 1) * PAGE_BYTES as u64;
                     add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
                 }
-                if matches!(record.form, Form::Sent) {
+                if matches!(record.form, Form::Sent(_)) {
                     add(&self.shared.counts.encoded_records, 1);
                 }
                 self.resolve(record, Ok(location));
