@@ -243,6 +243,28 @@ pub struct Stats {
     pub quarantined_records: u64,
     /// Regions reclaimed.
     pub reclaimed_regions: u64,
+    /// Bytes of the payloads that became durable.
+    pub nvme_written_raw_bytes: u64,
+    /// Bytes of these as they were stored.
+    pub nvme_written_stored_bytes: u64,
+    /// Bytes of the payloads that were read and verified.
+    pub nvme_read_raw_bytes: u64,
+    /// Bytes of these as they were stored.
+    pub nvme_read_stored_bytes: u64,
+    /// Records that became durable encoded.
+    pub codec_encoded_records: u64,
+    /// Nanoseconds that threads have spent encoding.
+    pub codec_encode_ns: u64,
+    /// Nanoseconds that threads have spent decoding.
+    pub codec_decode_ns: u64,
+    /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
+    pub codec_decode_bytes_per_second: u64,
+    /// Blocks that were stored as they are because they, or those before them, hardly shrink.
+    pub codec_skipped_ratio: u64,
+    /// Blocks that were stored as they are because too many waited to be encoded.
+    pub codec_skipped_queue: u64,
+    /// Blocks that were stored as they are because the drive reads faster than this machine decodes.
+    pub codec_skipped_speed: u64,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use pegaflow_tiers::{Error, ErrorKind, Result};
+use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number of bytes that people write as `64GiB`, `512 MiB`, `1.5GB` or a plain number.
@@ -134,6 +134,9 @@ pub struct NvmeConfig {
     /// Operations in flight on the drive. Default: 64. Limits: 1 to 1024.
     #[serde(default = "default_queue_depth")]
     pub queue_depth: u32,
+    /// Whether blocks are compressed on the drive, without loss: `auto` or `none`. Default: auto.
+    #[serde(default)]
+    pub codec: CodecChoice,
 }
 
 fn default_nvme_capacity() -> ByteSize {
@@ -153,6 +156,7 @@ impl NvmeConfig {
             region: None,
             io_engine: IoEngineChoice::Auto,
             queue_depth: default_queue_depth(),
+            codec: CodecChoice::Auto,
         }
     }
 

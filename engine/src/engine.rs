@@ -343,6 +343,7 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
         commit_bytes: COMMIT_BYTES,
         // DRAM bounds what can be waiting: see the share of dirty bytes in `residency`.
         write_queue_bytes: arena.capacity_bytes(),
+        codec: nvme.codec,
     }
 }
 
@@ -359,6 +360,17 @@ fn add_store(stats: &mut Stats, store: &Store) {
     stats.durable_records = of_store.appended_records;
     stats.quarantined_records = of_store.bad_reads;
     stats.reclaimed_regions = of_store.reclaimed_regions;
+    stats.nvme_written_raw_bytes = of_store.appended_payload_bytes;
+    stats.nvme_written_stored_bytes = of_store.appended_stored_bytes;
+    stats.nvme_read_raw_bytes = of_store.read_bytes;
+    stats.nvme_read_stored_bytes = of_store.read_stored_bytes;
+    stats.codec_encoded_records = of_store.encoded_records;
+    stats.codec_encode_ns = of_store.encode_ns;
+    stats.codec_decode_ns = of_store.decode_ns;
+    stats.codec_decode_bytes_per_second = of_store.decode_bytes_per_second;
+    stats.codec_skipped_ratio = of_store.codec_skipped_ratio;
+    stats.codec_skipped_queue = of_store.codec_skipped_queue;
+    stats.codec_skipped_speed = of_store.codec_skipped_speed;
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.

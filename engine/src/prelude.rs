@@ -8,7 +8,8 @@ pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{
-    ArenaId, ArenaView, BlockCopy, BlockKey, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory,
-    Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache,
-    MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, RangeFragment, Result, Slot,
+    ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
+    CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION,
+    KeyChain, KvCache, LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, RangeFragment,
+    Result, Slot,
 };

@@ -4,6 +4,7 @@ pub use crate::block::{
     BlockKey, Fragment, GroupGeometry, KEY_CHAIN_VERSION, KeyChain, MemoryLayout, NamespaceDescriptor, NamespaceHandle,
     NamespaceId, RecordId, RecordKind,
 };
+pub use crate::codec::{CHUNK_BYTES, Codec, CodecChoice, CodecHint, Decoder, Encoded, Encoder};
 pub use crate::dram::{Arena, ArenaConfig, ArenaId, ArenaView, ClassUsage, HEADER_BYTES, HugePages, Place, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{

@@ -9,7 +9,9 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use pegaflow_engine::{ByteSize, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, Result};
+use pegaflow_engine::{
+    ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, Result,
+};
 use pegaflow_server::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
 };
@@ -40,6 +42,9 @@ struct Options {
     /// How the store reads and writes.
     #[arg(long, env = "PEGAFLOW_IO_ENGINE", value_enum, default_value_t = IoEngine::Auto)]
     io_engine: IoEngine,
+    /// Whether blocks are compressed on the drive, without loss.
+    #[arg(long, env = "PEGAFLOW_CODEC", value_enum, default_value_t = CodecOption::Auto)]
+    codec: CodecOption,
     /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
     #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -75,6 +80,14 @@ enum IoEngine {
     Psync,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CodecOption {
+    /// By the type of the numbers, where it saves room and this machine decodes as fast as the drive reads.
+    Auto,
+    /// Stored as they are; what is compressed already stays readable.
+    None,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct HttpAddress(Option<SocketAddr>);
 
@@ -97,6 +110,10 @@ impl Options {
                 IoEngine::Auto => IoEngineChoice::Auto,
                 IoEngine::IoUring => IoEngineChoice::IoUring,
                 IoEngine::Psync => IoEngineChoice::Psync,
+            },
+            codec: match self.codec {
+                CodecOption::Auto => CodecChoice::Auto,
+                CodecOption::None => CodecChoice::None,
             },
             ..NvmeConfig::new(path, self.capacity)
         });

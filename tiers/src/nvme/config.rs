@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::drive_table::DRIVES_MAX;
 use super::io::IoChoice;
 use super::page::PAGE_BYTES;
+use crate::codec::CodecChoice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::Location;
 
@@ -52,6 +53,9 @@ pub struct StoreConfig {
     pub commit_bytes: u64,
     /// Bytes of records that are accepted and not durable; beyond it appends are refused as busy. Default: 256 MiB.
     pub write_queue_bytes: u64,
+    /// Whether blocks are compressed. Encoded copies take at most 256 MiB of memory until they are written, and 64 MiB of
+    /// buffers are kept. Default: [`CodecChoice::Auto`].
+    pub codec: CodecChoice,
 }
 
 impl StoreConfig {
@@ -68,6 +72,7 @@ impl StoreConfig {
             commit_interval: Duration::from_secs(1),
             commit_bytes: 64 << 20,
             write_queue_bytes: 256 << 20,
+            codec: CodecChoice::Auto,
         }
     }
 

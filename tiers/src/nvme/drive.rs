@@ -147,6 +147,8 @@ pub(super) fn one_page(bytes: &Page) -> IoBuffer {
 fn into_pages(buffer: IoBuffer) -> Result<Pages> {
     match buffer {
         IoBuffer::Pages(pages) => Ok(pages),
-        IoBuffer::Slot { .. } => Err(Error::new(ErrorKind::Io, "the I/O engine gave another buffer back")),
+        IoBuffer::Slot { .. } | IoBuffer::SlotEnd { .. } => {
+            Err(Error::new(ErrorKind::Io, "the I/O engine gave another buffer back"))
+        }
     }
 }

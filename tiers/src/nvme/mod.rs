@@ -1,6 +1,7 @@
 //! The block store: regions in a preallocated file, written as a log with O_DIRECT, found through an index.
 //! Owns the format, the data plane and recovery. Decides nothing: which region to reclaim is asked of a policy.
-//! A write goes store -> inbox -> writer -> io -> commit -> index; a read goes store -> read -> io -> verifiers.
+//! A write goes store -> inbox (-> encoders) -> writer -> io -> commit -> index; a read goes store -> read -> io ->
+//! verifiers, which also decode.
 
 mod append;
 mod config;
@@ -11,6 +12,7 @@ mod drive_directory;
 mod drive_identity;
 mod drive_table;
 mod fill;
+mod encoding;
 mod inbox;
 mod io;
 mod membership;
@@ -32,6 +34,11 @@ mod tests;
 mod verify;
 mod version;
 mod writer;
+
+/// Cores that this process may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
 
 pub use append::{Append, AppendDone};
 pub use config::{DriveConfig, StoreConfig};

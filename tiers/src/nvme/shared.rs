@@ -2,11 +2,13 @@
 //! a change becomes visible to lookups, which recovery and the writer do alike.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use super::drive::Drive;
 use super::fill::{Fill, FillPlan};
+use super::encoding::Spares;
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
 use super::policy::ReclaimPolicy;
@@ -27,6 +29,11 @@ pub(super) struct Shared {
     pub(super) namespaces: Namespaces,
     pub(super) inbox: Arc<Inbox>,
     pub(super) counts: Counts,
+    /// Buffers for encoded records.
+    pub(super) spares: Spares,
+    /// Bytes of payload per second that the verifiers decode, and that the drive reads; 0 while not known.
+    decode_speed: AtomicU64,
+    drive_speed: AtomicU64,
     pub(super) policy: Arc<dyn ReclaimPolicy>,
     /// Why the store takes no more writes.
     poison: Mutex<Option<Error>>,
@@ -51,6 +58,9 @@ impl Shared {
             namespaces,
             inbox,
             counts: Counts::default(),
+            spares: Spares::default(),
+            decode_speed: AtomicU64::new(0),
+            drive_speed: AtomicU64::new(0),
             policy,
             poison: Mutex::new(None),
         }
@@ -69,6 +79,28 @@ impl Shared {
             let message = format!("{why} ({cause}); the store takes no more writes until it is opened again");
             *poison = Some(Error::new(ErrorKind::Poisoned, message));
         }
+    }
+
+    /// Notes how many bytes of payload per second the verifiers decode.
+    pub(super) fn set_decode_speed(&self, bytes_per_second: u64) {
+        self.decode_speed.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// How many bytes of payload per second the verifiers decode; 0 while not known.
+    pub(super) fn decode_speed(&self) -> u64 {
+        self.decode_speed.load(Ordering::Relaxed)
+    }
+
+    /// Notes how many bytes per second the drives read at their best, all together.
+    pub(super) fn set_drive_speed(&self, bytes_per_second: u64) {
+        self.drive_speed.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Whether encoded records are read at least as fast as others: as long as the verifiers decode what the drive would
+    /// read without. With a speed unknown they are: a core decodes more than a usual drive's share of it reads.
+    pub(super) fn pays_to_decode(&self) -> bool {
+        let (decode, drive) = (self.decode_speed(), self.drive_speed.load(Ordering::Relaxed));
+        decode == 0 || decode >= drive
     }
 
     /// Brings the table up to date with changes that `index` has taken; see [`Shared::commit`].

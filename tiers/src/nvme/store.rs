@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use parking_lot::{Mutex, RwLock};
 
-use super::append::{Append, Done, QueuedRecord};
+use super::append::{Append, Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::directory::{Directory, preallocate, truncate};
 use super::drive::Drive;
@@ -18,13 +18,14 @@ use super::drive_directory::DriveDirectory;
 use super::drive_identity::{DriveIdentity, Membership};
 use super::drive_table::DriveTable;
 use super::fill::{self, FillPlan};
+use super::encoding::Encoders;
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
 use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
-use super::read::{ReadDone, Verifiers};
+use super::read::{ReadDone, Verifiers, measure_decoding};
 use super::recovery::{RecoveryReport, recover};
 use super::region_header::HEADER_SLOTS;
 use super::regions::{RegionPins, Regions};
@@ -35,6 +36,7 @@ use super::verify::{VerifyProgress, VerifyReport, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
+use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location};
@@ -49,6 +51,7 @@ pub struct Store {
     shared: Arc<Shared>,
     region_bytes: u64,
     verifiers: RwLock<Option<Verifiers>>,
+    encoders: RwLock<Option<Encoders>>,
     running: Mutex<Option<Running>>,
     /// Held by whoever closes; nobody else waits for it.
     closing: Mutex<()>,
@@ -59,7 +62,8 @@ pub struct Store {
 struct Running {
     writer: JoinHandle<()>,
     writer_ended: Receiver<Result<()>>,
-    verifiers: Vec<JoinHandle<()>>,
+    /// Those that verify and those that encode.
+    helpers: Vec<JoinHandle<()>>,
     fill: Option<JoinHandle<()>>,
     index: Arc<IndexLog>,
     directory: Directory,
@@ -136,20 +140,25 @@ impl Store {
         }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let store = Self::start(shared, region_bytes, writer, index, directory, more_drives)?;
+        let store = Self::start(shared, &config, writer, index, directory, more_drives)?;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
 
     fn start(
         shared: Arc<Shared>,
-        region_bytes: u64,
+        config: &StoreConfig,
         writer: Writer,
         index: Arc<IndexLog>,
         directory: Directory,
         more_drives: Vec<DriveDirectory>,
     ) -> Result<Self> {
-        let (verifiers, verifier_threads) = Verifiers::start(&shared)?;
+        let (verifiers, mut helpers) = Verifiers::start(&shared)?;
+        if config.codec == CodecChoice::Auto {
+            shared.set_decode_speed(measure_decoding());
+        }
+        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec)?;
+        helpers.extend(encoder_threads);
         let fill = fill::go_on(&shared)?;
         let (ended, writer_ended) = bounded(1);
         let for_writer = Arc::clone(&shared);
@@ -166,13 +175,13 @@ impl Store {
         };
         let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
-        let own_threads = verifier_threads.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
-        let running =
-            Running { writer, writer_ended, verifiers: verifier_threads, fill, index, directory, more_drives };
+        let own_threads = helpers.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
+        let running = Running { writer, writer_ended, helpers, fill, index, directory, more_drives };
         Ok(Self {
             shared,
-            region_bytes,
+            region_bytes: config.region_bytes,
             verifiers: RwLock::new(Some(verifiers)),
+            encoders: RwLock::new(Some(encoders)),
             running: Mutex::new(Some(running)),
             closing: Mutex::new(()),
             own_threads,
@@ -224,13 +233,19 @@ impl Store {
             depth,
             slot,
             payload_bytes,
+            form: Form::Stored,
             pages,
             charged_bytes: u64::from(pages) * PAGE_BYTES as u64,
             is_retry: false,
             is_for_reclaim: false,
             done: Done::new(done),
         };
-        self.shared.inbox.push_record(Box::new(record)).map_err(|(record, error)| {
+        let (record, push) = (Box::new(record), |record| self.shared.inbox.push_record(record));
+        let pushed = match &*self.encoders.read() {
+            Some(encoders) => encoders.push(record, push),
+            None => push(record),
+        };
+        pushed.map_err(|(record, error)| {
             let QueuedRecord { slot, done, .. } = *record;
             let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
             (Append { id, kind, parent, depth, slot, payload_bytes, done }, error)
@@ -379,6 +394,12 @@ impl Store {
         verify(&self.shared, &index, &paths, progress)
     }
 
+    /// Tells how many bytes per second the drives read at their best, all together. Blocks are only encoded as long as the
+    /// store's threads decode at least as fast; while nobody has told they are.
+    pub fn set_drive_read_speed(&self, bytes_per_second: u64) {
+        self.shared.set_drive_speed(bytes_per_second);
+    }
+
     /// All regions, by number.
     pub fn regions(&self) -> Vec<RegionInfo> {
         self.shared.regions.infos()
@@ -398,6 +419,7 @@ impl Store {
             index_bytes: self.shared.table.memory_bytes() as u64,
             index: self.shared.fill.progress(),
             queued_bytes: self.shared.inbox.held_bytes(),
+            decode_bytes_per_second: self.shared.decode_speed(),
             ..self.shared.counts.snapshot()
         }
     }
@@ -430,6 +452,7 @@ impl Store {
         };
         let ended = self.running.lock().take();
         drop(self.verifiers.write().take());
+        drop(self.encoders.write().take());
         if let Some(ended) = ended {
             ended.end(&self.shared);
         }
@@ -441,7 +464,7 @@ impl Running {
     /// Ends what is left when the writer has ended. The lock goes last.
     fn end(self, shared: &Shared) {
         shared.drive.io().close();
-        for thread in self.verifiers.into_iter().chain([self.writer]).chain(self.fill) {
+        for thread in self.helpers.into_iter().chain([self.writer]).chain(self.fill) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the store panicked");
             }
@@ -459,6 +482,7 @@ impl Drop for Store {
         self.shared.fill.stop();
         self.shared.inbox.end(Ending::Abandon);
         drop(self.verifiers.get_mut().take());
+        drop(self.encoders.get_mut().take());
         let shared = Arc::clone(&self.shared);
         let end = move || {
             if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {

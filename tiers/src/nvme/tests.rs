@@ -4,6 +4,7 @@
 mod basics;
 mod crashes;
 mod drives;
+mod encoded;
 mod faults;
 mod filling;
 mod reclaiming;

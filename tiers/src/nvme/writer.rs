@@ -11,10 +11,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::append::{Done, QueuedRecord};
+use super::append::{Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::counters::Counters;
 use super::drive::one_page;
+use super::encoding::Image;
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
@@ -266,6 +267,10 @@ impl Writer {
         if let Some(address) = record.slot_address() {
             self.slots_in_flight.remove(&address);
         }
+        if let Form::Sent(head) = &mut record.form {
+            // Its buffer is free again.
+            drop(head.take());
+        }
         *write = match result {
             Ok(()) => Write::Written,
             Err(error) => {
@@ -324,7 +329,11 @@ impl Writer {
     }
 
     /// Submits one record, or gives it back when it has to wait.
-    fn submit_record(&mut self, record: Box<QueuedRecord>) -> Result<(), Box<QueuedRecord>> {
+    fn submit_record(&mut self, mut record: Box<QueuedRecord>) -> Result<(), Box<QueuedRecord>> {
+        // Its encoder lets the writer look again.
+        if !record.settle_form() {
+            return Err(record);
+        }
         if record.slot_address().is_some_and(|address| self.slots_in_flight.contains(&address)) {
             return Err(record);
         }
@@ -339,8 +348,10 @@ impl Writer {
         let location =
             Location { region: open.region, generation: open.generation, page: open.next_page, pages: record.pages };
         let replaces = record.kind == HeaderKind::Object && self.is_known(&record.id);
-        let buffer = self.image(&record, location, sequence, replaces);
-        let inbox = Arc::clone(&self.shared.inbox);
+        let header = self.header(&record, location, sequence, replaces);
+        let buffer = fill(&mut record, &header);
+        let is_encoded = matches!(record.form, Form::Sent(_));
+        let shared = Arc::clone(&self.shared);
         let (file, offset) = self.shared.drive.locate(location.region, location.page);
         let request = IoRequest {
             file,
@@ -348,12 +359,18 @@ impl Writer {
             offset,
             buffer: Some(buffer),
             priority: IoPriority::Write,
-            done: Box::new(move |completion: IoCompletion| inbox.push_written(sequence, completion.result)),
+            done: Box::new(move |completion: IoCompletion| {
+                if let Some(IoBuffer::Pages(pages)) = completion.buffer.filter(|_| is_encoded) {
+                    shared.spares.put(pages);
+                }
+                shared.inbox.push_written(sequence, completion.result);
+            }),
         };
         let write = match self.shared.drive.io().submit(request) {
             Ok(()) => Write::InFlight,
-            Err((_, error)) if error.kind() == ErrorKind::Busy => {
+            Err((request, error)) if error.kind() == ErrorKind::Busy => {
                 self.busy_until = Some(Instant::now() + BUSY_PAUSE);
+                take_back(&mut record, request.buffer);
                 return Err(record);
             }
             Err((_, error)) => Write::Failed(error),
@@ -381,11 +398,20 @@ impl Writer {
             || self.shared.try_locate(id).map_or(true, |found| found.is_some())
     }
 
-    /// What goes to the drive: the slot, with its header page filled, or a page with the header alone.
-    fn image(&self, record: &QueuedRecord, location: Location, sequence: u64, replaces: bool) -> IoBuffer {
-        let payload = record.slot.as_ref().and_then(|slot| slot.payload().get(..record.payload_bytes as usize));
-        let checksum = payload.map_or(0, xxh3_64);
-        let header = RecordHeader {
+    /// The header that a record gets at its place.
+    fn header(&self, record: &QueuedRecord, location: Location, sequence: u64, replaces: bool) -> RecordHeader {
+        let raw_bytes = record.payload_bytes;
+        let (codec, stored_bytes, stored_xxh3, raw_xxh3) = match &record.form {
+            Form::Encoded(Image { head, .. }) => {
+                (head.codec.number(), head.stored_bytes, head.stored_xxh3, head.raw_xxh3)
+            }
+            _ => {
+                let payload = record.slot.as_ref().and_then(|slot| slot.payload().get(..raw_bytes as usize));
+                let checksum = payload.map_or(0, xxh3_64);
+                (CODEC_STORED, raw_bytes, checksum, checksum)
+            }
+        };
+        RecordHeader {
             kind: record.kind,
             replaces,
             store: self.shared.uuid,
@@ -394,23 +420,15 @@ impl Writer {
             hides: if record.kind == HeaderKind::Tombstone { record.hides.unwrap_or(sequence) } else { 0 },
             identity: record.identity,
             shards: record.shards,
-            codec: CODEC_STORED,
+            codec,
             key_version: KEY_CHAIN_VERSION,
             parent: record.parent,
             depth: record.depth,
-            raw_bytes: record.payload_bytes,
-            stored_bytes: record.payload_bytes,
-            stored_xxh3: checksum,
-            raw_xxh3: checksum,
+            raw_bytes,
+            stored_bytes,
+            stored_xxh3,
+            raw_xxh3,
             created_unix_ms: unix_ms(),
-        };
-        let page = header.encode();
-        match &record.slot {
-            Some(slot) => {
-                slot.write_header(&page);
-                IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
-            }
-            None => one_page(&page),
         }
     }
 
@@ -453,6 +471,7 @@ impl Writer {
     fn prepare_retry(&mut self, mut record: Box<QueuedRecord>) -> Box<QueuedRecord> {
         add(&self.shared.counts.retried_appends, 1);
         record.is_retry = true;
+        record.store_plain();
         self.forget_pending_object(&record);
         record
     }
@@ -541,6 +560,33 @@ impl Writer {
 
 fn bytes_of(location: &Location) -> u64 {
     u64::from(location.pages) * PAGE_BYTES as u64
+}
+
+/// What goes to the drive: the slot, or the buffer of an encoded record, with its header page filled; or a page with the
+/// header alone.
+fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> IoBuffer {
+    let page = header.encode();
+    match (std::mem::replace(&mut record.form, Form::Stored), &record.slot) {
+        (Form::Encoded(Image { mut pages, head }), _) => {
+            record.form = Form::Sent(Some(head));
+            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
+            IoBuffer::Pages(pages)
+        }
+        (_, Some(slot)) => {
+            slot.write_header(&page);
+            IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
+        }
+        (_, None) => one_page(&page),
+    }
+}
+
+/// Undoes [`fill`] when the drive did not take it.
+fn take_back(record: &mut QueuedRecord, buffer: Option<IoBuffer>) {
+    if let (Form::Sent(head), Some(IoBuffer::Pages(pages))) = (&mut record.form, buffer)
+        && let Some(head) = head.take()
+    {
+        record.form = Form::Encoded(Image { pages, head });
+    }
 }
 
 fn unix_ms() -> u64 {

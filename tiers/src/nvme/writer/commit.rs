@@ -9,8 +9,10 @@ use super::{BUSY_PAUSE, Pending, What, Writer, bytes_of};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
+use crate::nvme::append::Form;
 use crate::nvme::drive::Drive;
 use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
+use crate::nvme::page::PAGE_BYTES;
 use crate::nvme::stats::add;
 
 /// The name in the index under which a region's generation stands if it has records that hide older ones.
@@ -196,6 +198,15 @@ impl Writer {
             What::Record { record, location, .. } => {
                 add(&self.shared.counts.appended_records, 1);
                 add(&self.shared.counts.appended_bytes, bytes_of(&location));
+                if record.kind.has_payload() {
+                    add(&self.shared.counts.appended_payload_bytes, record.payload_bytes);
+                    // An encoded payload is whole pages long.
+                    let pages_bytes = bytes_of(&location) - PAGE_BYTES as u64;
+                    add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
+                }
+                if matches!(record.form, Form::Sent(_)) {
+                    add(&self.shared.counts.encoded_records, 1);
+                }
                 self.resolve(record, Ok(location));
             }
             What::Flush(done) => done.call(Ok(())),
