@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use pegaflow_tiers::{
-    Arena, ArenaConfig, ArenaId, ArenaView, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store, StoreConfig,
+    Arena, ArenaConfig, ArenaId, ArenaView, DriveConfig, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store,
+    StoreConfig,
 };
 
 use crate::api::{
@@ -332,7 +333,13 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
     StoreConfig {
         path: nvme.path.clone(),
         capacity_bytes: nvme.capacity.0,
+        more_drives: nvme
+            .more_drives
+            .iter()
+            .map(|drive| DriveConfig { path: drive.path.clone(), capacity_bytes: drive.capacity.0 })
+            .collect(),
         region_bytes: nvme.region_bytes(),
+        keeps_region_bytes: nvme.region.is_none(),
         io: match nvme.io_engine {
             IoEngineChoice::Auto => IoChoice::Auto,
             IoEngineChoice::IoUring => IoChoice::IoUring,

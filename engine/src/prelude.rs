@@ -4,7 +4,7 @@ pub use crate::api::{
     BlockSave, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
     LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
 };
-pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
+pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{

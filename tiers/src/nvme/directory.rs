@@ -254,15 +254,15 @@ fn content(path: &Path) -> Result<Content> {
         Some(text) if version_text().as_bytes().starts_with(text) => &[LOCK, LOST_AND_FOUND, VERSION_NEW],
         _ => &[LOCK, LOST_AND_FOUND],
     };
+    if path.join(IDENTITY).exists() {
+        let message = format!(
+            "{} is a further drive of a store, not its home; list the home first, and further drives as they joined",
+            path.display()
+        );
+        return Err(Error::new(ErrorKind::ForeignFormat, message));
+    }
     for entry in fs::read_dir(path).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
-        if name == OsStr::new(IDENTITY) {
-            let message = format!(
-                "{} is a further drive of a store, not its home; list the home first, and further drives as they joined",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::ForeignFormat, message));
-        }
         if !ours.iter().any(|known| name == OsStr::new(known)) {
             let message = format!(
                 "{} holds {name:?} and no {VERSION}, so it is no store of this engine; give an empty directory",

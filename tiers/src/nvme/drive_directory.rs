@@ -120,15 +120,15 @@ fn content(path: &Path) -> Result<Option<DriveIdentity>> {
         Some(_) => &[LOCK, LOST_AND_FOUND, IDENTITY, IDENTITY_NEW, REGIONS],
         None => &[LOCK, LOST_AND_FOUND, IDENTITY_NEW],
     };
+    if path.join(VERSION).exists() {
+        let message = format!(
+            "{} is the home of a store, not a further drive; list the home first, and further drives as they joined",
+            path.display()
+        );
+        return Err(Error::new(ErrorKind::ForeignFormat, message));
+    }
     for entry in fs::read_dir(path).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
-        if name == OsStr::new(VERSION) {
-            let message = format!(
-                "{} is the home of a store, not a further drive; list the home first, and further drives as they joined",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::ForeignFormat, message));
-        }
         if !ours.iter().any(|known| name == OsStr::new(known)) {
             let message =
                 format!("{} holds {name:?}, so it is no drive of a store; give an empty directory", path.display());

@@ -436,6 +436,8 @@ impl Recovery<'_> {
             return Ok(());
         }
         let leaving: Vec<u32> = self.leaving(plan).collect();
+        // Before the index is told: else a crash could leave regions that are over in the index, and come back without it.
+        counters.set_table(plan.after.clone())?;
         for &region in leaving.iter().chain(&plan.lost_regions) {
             self.shared.regions.withdraw(region);
             let generation = counters.next_generation()?;
@@ -443,9 +445,8 @@ impl Recovery<'_> {
         }
         let regions = &self.shared.regions;
         self.shared.table.retain(|location| regions.resolve(*location).is_some());
-        self.commit()?;
         tracing::info!(given_up = leaving.len(), lost = plan.lost_regions.len(), "the store has fewer regions");
-        counters.set_table(plan.after.clone())
+        self.commit()
     }
 
     /// See [`HeaderKind::Fence`].

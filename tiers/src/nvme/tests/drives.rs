@@ -152,7 +152,7 @@ fn syncs_may_fail_on_two_drives() {
 fn a_larger_capacity_keeps_everything_and_is_used() {
     let mut place = Place::new(IoChoice::Auto, 4).with_drive(4);
     let (store, _) = place.open();
-    put(&place, &store, (0..20).map(|name| (name, 1, 30_000)));
+    put_each(&place, &store, (0..20).map(|name| (name, 1, 30_000)));
     close(store);
     for (home, more) in [(6, 4), (6, 10), (7, 11)] {
         place.config.capacity_bytes = home * REGION_BYTES;
@@ -168,12 +168,12 @@ fn a_larger_capacity_keeps_everything_and_is_used() {
         close(store);
     }
     let (store, _) = place.open();
-    put(&place, &store, (100..160).map(|name| (name, 1, 30_000)));
+    put_each(&place, &store, (100..130).map(|name| (name, 1, 30_000)));
     assert_eq!(store.stats().reclaimed_regions, 0, "the new regions are used first");
     close(store);
     place.wipe_index();
     let (store, _) = place.open();
-    (0..20).chain(100..160).for_each(|name| assert_object(&place, &store, name, 1, 30_000));
+    (0..20).chain(100..130).for_each(|name| assert_object(&place, &store, name, 1, 30_000));
 }
 
 #[test]
