@@ -19,7 +19,7 @@ fn length_of_drive(place: &Place, drive: usize) -> u64 {
 }
 
 fn refused(place: &Place) -> crate::error::Error {
-    place.try_open().err().expect("refused")
+    place.try_open().expect_err("refused")
 }
 
 /// Puts one object after the other, so that they go to the drives by turns.
@@ -290,8 +290,8 @@ fn a_drive_is_added_and_retired_and_comes_back_empty() {
     let (store, report) = place.open();
     assert_eq!((report.records, report.index_rebuilt, store.regions().len()), (20, false, 32));
     put(&place, &store, (20..100).map(|name| (name, 1, 10_000)));
-    put(&place, &store, (0..100).filter(|name| name % 3 == 0).map(|name| (name, 2, 10_000)));
-    let version = |name: u64| if name % 3 == 0 { 2 } else { 1 };
+    put(&place, &store, (0..100).filter(|name: &u64| name.is_multiple_of(3)).map(|name| (name, 2, 10_000)));
+    let version = |name: u64| if name.is_multiple_of(3) { 2 } else { 1 };
     let at_home: Vec<u64> = (0..100).filter(|name| drive_of(&store, *name) == Some(0)).collect();
     assert!(at_home.len() > 30 && at_home.len() < 90);
     let crashed = place.copy();

@@ -49,10 +49,13 @@ impl Writer {
                 return None;
             }
         }
-        if !is_any_busy {
-            self.set_starving(true);
+        if is_any_busy {
+            return None;
         }
-        None
+        let is_new = self.starving_since.is_none();
+        self.set_starving(true);
+        // Now that nothing else is left there is a last resort; see `start_reclaim`. Nothing else would wake the writer.
+        if is_new && self.lanes.len() > 1 { self.room_for(pages) } else { None }
     }
 
     /// Pages that are left in all open regions.
