@@ -302,7 +302,7 @@ impl Writer {
         match identity.filter(|_| row.kind == crate::block::RecordKind::Object) {
             Some(identity) => {
                 let tombstone = QueuedRecord::tombstone(id, identity, row.sequence, false);
-                self.queue.push_front(Entry::Record(Box::new(tombstone)));
+                self.put_back(Box::new(tombstone));
             }
             None => {
                 self.pending.push_back(Pending::new(What::Forget { id, sequence: row.sequence }));
@@ -318,14 +318,30 @@ impl Writer {
                 None => break,
                 Some(Entry::Flush(done)) => self.pending.push_back(Pending::new(What::Flush(done))),
                 Some(Entry::Record(record)) => {
+                    let was_for_reclaim = record.is_for_reclaim;
                     if let Err(record) = self.submit_record(record) {
-                        self.queue.push_front(Entry::Record(record));
-                        break;
+                        self.put_back(record);
+                        // It may have to wait for a region to be given up, which needs others written first.
+                        if was_for_reclaim || !self.has_copies_queued() {
+                            break;
+                        }
                     }
                 }
             }
         }
         self.advance_written();
+    }
+
+    /// To the front of the queue, but behind what a region that is being given up waits for: for that there is room.
+    fn put_back(&mut self, record: Box<QueuedRecord>) {
+        let is_copy = |entry: &&Entry| matches!(entry, Entry::Record(record) if record.is_for_reclaim);
+        let copies = if record.is_for_reclaim { 0 } else { self.queue.iter().take_while(is_copy).count() };
+        self.queue.insert(copies, Entry::Record(record));
+    }
+
+    /// Whether tombstones that a region waits for are next.
+    fn has_copies_queued(&self) -> bool {
+        matches!(self.queue.front(), Some(Entry::Record(record)) if record.is_for_reclaim)
     }
 
     /// Submits one record, or gives it back when it has to wait.
@@ -337,7 +353,7 @@ impl Writer {
         if record.slot_address().is_some_and(|address| self.slots_in_flight.contains(&address)) {
             return Err(record);
         }
-        let Some((lane, open)) = self.room_for(record.pages) else { return Err(record) };
+        let Some((lane, open)) = self.room_for(&record) else { return Err(record) };
         let sequence = match self.counters.next_sequence() {
             Ok(sequence) => sequence,
             Err(error) => {

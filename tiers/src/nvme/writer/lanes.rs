@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::{OpenRegion, Pending, What, Writer};
 use crate::error::Result;
+use crate::nvme::append::QueuedRecord;
 use crate::nvme::record_header::HeaderKind;
 use crate::nvme::region_header::{HEADER_SLOTS, RegionPurpose};
 
@@ -31,21 +32,22 @@ impl Lane {
 }
 
 impl Writer {
-    /// A drive and its open region, with room for so many pages; opens another one if need be. `None`: there is none now.
-    pub(super) fn room_for(&mut self, pages: u32) -> Option<(usize, OpenRegion)> {
+    /// A drive and its open region, with room for a record; opens another one if need be. `None`: there is none now.
+    pub(super) fn room_for(&mut self, record: &QueuedRecord) -> Option<(usize, OpenRegion)> {
         let mut tried = vec![false; self.lanes.len()];
         let mut is_any_busy = false;
         while let Some(number) = self.best_lane(&tried) {
             tried[number] = true;
             if self.lanes[number].in_flight >= self.config.queue_depth {
                 is_any_busy = true;
-            } else if let Some(open) = self.room_on(number, pages) {
+            } else if let Some(open) = self.room_on(number, record.pages) {
                 self.next_lane = (number + 1) % self.lanes.len();
                 if self.starving_since.is_some() {
                     self.set_starving(false);
                 }
                 return Some((number, open));
-            } else if self.shared.poisoned().is_some() {
+            } else if self.shared.poisoned().is_some() || (!record.is_for_reclaim && self.has_copies_queued()) {
+                // The room that is left on other drives was counted for the copies, which go first.
                 return None;
             }
         }
@@ -55,7 +57,7 @@ impl Writer {
         let is_new = self.starving_since.is_none();
         self.set_starving(true);
         // Now that nothing else is left there is a last resort; see `start_reclaim`. Nothing else would wake the writer.
-        if is_new && self.lanes.len() > 1 { self.room_for(pages) } else { None }
+        if is_new && self.lanes.len() > 1 { self.room_for(record) } else { None }
     }
 
     /// Pages that are left in all open regions.
