@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::counters::Counters;
 use super::directory::Directory;
-use super::membership::Plan;
 use super::fill;
+use super::membership::Plan;
 use super::page::{PAGE_BYTES, get_u64};
 use super::record_header::{CODEC_STORED, DiskIdentity, HeaderKind, RecordHeader};
 use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};

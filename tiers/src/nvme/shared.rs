@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::drive::Drive;
-use super::fill::{Fill, FillPlan};
 use super::encoding::Spares;
+use super::fill::{Fill, FillPlan};
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
 use super::policy::ReclaimPolicy;

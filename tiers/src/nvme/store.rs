@@ -17,8 +17,8 @@ use super::drive::Drive;
 use super::drive_directory::DriveDirectory;
 use super::drive_identity::{DriveIdentity, Membership};
 use super::drive_table::DriveTable;
-use super::fill::{self, FillPlan};
 use super::encoding::Encoders;
+use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
 use super::membership::{Listed, Plan};
@@ -177,9 +177,10 @@ impl Store {
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
         let own_threads = helpers.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
         let running = Running { writer, writer_ended, helpers, fill, index, directory, more_drives };
+        let region_bytes = u64::from(shared.drive.region_pages()) * PAGE_BYTES as u64;
         Ok(Self {
             shared,
-            region_bytes: config.region_bytes,
+            region_bytes,
             verifiers: RwLock::new(Some(verifiers)),
             encoders: RwLock::new(Some(encoders)),
             running: Mutex::new(Some(running)),
