@@ -197,6 +197,8 @@ pub struct Stats {
     pub nvme_records: u64,
     /// Bytes of memory that the in-memory index takes.
     pub index_bytes: u64,
+    /// Bytes of memory that RocksDB takes.
+    pub index_log_bytes: u64,
     /// Whether the in-memory index has every record; until then lookups ask RocksDB for what it lacks.
     pub index_full: bool,
     /// Rows that the in-memory index was filled with since open.

@@ -360,7 +360,7 @@ fn add_store(stats: &mut Stats, store: &Store) {
     stats.nvme_used_bytes = (of_store.regions - of_store.free_regions) * of_store.region_bytes;
     let index = of_store.index;
     stats.nvme_records = if index.is_full { of_store.records } else { of_store.records.max(index.rows_total) };
-    stats.index_bytes = of_store.index_bytes;
+    (stats.index_bytes, stats.index_log_bytes) = (of_store.index_bytes, of_store.index_log_bytes);
     (stats.index_full, stats.index_filled_rows, stats.index_rows) = (index.is_full, index.rows, index.rows_total);
     stats.io_engine = of_store.io_engine.into();
     stats.nvme_poisoned = store.poisoned().is_some();

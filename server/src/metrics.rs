@@ -84,6 +84,7 @@ table! {
         "pegaflow_nvme_used_bytes", nvme_used_bytes, "Bytes of regions in use.";
         "pegaflow_nvme_records", nvme_records, "Records that lookups find.";
         "pegaflow_index_bytes", index_bytes, "Bytes of memory that the in-memory index takes.";
+        "pegaflow_index_log_bytes", index_log_bytes, "Bytes of memory that RocksDB, the log of the index, takes.";
         "pegaflow_index_filled_rows", index_filled_rows, "Rows that the in-memory index was filled with since open.";
         "pegaflow_index_rows", index_rows, "Rows that the in-memory index is to be filled with; an estimate until it is full.";
         "pegaflow_codec_decode_bytes_per_second", codec_decode_bytes_per_second, "Bytes of payload that the store's threads decode per second, measured at open.";

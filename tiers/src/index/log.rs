@@ -9,8 +9,10 @@ mod reclaimed;
 use std::collections::HashMap;
 use std::path::Path;
 
-use rocksdb::properties::ESTIMATE_NUM_KEYS;
-use rocksdb::{DB, ReadOptions, WriteBatch, WriteOptions};
+use rocksdb::properties::{
+    BLOCK_CACHE_USAGE, ESTIMATE_NUM_KEYS, ESTIMATE_TABLE_READERS_MEM, PropName, SIZE_ALL_MEM_TABLES,
+};
+use rocksdb::{DB, FlushOptions, ReadOptions, WriteBatch, WriteOptions};
 
 use self::database::{Family, rocks};
 use self::reclaimed::Generations;
@@ -276,6 +278,28 @@ impl IndexLog {
     /// `NoSpace` or `Io`.
     pub fn sync(&self) -> Result<()> {
         self.database.flush_wal(true).map_err(rocks("syncing the index"))
+    }
+
+    /// Writes to table files what only the write-ahead log has, so that the next open has nothing to replay.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; nothing is lost then.
+    pub fn flush(&self) -> Result<()> {
+        let families = database::handles(&self.database);
+        self.database.flush_cfs_opt(&families, &FlushOptions::default()).map_err(rocks("flushing the index"))
+    }
+
+    /// Bytes of memory that RocksDB takes: rows that are not in table files yet, its cache, and what it knows of its files.
+    pub fn memory_bytes(&self) -> u64 {
+        let of_all = |name: &'static PropName| {
+            let families = database::handles(&self.database).into_iter();
+            let values = families.map(|family| self.database.property_int_value_cf(family, name).ok().flatten());
+            values.map(Option::unwrap_or_default).sum::<u64>()
+        };
+        // The families share one cache.
+        let records = self.family(Family::Records);
+        let cache = self.database.property_int_value_cf(records, BLOCK_CACHE_USAGE).ok().flatten();
+        of_all(SIZE_ALL_MEM_TABLES) + of_all(ESTIMATE_TABLE_READERS_MEM) + cache.unwrap_or_default()
     }
 
     /// Syncs, ends the work in the background and closes. A failure is logged only: the index is rebuilt from the regions

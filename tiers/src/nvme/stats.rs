@@ -24,8 +24,10 @@ pub struct StoreStats {
     pub records: u64,
     /// Bytes of these records, headers and padding included.
     pub live_bytes: u64,
-    /// Bytes of memory of the index.
+    /// Bytes of memory of the table.
     pub index_bytes: u64,
+    /// Bytes of memory of RocksDB; 0 when the store is closed.
+    pub index_log_bytes: u64,
     /// How far the table is filled.
     pub index: IndexFill,
     /// Bytes of records that are accepted and not durable.

@@ -418,6 +418,7 @@ impl Store {
             records: self.shared.table.len() as u64,
             live_bytes: regions.iter().map(|info| info.live_bytes).sum(),
             index_bytes: self.shared.table.memory_bytes() as u64,
+            index_log_bytes: self.running.lock().as_ref().map_or(0, |running| running.index.memory_bytes()),
             index: self.shared.fill.progress(),
             queued_bytes: self.shared.inbox.held_bytes(),
             decode_bytes_per_second: self.shared.decode_speed(),

@@ -570,6 +570,9 @@ impl Writer {
             self.index.commit(&[], &self.marks)?;
         }
         self.index.sync()?;
+        if let Err(error) = self.index.flush() {
+            tracing::warn!(%error, "the index was closed without a flush; the next open takes longer");
+        }
         self.counters.finish()
     }
 }
