@@ -66,10 +66,8 @@ impl SyntheticStore {
         let spec = spec();
         let namespace = store.namespace(&spec.namespace, &spec.groups)?;
         let wanted = (keys as u64).div_ceil(KEYS_PER_REGION).max(4) as usize;
-        let mut number = 0u64;
-        while used(&store).len() < wanted {
+        for number in used(&store).len()..wanted {
             let slot = Arc::new(arena.alloc(OBJECT_BYTES).context("no room in the arena")?);
-            number += 1;
             let append = Append {
                 id: RecordId {
                     namespace: NamespaceHandle(0),
@@ -85,12 +83,13 @@ impl SyntheticStore {
                 done: Box::new(drop),
             };
             store.append(append).map_err(|(_, error)| error)?;
-            if number.is_multiple_of(16) {
+            if number % 16 == 15 {
                 store.flush(Instant::now() + PATIENCE)?;
             }
         }
         store.flush(Instant::now() + PATIENCE)?;
         let regions = used(&store);
+        ensure!(regions.len() == wanted, "{} regions have records, not {wanted}", regions.len());
         if closes {
             store.close(Instant::now() + PATIENCE)?;
         }

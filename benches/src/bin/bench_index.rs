@@ -29,7 +29,7 @@ const LEASE: Duration = Duration::from_secs(60);
 const LOOKUP_PAUSE: Duration = Duration::from_millis(20);
 /// The bound on memory holds from here on.
 const FEWEST_KEYS: u64 = 1000;
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// Measures lookups of 2,048 keys, memory per key, and the time from open to the first hit.
 #[derive(Parser)]
