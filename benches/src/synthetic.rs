@@ -73,7 +73,7 @@ impl SyntheticStore {
                     namespace: NamespaceHandle(0),
                     group: 0,
                     shard: 0,
-                    key: BlockKey::from_name(&number.to_le_bytes()),
+                    key: BlockKey::from_name(&(number as u64).to_le_bytes()),
                 },
                 kind: RecordKind::Object,
                 parent: BlockKey::ROOT,

@@ -16,7 +16,10 @@ use crate::nvme::fill::FillPlan;
 /// Lets the thread that fills make so many steps; without the sender it runs free.
 fn stepwise(rows_at_once: usize) -> (FillPlan, Sender<()>) {
     let (step, steps) = crossbeam_channel::bounded::<()>(0);
-    let before_step = Box::new(move || _ = steps.recv_timeout(PATIENCE));
+    let before_step = Box::new(move || {
+        // Without a sender it runs free.
+        let _ = steps.recv_timeout(PATIENCE);
+    });
     (FillPlan { rows_at_open: rows_at_once, rows_at_once, before_step, ..FillPlan::default() }, step)
 }
 
