@@ -1,7 +1,6 @@
 //! Bytes like those of a KV cache: normally distributed numbers, each channel with a scale of its own, as keys and values of
 //! a model have them. The same seed gives the same bytes.
 
-use pegaflow_tiers::CodecHint;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -26,7 +25,7 @@ pub enum KvBytes {
 }
 
 impl KvBytes {
-    /// The value of a namespace's field [`CodecHint::FIELD`] for such bytes.
+    /// The value of a namespace's field [`pegaflow_tiers::CodecHint::FIELD`] for such bytes.
     pub fn hint(self) -> &'static str {
         match self {
             Self::Bf16 => "bf16",
@@ -75,6 +74,8 @@ fn to_e4m3(number: f32) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use pegaflow_tiers::CodecHint;
+
     use super::*;
 
     fn from_e4m3(byte: u8) -> f32 {

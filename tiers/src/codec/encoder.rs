@@ -53,8 +53,9 @@ impl Encoder {
     /// Encodes `payload` into `buffer`, somewhere behind its first `from` bytes; `None` if the frame would not be at least
     /// a twentieth smaller than the payload. `from + payload.len()` bytes are always enough.
     pub fn encode(&mut self, codec: Codec, payload: &[u8], buffer: &mut [u8], from: usize) -> Option<Encoded> {
-        let is_possible =
-            codec != Codec::Stored && !payload.is_empty() && !(codec.has_planes() && payload.len() % GROUP != 0);
+        let is_possible = codec != Codec::Stored
+            && !payload.is_empty()
+            && (!codec.has_planes() || payload.len().is_multiple_of(GROUP));
         let chunks = payload.len().div_ceil(CHUNK_BYTES);
         let end_max = buffer.len().min(from + payload.len());
         if !is_possible || from + table_bytes(chunks) >= end_max {

@@ -98,6 +98,9 @@ fn cut_and_misnamed_frames_are_refused() {
     for cut in [0, 1, 7, 8, 9, PAGE - 1, PAGE, frame.len() - PAGE, frame.len() - 1] {
         assert_eq!(decode(Codec::Bf16, &frame[..cut], payload.len()), Err(ErrorKind::Corrupt), "cut to {cut}");
     }
+    let table = table_bytes(2);
+    let padded = [&frame[..table], &[0; PAGE], &frame[table..]].concat();
+    assert_eq!(decode(Codec::Bf16, &padded, payload.len()), Err(ErrorKind::Corrupt), "a page too many");
     for wrong in [0, 1, 16, payload.len() - 16, payload.len() + 16, 2 * payload.len()] {
         assert_eq!(decode(Codec::Bf16, &frame, wrong), Err(ErrorKind::Corrupt), "decoded to {wrong}");
     }
