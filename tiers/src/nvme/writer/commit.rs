@@ -210,7 +210,13 @@ impl Writer {
                 self.resolve(record, Ok(location));
             }
             What::Flush(done) => done.call(Ok(())),
-            What::Seal { region, .. } => self.shared.regions.settle(region),
+            What::Seal { region, .. } => {
+                self.shared.regions.settle(region);
+                // It may go: whatever drive waited for one to give up need not wait on.
+                if let Some(place) = self.shared.drive.place(region) {
+                    self.lanes[place.drive].reclaim_again_at = None;
+                }
+            }
             What::Forget { .. } => {}
         }
     }
