@@ -171,7 +171,8 @@ fn database_options(is_new: bool) -> Result<Options> {
     options.set_db_write_buffer_size(BUFFER_BYTES_MAX);
     options.set_max_background_jobs(BACKGROUND_JOBS);
     options.set_max_open_files(OPEN_FILES);
-    options.set_skip_stats_update_on_db_open(true);
+    // It looks at 20 tables at most, and without that there is no estimate of how many rows there are.
+    options.set_skip_stats_update_on_db_open(false);
     options.set_bytes_per_sync(BYTES_PER_SYNC);
     options.set_wal_bytes_per_sync(BYTES_PER_SYNC);
     options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);

@@ -363,3 +363,48 @@ fn rows_of_another_version_are_told() {
     assert_eq!(with_version(2), Some(ErrorKind::NewerFormat));
     assert_eq!(with_version(0), Some(ErrorKind::Corrupt));
 }
+
+/// Of rows that are in table files after an open too, which are the most.
+#[test]
+fn rows_and_memory_are_estimated() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let log = open(&directory);
+    assert_eq!(log.rows_estimate(), 0);
+    let changes: Vec<_> = (0..100).map(|number| put(number, u64::from(number))).collect();
+    log.commit(&changes, &[]).expect("commits");
+    log.flush().expect("flushed");
+    log.close();
+    let log = open(&directory);
+    log.commit(&[put(200, 200)], &[]).expect("commits");
+    assert_eq!(log.rows_estimate(), 101);
+    assert!((1..128 << 20).contains(&log.memory_bytes()), "{}", log.memory_bytes());
+}
+
+#[test]
+fn a_scan_in_steps_sees_every_row_once_and_many_are_read_at_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let log = open(&directory);
+    let changes: Vec<_> = (0..100).map(|number| put(number, u64::from(number))).collect();
+    log.commit(&changes, &[]).expect("commits");
+    for limit in [1, 7, 99, 100, 101] {
+        let (mut seen, mut after) = (Vec::new(), None);
+        loop {
+            after = log.scan_after(after.as_ref(), limit, &mut |row| seen.push(row)).expect("scans");
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(seen, rows(&log), "{limit} at once");
+    }
+    // The row that it goes on behind may be gone, and rows of an earlier life of their region are passed over.
+    log.commit(&[remove(50, 50)], &[mark(1, 6, 300)]).expect("commits");
+    let mut seen = Vec::new();
+    log.scan_after(Some(&id(50)), 1000, &mut |row| seen.push(row)).expect("scans");
+    let expected: Vec<IndexRow> = rows(&log).into_iter().filter(|row| row.id > id(50)).collect();
+    assert_eq!(seen, expected);
+    let asked = [id(1), id(49), id(50), id(2), id(1000)];
+    let found: Vec<bool> = log.get_many(&asked).expect("reads").iter().map(Option::is_some).collect();
+    let one_by_one: Vec<bool> = asked.iter().map(|id| log.get(id).expect("reads").is_some()).collect();
+    assert_eq!(found, one_by_one);
+    assert_eq!(log.get_many(&[id(2)]).expect("reads"), [log.get(&id(2)).expect("reads")]);
+}
