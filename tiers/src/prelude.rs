@@ -13,7 +13,7 @@ pub use crate::gpu::{
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
-    Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
+    Pages, PoisonHook, PoisonReason, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
     StoreStats, Verified, VerifyProgress, VerifyReport, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]

@@ -20,6 +20,10 @@ const SUPERBLOCK: &str = "superblock";
 const REGIONS: &str = "regions.0";
 const NAMESPACES: &str = "namespaces";
 const INDEX: &str = "index";
+/// Taken and given back to see whether there is room; see [`check_writable`].
+const PROBE: &str = "probe";
+/// What RocksDB takes at once for a log, so that what passes the probe can be opened.
+const PROBE_BYTES: u64 = 48 << 20;
 /// Not ours, and harmless: the root of an ext4 file system has it.
 const LOST_AND_FOUND: &str = "lost+found";
 
@@ -258,6 +262,25 @@ fn content(path: &Path) -> Result<Content> {
         }
     }
     Ok(Content::Nothing)
+}
+
+/// Whether files in a store's directory can be made and written, with room for what an open needs. Leaves nothing.
+///
+/// # Errors
+/// `NoSpace`, `PermissionDenied`, `Io`.
+pub(super) fn check_writable(path: &Path) -> Result<()> {
+    let probe = path.join(PROBE);
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe);
+    let written = opened.and_then(|mut file| {
+        match fallocate(&file, FallocateFlags::empty(), 0, PROBE_BYTES) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error.into()),
+        }
+        file.write_all(&[0; 4096])?;
+        file.sync_all()
+    });
+    let _ = fs::remove_file(&probe);
+    written.map_err(|source| Error::from_io(format!("writing into {}", path.display()), source))
 }
 
 /// Makes a file of `bytes` bytes, or grows it to them, all taken from the file system now.

@@ -11,6 +11,7 @@ mod inbox;
 mod io;
 mod namespaces;
 mod page;
+mod poison;
 mod policy;
 mod read;
 mod record_header;
@@ -36,6 +37,7 @@ pub use io::{
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use io::{Fault, FaultAction, FaultPlan, Faulty};
+pub use poison::{PoisonHook, PoisonReason};
 pub use policy::{ReclaimPolicy, RegionInfo, RegionState};
 pub use read::{ReadDone, Verified};
 pub use recovery::RecoveryReport;

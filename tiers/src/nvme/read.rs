@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::append::Done;
-use super::drive::REGION_FILE;
+use super::drive::{Drive, REGION_FILE};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
 use super::record_header::{CODEC_STORED, DiskIdentity, RecordHeader};
@@ -155,7 +155,13 @@ fn verify(shared: &Shared, reading: Reading) {
     let outcome = result.and_then(|()| check(shared, &identity, &location, &slot.read_header(), slot.payload()));
     add(&shared.counts.reads, 1);
     match &outcome {
-        Ok(verified) => add(&shared.counts.read_bytes, verified.payload_bytes),
+        Ok(verified) => {
+            shared.poison.note_good_read();
+            add(&shared.counts.read_bytes, verified.payload_bytes);
+        }
+        Err(error) if error.kind() == ErrorKind::Io && is_drive_gone(shared, error) => {
+            tracing::debug!(?id, ?location, error = format!("{error:#}"), "the drive is gone; the record is not to blame");
+        }
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) => {
             add(&shared.counts.bad_reads, 1);
             tracing::warn!(?id, ?location, error = format!("{error:#}"), "a record can not be used; it is quarantined");
@@ -166,6 +172,11 @@ fn verify(shared: &Shared, reading: Reading) {
     }
     drop((_pins, in_flight));
     done.call(outcome);
+}
+
+/// Whether a read failed because of the whole drive.
+fn is_drive_gone(shared: &Shared, error: &Error) -> bool {
+    shared.poison.note_failed_read(error, || Drive::read_superblock(shared.drive.io()).is_ok())
 }
 
 /// Everything that must hold before bytes from a drive are believed: `payload` starts after the header page.

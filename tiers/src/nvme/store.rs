@@ -12,12 +12,13 @@ use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, QueuedRecord};
 use super::config::StoreConfig;
-use super::directory::{Directory, preallocate};
+use super::directory::{Directory, check_writable, preallocate};
 use super::drive::Drive;
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
+use super::poison::{PoisonHook, PoisonReason};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
 use super::read::{ReadDone, Verifiers};
 use super::recovery::{RecoveryReport, recover};
@@ -73,6 +74,20 @@ impl Store {
         policy: Arc<dyn ReclaimPolicy>,
     ) -> Result<(Arc<Self>, RecoveryReport)> {
         Self::open_through(config, &arena, policy, |io| io)
+    }
+
+    /// As [`Store::open`], with a wrapper around the I/O engine: for tests of what stands above.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub fn open_wrapped(
+        config: StoreConfig,
+        arena: &Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+        wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
+        Self::open_through(config, arena, policy, wrap)
     }
 
     /// As [`Store::open`], with a wrapper around the I/O engine.
@@ -163,11 +178,15 @@ impl Store {
         for geometry in groups {
             self.pages_of_record(geometry.block_bytes)?;
         }
-        let (handle, row) = self.shared.namespaces.register(descriptor, groups)?;
-        if let Some(row) = row {
-            index.put_namespace(&row)?;
-        }
-        Ok(handle)
+        let known = self.shared.namespaces.register(descriptor, groups).and_then(|(handle, row)| {
+            row.map_or(Ok(()), |row| index.put_namespace(&row))?;
+            Ok(handle)
+        });
+        known.inspect_err(|error| {
+            if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::PermissionDenied | ErrorKind::Io) {
+                self.shared.poison("a namespace could not be written", error);
+            }
+        })
     }
 
     /// Accepts a record for the log; its `done` runs exactly once, when it is durable and found, or has failed. A failed
@@ -378,6 +397,30 @@ impl Store {
     /// Why the store takes no more writes, if so. Reads go on.
     pub fn poisoned(&self) -> Option<Error> {
         self.shared.poisoned()
+    }
+
+    /// The same as [`Store::poisoned`], to match on.
+    pub fn poison_reason(&self) -> Option<PoisonReason> {
+        self.shared.poison.get().map(|(reason, _)| reason)
+    }
+
+    /// Has `hook` called once when the store stops to take writes; at once if it has stopped. Replaces an earlier hook.
+    pub fn on_poison(&self, hook: PoisonHook) {
+        self.shared.poison.on_set(hook);
+    }
+
+    /// The random identity of the store: the same in every open of it, another in every other store.
+    pub fn uuid(&self) -> [u8; 16] {
+        *self.shared.uuid.as_bytes()
+    }
+
+    /// Whether a store at `path` could be opened for writing now: takes a little space, writes, syncs, and gives it back.
+    /// The store may be open meanwhile.
+    ///
+    /// # Errors
+    /// `NoSpace`, `PermissionDenied` (also for a file system that is read-only), `Io`.
+    pub fn check_writable(path: &Path) -> Result<()> {
+        check_writable(path)
     }
 
     /// Makes everything accepted durable, ends all threads and gives up the lock. Later calls get `Closed`. Not to be
