@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place};
+use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
 use serde::Serialize;
 
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
@@ -201,6 +201,12 @@ pub struct Stats {
     pub io_engine: String,
     /// Whether the store takes no more writes after a failure.
     pub nvme_poisoned: bool,
+    /// Why blocks live in DRAM only though there is a store; `None` if they do not, and without a store.
+    pub nvme_degraded: Option<PoisonReason>,
+    /// How often the store was opened again after it had failed.
+    pub nvme_reopens: u64,
+    /// Attempts to open it again that failed.
+    pub nvme_failed_reopens: u64,
     /// Open sessions.
     pub sessions: u64,
     /// Registered instances.

@@ -10,5 +10,5 @@ pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory,
     Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache,
-    MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, RangeFragment, Result, Slot,
+    MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot,
 };

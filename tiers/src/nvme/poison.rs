@@ -62,8 +62,8 @@ impl PoisonReason {
     }
 }
 
-/// Called when the store stops to take writes, on the thread that found out: must be short and must not call the store.
-pub type PoisonHook = Box<dyn Fn() + Send + Sync>;
+/// Told why when the store stops to take writes, on the thread that found out: must be short and must not call the store.
+pub type PoisonHook = Box<dyn Fn(PoisonReason, &Error) + Send + Sync>;
 
 #[derive(Default)]
 struct State {
@@ -94,17 +94,18 @@ impl Poison {
         let (reason_name, cause_text) = (reason.as_str(), format!("{cause:#}"));
         tracing::error!(reason = reason_name, cause = cause_text, "{why}: the store takes no more writes");
         let message = format!("{why} ({cause}); the store takes no more writes until it is opened again");
-        state.cause = Some((reason, Error::new(ErrorKind::Poisoned, message)));
+        let error = Error::new(ErrorKind::Poisoned, message);
         if let Some(hook) = &state.hook {
-            hook();
+            hook(reason, &error);
         }
+        state.cause = Some((reason, error));
     }
 
     /// Has `hook` called when writing ends; at once if it has.
     pub(super) fn on_set(&self, hook: PoisonHook) {
         let mut state = self.state.lock();
-        if state.cause.is_some() {
-            hook();
+        if let Some((reason, error)) = &state.cause {
+            hook(*reason, error);
         }
         state.hook = Some(hook);
     }
@@ -143,12 +144,12 @@ impl Poison {
         if failures < FAILURES_MAX {
             return false;
         }
-        self.failed_reads.store(0, Ordering::Relaxed);
-        let is_gone = !is_drive_alive();
-        if is_gone {
-            self.set(PoisonReason::DeviceGone, "the drive can not be read", error);
+        if is_drive_alive() {
+            self.failed_reads.store(0, Ordering::Relaxed);
+            return false;
         }
-        is_gone
+        self.set(PoisonReason::DeviceGone, "the drive can not be read", error);
+        true
     }
 }
 
@@ -214,7 +215,7 @@ mod tests {
         let called = Arc::new(AtomicU32::new(0));
         let hook = || -> PoisonHook {
             let called = Arc::clone(&called);
-            Box::new(move || {
+            Box::new(move |_, _| {
                 called.fetch_add(1, Ordering::Relaxed);
             })
         };

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Blocks, indexes and filters of tables that were read. Lookups never come here, so this only has to carry compactions
 /// and the few single reads.
-const CACHE_BYTES: usize = 128 << 20;
+const CACHE_BYTES: usize = 16 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// The memtables of the family of records: three of these at most.

@@ -1,0 +1,20 @@
+//! Counters of the store that must not start over when the store is opened again.
+
+use pegaflow_tiers::StoreStats;
+
+macro_rules! totals {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Sums over all stores that an engine has had.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        pub(crate) struct StoreTotals { $($(#[$doc])* pub(crate) $name: u64,)* }
+
+        impl StoreTotals {
+            /// These, and what one store has counted.
+            pub(crate) fn plus(&self, stats: &StoreStats) -> Self {
+                Self { $($name: self.$name + stats.$name,)* }
+            }
+        }
+    };
+}
+
+totals! { appended_records, bad_reads, reclaimed_regions }
