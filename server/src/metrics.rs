@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use pegaflow_engine::Stats;
+use pegaflow_engine::{PoisonReason, Stats};
 
 /// The counters and gauges of one server as Prometheus text.
 #[derive(Clone)]
@@ -102,6 +102,8 @@ table! {
         "pegaflow_write_failed_records_total", write_failed_records, "Records whose write failed.";
         "pegaflow_quarantined_records_total", quarantined_records, "Records that failed their checks when read.";
         "pegaflow_reclaimed_regions_total", reclaimed_regions, "Regions reclaimed.";
+        "pegaflow_nvme_reopens_total", nvme_reopens, "Times that the store was opened again after it had failed.";
+        "pegaflow_nvme_failed_reopens_total", nvme_failed_reopens, "Attempts to open the store again that failed.";
         "pegaflow_recovered_records_total", recovered_records, "Records found by the scan at open.";
     }
 }
@@ -113,6 +115,7 @@ fn describe() {
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
     metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
+    metrics::describe_gauge!("pegaflow_nvme_degraded", "1 for the reason why blocks live in DRAM only, 0 for all others.");
     metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
 }
 
@@ -124,6 +127,10 @@ fn record(stats: &Stats, server: ServerGauges) {
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
     metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));
+    for reason in PoisonReason::ALL {
+        let is_so = f64::from(u8::from(stats.nvme_degraded == Some(reason)));
+        metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);
+    }
     let io_engine = stats.io_engine.clone();
     metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
 }
@@ -135,7 +142,13 @@ mod tests {
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
         let metrics = Metrics::new();
-        let stats = Stats { saved_blocks: 7, dram_blocks: 3, io_engine: "psync".into(), ..Stats::default() };
+        let stats = Stats {
+            saved_blocks: 7,
+            dram_blocks: 3,
+            nvme_degraded: Some(PoisonReason::NoSpace),
+            io_engine: "psync".into(),
+            ..Stats::default()
+        };
         let text = metrics.render(&stats, ServerGauges { sessions: 2, ..ServerGauges::default() });
         for line in [
             "# HELP pegaflow_saved_blocks_total Blocks saved.",
@@ -144,6 +157,8 @@ mod tests {
             "# TYPE pegaflow_dram_blocks gauge",
             "pegaflow_dram_blocks 3",
             "pegaflow_loaded_blocks_total{tier=\"nvme\"} 0",
+            "pegaflow_nvme_degraded{reason=\"no_space\"} 1",
+            "pegaflow_nvme_degraded{reason=\"device_gone\"} 0",
             "pegaflow_sessions 2",
             "pegaflow_ready 0",
         ] {

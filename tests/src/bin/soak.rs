@@ -28,8 +28,11 @@ const DRAM_MIB: u64 = 128;
 /// What the index may take beside the regions: RocksDB's logs, manifest and messages, and twice a row for every record.
 const INDEX_FIXED_BYTES: u64 = 160 * MIB;
 const INDEX_ROW_BYTES: u64 = 2 * 256;
-/// The share of the run that is warm-up: caches and memtables fill.
+/// The share of the run that is warm-up (caches and memtables fill), the least seconds of it, and the most share of a short
+/// run.
 const WARM_UP_SHARE: usize = 5;
+const WARM_UP_SECONDS: usize = 180;
+const WARM_UP_SHARE_MAX: usize = 2;
 const RSS_GROWTH_MAX: f64 = 0.02;
 /// Connections come and go while a sample is taken.
 const FD_GROWTH_MAX: i64 = 4;
@@ -200,7 +203,8 @@ fn run(arguments: &Arguments) -> Result<serde_json::Value> {
     // The file system's own pages for a file of regions.
     let is_over = |sample: &&Sample| sample.region_bytes > bound + MIB || sample.disk_bytes > disk_bound;
     let exceeded = samples.iter().filter(is_over).count();
-    let settled = samples.get(samples.len() / WARM_UP_SHARE..).unwrap_or_default();
+    let warm_up = (samples.len() / WARM_UP_SHARE).max(WARM_UP_SECONDS.min(samples.len() / WARM_UP_SHARE_MAX));
+    let settled = samples.get(warm_up..).unwrap_or_default();
     let tenth = settled.len().div_ceil(10);
     let (first, last) = (&settled[..tenth], &settled[settled.len() - tenth..]);
     let rss = |samples: &[Sample]| median(samples.iter().map(|sample| sample.rss_kb));

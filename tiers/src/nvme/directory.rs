@@ -79,6 +79,17 @@ impl Directory {
         Ok(directory)
     }
 
+    /// Locks the directory of a store that is there; changes nothing else.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none, otherwise as [`Directory::open`].
+    pub(super) fn open_existing(path: &Path) -> Result<Self> {
+        if !path.join(VERSION).is_file() {
+            return Err(super::fsck::no_store(path));
+        }
+        Self::open(path)
+    }
+
     /// Whether the store has yet to be made.
     pub(super) fn is_new(&self) -> bool {
         self.is_new

@@ -78,6 +78,16 @@ impl Drive {
         Superblock::newest(into_pages(buffer)?.as_slice().chunks_exact(PAGE_BYTES))
     }
 
+    /// Each copy of the superblock, or what is wrong with it.
+    ///
+    /// # Errors
+    /// What the engine reports.
+    pub(super) fn superblock_copies(io: &dyn BlockIo) -> Result<Vec<Result<Superblock>>> {
+        let buffer = IoBuffer::Pages(Pages::new(SUPERBLOCK_COPIES as usize * PAGE_BYTES));
+        let buffer = transfer_blocking(io, SUPERBLOCK_FILE, IoKind::Read, 0, buffer, DRIVE_TIMEOUT)?;
+        Ok(into_pages(buffer)?.as_slice().chunks_exact(PAGE_BYTES).map(Superblock::decode).collect())
+    }
+
     /// Writes a superblock to its place; durable when it returns.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod config;
 mod counters;
 mod directory;
 mod drive;
+mod fsck;
 mod inbox;
 mod io;
 mod namespaces;
@@ -31,6 +32,7 @@ mod writer;
 
 pub use append::{Append, AppendDone};
 pub use config::StoreConfig;
+pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, fsck};
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,

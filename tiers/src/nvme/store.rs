@@ -281,6 +281,12 @@ impl Store {
         })
     }
 
+    /// Lets nobody find the record at `location` again; durable with the next flush.
+    pub(super) fn quarantine(&self, id: RecordId, location: Location) {
+        self.shared.forget_at(&id, &location);
+        self.shared.inbox.push_bad_record(id, location);
+    }
+
     /// Makes everything accepted before durable. Not to be called from a callback of the store.
     ///
     /// # Errors

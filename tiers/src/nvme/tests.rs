@@ -4,6 +4,7 @@
 mod basics;
 mod crashes;
 mod faults;
+mod fsck;
 mod reclaiming;
 
 use std::path::{Path, PathBuf};
