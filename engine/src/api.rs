@@ -199,6 +199,8 @@ pub struct Stats {
     pub index_bytes: u64,
     /// The I/O engine: `io_uring`, `psync` or `none`.
     pub io_engine: String,
+    /// Whether records go past the page cache: false without a store, and on file systems that have no direct I/O.
+    pub nvme_is_direct: bool,
     /// Whether the store takes no more writes after a failure.
     pub nvme_poisoned: bool,
     /// Why blocks live in DRAM only though there is a store; `None` if they do not, and without a store.
@@ -243,6 +245,14 @@ pub struct Stats {
     pub quarantined_records: u64,
     /// Regions reclaimed.
     pub reclaimed_regions: u64,
+    /// Bytes that scrubs have read.
+    pub scrubbed_bytes: u64,
+    /// Records that scrubs have found damaged; they are among `quarantined_records`.
+    pub scrub_bad_records: u64,
+    /// Scrubs that have seen every record.
+    pub scrub_passes: u64,
+    /// When the last of them ended, in milliseconds since 1970; 0 for never.
+    pub scrub_last_pass_unix_ms: u64,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -134,10 +134,18 @@ pub struct NvmeConfig {
     /// Operations in flight on the drive. Default: 64. Limits: 1 to 1024.
     #[serde(default = "default_queue_depth")]
     pub queue_depth: u32,
+    /// Bytes a second at which records are read and checked while the drive is idle, all of them about once a day; 0: never.
+    /// Default: 8 MiB. Maximum: 16 GiB.
+    #[serde(default = "default_scrub")]
+    pub scrub: ByteSize,
 }
 
 fn default_nvme_capacity() -> ByteSize {
     ByteSize::gib(16)
+}
+
+fn default_scrub() -> ByteSize {
+    ByteSize::mib(8)
 }
 
 fn default_queue_depth() -> u32 {
@@ -153,6 +161,7 @@ impl NvmeConfig {
             region: None,
             io_engine: IoEngineChoice::Auto,
             queue_depth: default_queue_depth(),
+            scrub: default_scrub(),
         }
     }
 
@@ -277,6 +286,7 @@ impl EngineConfig {
                     ByteSize(region.saturating_mul(4))
                 ),
             );
+            check(nvme.scrub.0 <= 16 * GIB, format!("nvme.scrub is {} a second; give 0 to 16 GiB", nvme.scrub));
             let (ok, problem) = within("nvme.queue_depth", nvme.queue_depth.into(), 1, 1024);
             check(ok, problem);
         }

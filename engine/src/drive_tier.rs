@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 use pegaflow_tiers::{
@@ -50,7 +50,9 @@ pub(crate) struct State {
     pub(crate) reopens: u64,
     pub(crate) last_failure: Option<Error>,
     pub(crate) is_closing: bool,
-    pub(crate) has_keeper: bool,
+    pub(crate) is_scrubbing: bool,
+    /// Threads that use the store on their own: the keeper, the scrub.
+    pub(crate) helpers: u32,
     /// What the stores that were closed have counted.
     pub(crate) past: StoreTotals,
 }
@@ -175,7 +177,7 @@ impl DriveTier {
         Ok(())
     }
 
-    /// Ends the keeper and closes the store.
+    /// Ends the helpers and closes the store.
     ///
     /// # Errors
     /// `Timeout`, and what closing reports.
@@ -183,9 +185,9 @@ impl DriveTier {
         let mut state = self.state.lock();
         state.is_closing = true;
         self.changed.notify_all();
-        while state.has_keeper {
+        while state.helpers > 0 {
             if self.changed.wait_until(&mut state, deadline).timed_out() {
-                let message = "the store is being opened again, which did not end in time";
+                let message = "the store is being opened again or scrubbed, which did not end in time";
                 return Err(Error::new(ErrorKind::Timeout, message));
             }
         }
@@ -194,6 +196,59 @@ impl DriveTier {
         // It stays the one that readers see: what is asked afterwards is told that it is closed.
         let store = self.store().or(retired);
         store.map_or(Ok(()), |store| store.close(deadline))
+    }
+
+    /// Does nothing for so long, or until the store goes out of use or comes back; false when the engine closes.
+    pub(crate) fn rest(&self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        let mut state = self.state.lock();
+        let was_degraded = state.degraded.is_some();
+        while !state.is_closing && state.degraded.is_some() == was_degraded {
+            if self.changed.wait_until(&mut state, until).timed_out() {
+                break;
+            }
+        }
+        !state.is_closing
+    }
+
+    /// Says whether a scrub uses the store, which is not closed under it.
+    pub(crate) fn set_scrubbing(&self, is_scrubbing: bool) {
+        self.state.lock().is_scrubbing = is_scrubbing;
+        self.changed.notify_all();
+    }
+
+    /// Waits until no scrub uses the store: it stops by itself when the store is out of use.
+    ///
+    /// # Errors
+    /// `Timeout`.
+    pub(crate) fn wait_scrub_ended(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.state.lock();
+        while state.is_scrubbing {
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                return Err(Error::new(ErrorKind::Timeout, "the scrub of the old store has not ended yet"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that uses the store; [`DriveTier::close`] waits for it. It calls [`DriveTier::end_helper`] last.
+    ///
+    /// # Errors
+    /// `Io` if the system gives no thread.
+    pub(crate) fn start_helper(&self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        self.state.lock().helpers += 1;
+        // Not joined: it may be held up by a drive, and whoever closes waits to a deadline.
+        let started = std::thread::Builder::new().name(name.into()).spawn(work).map(drop);
+        started.map_err(|source| {
+            self.end_helper();
+            Error::from_io("starting a thread", source)
+        })
+    }
+
+    /// A helper has ended.
+    pub(crate) fn end_helper(&self) {
+        self.state.lock().helpers -= 1;
+        self.changed.notify_all();
     }
 
     /// From now on this is the store.

@@ -399,8 +399,13 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.durable_records = totals.appended_records;
     stats.quarantined_records = totals.bad_reads;
     stats.reclaimed_regions = totals.reclaimed_regions;
+    stats.scrubbed_bytes = totals.scrubbed_bytes;
+    stats.scrub_bad_records = totals.scrub_bad_records;
+    stats.scrub_passes = totals.scrub_passes;
     let Some(store) = drive.store() else { return };
     let of_store = store.stats();
+    stats.nvme_is_direct = of_store.is_direct;
+    stats.scrub_last_pass_unix_ms = of_store.scrub_last_pass_unix_ms;
     stats.nvme_capacity_bytes = of_store.capacity_bytes;
     stats.nvme_used_bytes = (of_store.regions - of_store.free_regions) * of_store.region_bytes;
     stats.nvme_records = of_store.records;

@@ -19,7 +19,7 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
-use crate::{spares, store_keeper};
+use crate::{scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -106,14 +106,12 @@ impl Workers {
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
         if inner.drive.is_configured() {
             let keeper = Arc::clone(inner);
-            inner.drive.state.lock().has_keeper = true;
-            // Not among those that are joined: it may be held up by a drive. The drive tier waits for it, to a deadline.
-            let thread = std::thread::Builder::new().name("pega-store".into());
-            let started = thread.spawn(move || store_keeper::keep(&keeper)).map(drop);
-            started.map_err(|source| {
-                inner.drive.state.lock().has_keeper = false;
-                Error::from_io("starting a thread", source)
-            })?;
+            inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
+            let rate = inner.config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0);
+            if rate > 0 {
+                let scrubber = Arc::clone(inner);
+                inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber, rate))?;
+            }
         }
         Ok(workers)
     }

@@ -21,6 +21,7 @@ mod reclaim;
 mod registry;
 mod residency;
 mod save;
+mod scrub;
 mod spares;
 mod spill;
 mod store_keeper;

@@ -172,7 +172,8 @@ impl LoadJob {
         for ReadEnd { position, id, slot, result } in ends {
             match result {
                 Ok(verified) if verified.payload_bytes == self.block_bytes => {
-                    let block = Resident::new(id, (verified.parent, verified.depth), slot, verified.payload_bytes, false);
+                    let block =
+                        Resident::new(id, (verified.parent, verified.depth), slot, verified.payload_bytes, false);
                     good.push((position, self.inner.residency.insert(block, false)));
                 }
                 Ok(verified) => {

@@ -60,7 +60,12 @@ fn attempt(
     let mut shards = HashMap::new();
     let mut found = request.keys.len();
     for shard in 0..shard_count {
-        let hits = lookup_shard(inner, store.as_deref(), RecordId { shard, ..place }, request.keys.get(..found).unwrap_or_default());
+        let hits = lookup_shard(
+            inner,
+            store.as_deref(),
+            RecordId { shard, ..place },
+            request.keys.get(..found).unwrap_or_default(),
+        );
         found = found.min(hits.len());
         shards.insert(shard, hits);
     }

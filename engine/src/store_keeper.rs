@@ -55,8 +55,7 @@ pub(crate) fn keep(inner: &Arc<Inner>) {
             }
         }
     }
-    tier.state.lock().has_keeper = false;
-    tier.changed.notify_all();
+    tier.end_helper();
 }
 
 /// Waits until the store is out of use; false when the engine closes.
@@ -136,6 +135,7 @@ fn reopen(inner: &Arc<Inner>) -> Result<RecoveryReport> {
 /// Ends the old store; nothing of it is used afterwards.
 fn close_old(tier: &DriveTier) -> Result<()> {
     tier.detach();
+    tier.wait_scrub_ended(Instant::now() + CLOSE_PATIENCE)?;
     let Some(old) = tier.state.lock().retired.clone() else { return Ok(()) };
     match old.close(Instant::now() + CLOSE_PATIENCE) {
         Err(error) if error.kind() == ErrorKind::Timeout => return Err(error),

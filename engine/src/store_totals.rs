@@ -17,4 +17,4 @@ macro_rules! totals {
     };
 }
 
-totals! { appended_records, bad_reads, reclaimed_regions }
+totals! { appended_records, bad_reads, reclaimed_regions, scrubbed_bytes, scrub_bad_records, scrub_passes }

@@ -160,7 +160,11 @@ fn after_a_failed_sync_blocks_live_in_dram_until_the_store_is_back() {
     drop(worker);
     let mut worker = drive.worker(directory.path());
     for chain in [&old, &young, &late] {
-        assert_eq!(load(&mut worker, chain), (0, BLOCKS / 2, 0), "what was in DRAM when the store came back is durable");
+        assert_eq!(
+            load(&mut worker, chain),
+            (0, BLOCKS / 2, 0),
+            "what was in DRAM when the store came back is durable"
+        );
     }
 }
 

@@ -104,6 +104,9 @@ table! {
         "pegaflow_reclaimed_regions_total", reclaimed_regions, "Regions reclaimed.";
         "pegaflow_nvme_reopens_total", nvme_reopens, "Times that the store was opened again after it had failed.";
         "pegaflow_nvme_failed_reopens_total", nvme_failed_reopens, "Attempts to open the store again that failed.";
+        "pegaflow_scrubbed_bytes_total", scrubbed_bytes, "Bytes that scrubs have read.";
+        "pegaflow_scrub_bad_records_total", scrub_bad_records, "Records that scrubs have found damaged.";
+        "pegaflow_scrub_passes_total", scrub_passes, "Scrubs that have seen every record.";
         "pegaflow_recovered_records_total", recovered_records, "Records found by the scan at open.";
     }
 }
@@ -115,7 +118,15 @@ fn describe() {
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
     metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
-    metrics::describe_gauge!("pegaflow_nvme_degraded", "1 for the reason why blocks live in DRAM only, 0 for all others.");
+    metrics::describe_gauge!("pegaflow_nvme_direct_io", "1 if records go past the page cache, else 0.");
+    metrics::describe_gauge!(
+        "pegaflow_nvme_degraded",
+        "1 for the reason why blocks live in DRAM only, 0 for all others."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_scrub_last_pass_timestamp_seconds",
+        "When the last scrub that saw all ended; 0: never."
+    );
     metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
 }
 
@@ -127,6 +138,9 @@ fn record(stats: &Stats, server: ServerGauges) {
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
     metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));
+    metrics::gauge!("pegaflow_nvme_direct_io").set(f64::from(u8::from(stats.nvme_is_direct)));
+    let last_scrub = stats.scrub_last_pass_unix_ms as f64 / 1000.0;
+    metrics::gauge!("pegaflow_scrub_last_pass_timestamp_seconds").set(last_scrub);
     for reason in PoisonReason::ALL {
         let is_so = f64::from(u8::from(stats.nvme_degraded == Some(reason)));
         metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);

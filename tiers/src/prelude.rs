@@ -12,9 +12,10 @@ pub use crate::gpu::{
 };
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
-    Pages, PoisonHook, PoisonReason, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store, StoreConfig,
-    StoreStats, Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
+    Append, AppendDone, BlockIo, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, IoBuffer,
+    IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook, PoisonReason, ReadDone,
+    ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, ScrubPace, Store, StoreConfig, StoreStats,
+    Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

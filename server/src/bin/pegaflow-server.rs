@@ -40,6 +40,9 @@ struct Options {
     /// How the store reads and writes.
     #[arg(long, env = "PEGAFLOW_IO_ENGINE", value_enum, default_value_t = IoEngine::Auto)]
     io_engine: IoEngine,
+    /// Bytes a second at which records are checked while the drive is idle; 0: never.
+    #[arg(long, env = "PEGAFLOW_SCRUB", value_name = "SIZE", default_value = "8MiB")]
+    scrub: ByteSize,
     /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
     #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -93,6 +96,7 @@ impl Options {
     fn engine(&self) -> EngineConfig {
         let nvme = self.path.as_ref().map(|path| NvmeConfig {
             region: self.region,
+            scrub: self.scrub,
             io_engine: match self.io_engine {
                 IoEngine::Auto => IoEngineChoice::Auto,
                 IoEngine::IoUring => IoEngineChoice::IoUring,

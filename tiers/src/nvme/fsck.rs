@@ -286,7 +286,8 @@ impl Check {
         let other = says.into_iter().find(|(_, row, record)| row != record);
         let what = other.map(|(name, row, record)| format!("the row says {name} {row}, the record {record}"));
         let is_same_kind = header.kind.record_kind() == Some(row.kind) && row.parent == header.parent;
-        let what = what.or_else(|| (!is_same_kind).then(|| "the row has another kind or parent than the record".into()));
+        let what =
+            what.or_else(|| (!is_same_kind).then(|| "the row has another kind or parent than the record".into()));
         what.map(|what| (FsckProblem::WrongRow, what))
     }
 

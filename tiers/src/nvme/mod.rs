@@ -46,4 +46,4 @@ pub use recovery::RecoveryReport;
 pub use regions::RegionPins;
 pub use stats::StoreStats;
 pub use store::Store;
-pub use verify::{VerifyProgress, VerifyReport};
+pub use verify::{ScrubPace, VerifyProgress, VerifyReport};

@@ -160,7 +160,12 @@ fn verify(shared: &Shared, reading: Reading) {
             add(&shared.counts.read_bytes, verified.payload_bytes);
         }
         Err(error) if error.kind() == ErrorKind::Io && is_drive_gone(shared, error) => {
-            tracing::debug!(?id, ?location, error = format!("{error:#}"), "the drive is gone; the record is not to blame");
+            tracing::debug!(
+                ?id,
+                ?location,
+                error = format!("{error:#}"),
+                "the drive is gone; the record is not to blame"
+            );
         }
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) => {
             add(&shared.counts.bad_reads, 1);
@@ -175,7 +180,7 @@ fn verify(shared: &Shared, reading: Reading) {
 }
 
 /// Whether a read failed because of the whole drive.
-fn is_drive_gone(shared: &Shared, error: &Error) -> bool {
+pub(super) fn is_drive_gone(shared: &Shared, error: &Error) -> bool {
     shared.poison.note_failed_read(error, || Drive::read_superblock(shared.drive.io()).is_ok())
 }
 

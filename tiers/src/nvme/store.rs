@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,7 @@ use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
 use super::stats::StoreStats;
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
-use super::verify::{VerifyProgress, VerifyReport, verify};
+use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
@@ -44,6 +45,7 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Store {
     shared: Arc<Shared>,
     region_bytes: u64,
+    is_direct: bool,
     verifiers: RwLock<Option<Verifiers>>,
     running: Mutex<Option<Running>>,
     /// Held by whoever closes; nobody else waits for it.
@@ -103,7 +105,8 @@ impl Store {
             let made = make_files(&config, &directory);
             made.inspect_err(|_| directory.abandon())?;
         }
-        let files = [open_file(&directory.superblock())?, open_file(&directory.regions())?];
+        let (regions, _, is_direct) = open_direct(&directory.regions())?;
+        let files = [open_file(&directory.superblock())?, regions];
         let io = wrap(open_engine(config.io, &files, arena, config.queue_depth)?);
         let superblock = if directory.is_new() {
             let made =
@@ -128,7 +131,8 @@ impl Store {
         }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        let mut store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        store.is_direct = is_direct;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
@@ -161,6 +165,7 @@ impl Store {
         Ok(Self {
             shared,
             region_bytes,
+            is_direct: true,
             verifiers: RwLock::new(Some(verifiers)),
             running: Mutex::new(Some(running)),
             closing: Mutex::new(()),
@@ -369,13 +374,43 @@ impl Store {
     /// # Errors
     /// `Closed`, and `Io` if the region file can not be opened again. Damage is no error: it is in the report.
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        let (index, path) = self.long_job()?;
+        verify(&self.shared, &index, &path, None, progress)
+    }
+
+    /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces, from
+    /// the region on in which the last one was stopped, also before a restart. `pace` is called after every piece: it
+    /// returns when the next one may be read, or false to stop. Must have ended before the store is closed.
+    ///
+    /// # Errors
+    /// As [`Store::verify`].
+    pub fn scrub(&self, pace: &ScrubPace) -> Result<VerifyReport> {
+        let (index, path) = self.long_job()?;
+        scrub(&self.shared, &index, &path, pace)
+    }
+
+    /// When the last scrub that saw everything ended, in milliseconds since 1970; 0 for never.
+    ///
+    /// # Errors
+    /// `Closed`, and what the index reports.
+    pub fn last_scrub_unix_ms(&self) -> Result<u64> {
+        let (_, ended) = scrub_state(&*self.long_job()?.0)?;
+        self.shared.counts.scrub_last_pass_unix_ms.store(ended, Ordering::Relaxed);
+        Ok(ended)
+    }
+
+    /// Rises with everything that readers and writers have asked of the drive: unchanged, it is idle.
+    pub fn activity(&self) -> u64 {
+        let counts = &self.shared.counts;
+        let read = counts.reads.load(Ordering::Relaxed);
+        read + counts.appended_records.load(Ordering::Relaxed)
+    }
+
+    /// What a long job beside the data plane works on.
+    fn long_job(&self) -> Result<(Arc<IndexLog>, std::path::PathBuf)> {
         let running = self.running.lock();
-        let (index, path) = running
-            .as_ref()
-            .map(|running| (Arc::clone(&running.index), running.directory.regions()))
-            .ok_or_else(closed)?;
-        drop(running);
-        verify(&self.shared, &index, &path, progress)
+        let running = running.as_ref().ok_or_else(closed)?;
+        Ok((Arc::clone(&running.index), running.directory.regions()))
     }
 
     /// All regions, by number.
@@ -388,6 +423,7 @@ impl Store {
         let regions = self.regions();
         StoreStats {
             io_engine: self.shared.drive.io().name(),
+            is_direct: self.is_direct,
             capacity_bytes: regions.len() as u64 * self.region_bytes,
             region_bytes: self.region_bytes,
             regions: regions.len() as u64,

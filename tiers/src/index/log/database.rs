@@ -95,7 +95,9 @@ pub(super) fn open(path: &Path, generations: &Generations) -> Result<DB> {
 /// Opens the database at `path` so that nothing in it changes.
 pub(super) fn open_read_only(path: &Path, generations: &Generations) -> Result<DB> {
     if is_absent_or_empty(path)? {
-        return Err(Error::new(ErrorKind::Corrupt, "the index is empty; it must be rebuilt").with("path", path.display()));
+        return Err(
+            Error::new(ErrorKind::Corrupt, "the index is empty; it must be rebuilt").with("path", path.display())
+        );
     }
     let options = database_options(false);
     check_families(path, &options)?;
