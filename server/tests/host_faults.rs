@@ -18,6 +18,8 @@ struct Server {
     process: Process,
     directory: tempfile::TempDir,
     http: String,
+    /// What is mounted for it lies here.
+    mounts: Option<tempfile::TempDir>,
 }
 
 /// `pegaflow-server` with a store of 64 MiB, behind other words if there are any.
@@ -41,7 +43,7 @@ impl Server {
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).expect("reads");
-        let server = Self { process: Process { child }, directory, http: String::new() };
+        let server = Self { process: Process { child }, directory, http: String::new(), mounts: None };
         let ready: serde_json::Value =
             serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}{}", server.log()));
         Self { http: ready["http"].as_str().expect("an address").to_owned(), ..server }
@@ -166,17 +168,16 @@ fn a_limit_on_file_sizes_that_is_met_while_running_does_not_kill() {
 
 /// A shell of its own mounts, where that is allowed; the server sees the mount, and so do we through `/proc`.
 fn mounted(script: &str) -> Option<(Server, PathBuf)> {
-    let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory").keep();
-    let script = format!("set -e; cd {}; mkdir -p m; {script}; exec \"$@\"", place.display());
+    let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let script = format!("set -e; cd {}; mkdir -p m; {script}; exec \"$@\"", place.path().display());
     let probe = Command::new("unshare").args(["-m", "sh", "-c", &script, "sh", "true"]).output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
         println!("skipped: mounts are not allowed here: {probe:?}");
-        let _ = std::fs::remove_dir_all(place);
         return None;
     }
-    let server = Server::start(&["unshare", "-m", "sh", "-c", &script, "sh"], Some(&place.join("m/store")));
-    let seen = PathBuf::from(format!("/proc/{}/root{}", server.process.child.id(), place.join("m").display()));
-    Some((server, seen))
+    let server = Server::start(&["unshare", "-m", "sh", "-c", &script, "sh"], Some(&place.path().join("m/store")));
+    let seen = PathBuf::from(format!("/proc/{}/root{}", server.process.child.id(), place.path().join("m").display()));
+    Some((Server { mounts: Some(place), ..server }, seen))
 }
 
 const EXT4: &str = "truncate -s 256M image; mkfs.ext4 -q -F -m 0 image; mount -o loop,errors=remount-ro image m";
@@ -211,6 +212,8 @@ fn a_file_system_that_fills_up_ends_in_dram_only_until_there_is_room() {
         (pegaflow_engine::InstanceId("other".into()), spec.namespace.with("filler", "x".repeat(60_000)));
     other.client.register(spec, other.memory()).expect("taken");
     server.assert_degraded(&mut worker, "no_space");
+    until("it is tried again", || !server.has_metric("pegaflow_nvme_failed_reopens_total 0"));
+    assert!(!server.has_metric("pegaflow_nvme_capacity_bytes 0"), "what is on the drive can still be read");
     std::fs::remove_file(&filler).expect("room again");
     until("the store comes back", || server.has_metric("pegaflow_nvme_reopens_total 1"));
     server.assert_ready();

@@ -82,7 +82,7 @@ impl Directory {
     /// Locks the directory of a store that is there; changes nothing else.
     ///
     /// # Errors
-    /// `NotFound` if there is none, otherwise as [`Directory::open`].
+    /// `InvalidInput` if there is none, otherwise as [`Directory::open`].
     pub(super) fn open_existing(path: &Path) -> Result<Self> {
         if !path.join(VERSION).is_file() {
             return Err(super::fsck::no_store(path));

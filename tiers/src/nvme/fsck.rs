@@ -50,7 +50,7 @@ const REPAIR_PATIENCE: std::time::Duration = std::time::Duration::from_secs(300)
 /// anew.
 ///
 /// # Errors
-/// `Locked` naming who has it open, `NotFound` if there is no store, `ForeignFormat`, `NewerFormat`, `PermissionDenied`,
+/// `Locked` naming who has it open, `InvalidInput` if there is no store, `ForeignFormat`, `NewerFormat`, `PermissionDenied`,
 /// `Corrupt` if both superblocks are unreadable, `Io`. What the check finds is no error: it is in the report.
 pub fn fsck(path: &Path, repair: bool, progress: &mut dyn FnMut(FsckProgress)) -> Result<FsckReport> {
     let started = Instant::now();
@@ -438,5 +438,5 @@ impl ReclaimPolicy for KeepAll {
 
 /// The error for a directory without a store.
 pub(super) fn no_store(path: &Path) -> Error {
-    Error::new(ErrorKind::NotFound, format!("there is no store in {}; give the directory of one", path.display()))
+    Error::new(ErrorKind::InvalidInput, format!("there is no store in {}; give the directory of one", path.display()))
 }

@@ -169,7 +169,7 @@ fn an_open_store_and_what_is_none_are_refused() {
     let (store, _) = place.open();
     assert_eq!(kind(&place.store_path()), Err(ErrorKind::Locked));
     close(store);
-    assert_eq!(kind(place.directory.path()), Err(ErrorKind::NotFound));
+    assert_eq!(kind(place.directory.path()), Err(ErrorKind::InvalidInput));
     assert_eq!(std::fs::read_dir(place.directory.path()).expect("read").count(), 1, "nothing is made");
-    assert_eq!(kind(&place.directory.path().join("nowhere")), Err(ErrorKind::NotFound));
+    assert_eq!(kind(&place.directory.path().join("nowhere")), Err(ErrorKind::InvalidInput));
 }
