@@ -47,10 +47,11 @@ pub(crate) struct State {
     /// Somebody wants an attempt now.
     pub(crate) is_wanted: bool,
     pub(crate) failed_attempts: u64,
-    pub(crate) reopens: u64,
     pub(crate) last_failure: Option<Error>,
     pub(crate) is_closing: bool,
     pub(crate) is_scrubbing: bool,
+    /// What came while the store was away is being handed to it.
+    is_renewing: bool,
     /// Threads that use the store on their own: the keeper, the scrub.
     pub(crate) helpers: u32,
     /// What the stores that were closed have counted.
@@ -113,7 +114,7 @@ impl DriveTier {
         let current = self.store().map(|store| store.stats());
         let state = self.state.lock();
         let totals = current.map_or(state.past, |stats| state.past.plus(&stats));
-        (totals, state.reopens, state.failed_attempts)
+        (totals, state.epoch - u64::from(state.epoch > 0), state.failed_attempts)
     }
 
     /// The number of a namespace: the store's, or while it is out of use one that no store gives.
@@ -217,6 +218,27 @@ impl DriveTier {
         self.changed.notify_all();
     }
 
+    /// Says whether what came while the store was away is still to be handed to it.
+    pub(crate) fn set_renewing(&self, is_renewing: bool) {
+        self.state.lock().is_renewing = is_renewing;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the store has been handed what came while it was away.
+    ///
+    /// # Errors
+    /// `Timeout`.
+    pub(crate) fn wait_renewed(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.state.lock();
+        while state.is_renewing {
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                let message = "what came while the store was out of use is not written yet; try again with more time";
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until no scrub uses the store: it stops by itself when the store is out of use.
     ///
     /// # Errors
@@ -257,7 +279,7 @@ impl DriveTier {
         *self.current.write() = Some(Arc::clone(&store));
         let mut state = self.state.lock();
         state.epoch += 1;
-        (state.uuid, state.degraded) = (Some(uuid), None);
+        (state.uuid, state.degraded, state.last_failure) = (Some(uuid), None, None);
         let epoch = state.epoch;
         drop(state);
         self.changed.notify_all();

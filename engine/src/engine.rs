@@ -257,6 +257,7 @@ impl Engine {
     pub fn flush(&self, deadline: Instant) -> Result<()> {
         let inner = self.inner()?;
         inner.operations.wait_saves(deadline)?;
+        inner.drive.wait_renewed(deadline)?;
         match inner.drive.store() {
             Some(store) => store.flush(deadline),
             None => inner.drive.degraded().map_or(Ok(()), |degraded| Err(degraded.error)),

@@ -42,10 +42,10 @@ pub(crate) fn keep(inner: &Arc<Inner>) {
             }
             match reopen(inner) {
                 Ok(report) => {
-                    note_success(tier);
                     in_use_since = Instant::now();
                     tracing::info!(?report, "the store is in use again");
                     write_anew(inner);
+                    tier.set_renewing(false);
                 }
                 Err(error) => {
                     pause = (pause * 2).min(RETRY_MAX);
@@ -93,14 +93,6 @@ fn say_degraded(tier: &DriveTier, pause: Duration) {
     }
 }
 
-fn note_success(tier: &DriveTier) {
-    let mut state = tier.state.lock();
-    state.reopens += 1;
-    state.last_failure = None;
-    drop(state);
-    tier.changed.notify_all();
-}
-
 fn note_failure(tier: &DriveTier, error: &Error) {
     let mut state = tier.state.lock();
     state.failed_attempts += 1;
@@ -123,6 +115,8 @@ fn reopen(inner: &Arc<Inner>) -> Result<RecoveryReport> {
     }
     // Removals and replacements of objects that come now see either store, and none comes between.
     let _order = inner.object_order.lock();
+    // Before: whoever sees the store in use and flushes waits for it.
+    tier.set_renewing(true);
     tier.attach(Arc::clone(&store));
     renew_objects(inner, &store);
     // What was registered between the first time and the store's coming back.

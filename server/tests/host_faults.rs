@@ -19,7 +19,7 @@ struct Server {
     directory: tempfile::TempDir,
     http: String,
     /// What is mounted for it lies here.
-    mounts: Option<tempfile::TempDir>,
+    _mounts: Option<tempfile::TempDir>,
 }
 
 /// `pegaflow-server` with a store of 64 MiB, behind other words if there are any.
@@ -43,7 +43,7 @@ impl Server {
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).expect("reads");
-        let server = Self { process: Process { child }, directory, http: String::new(), mounts: None };
+        let server = Self { process: Process { child }, directory, http: String::new(), _mounts: None };
         let ready: serde_json::Value =
             serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}{}", server.log()));
         Self { http: ready["http"].as_str().expect("an address").to_owned(), ..server }
@@ -103,6 +103,7 @@ impl Server {
         until(&metric, || self.has_metric(&metric));
         let ready = self.get("/ready");
         assert!(ready.starts_with("HTTP/1.1 503") && ready.contains(reason) && ready.contains("DRAM only"), "{ready}");
+        until("its line", || self.complaints("degraded: blocks live in DRAM only") > 0);
         assert_eq!(self.complaints("degraded: blocks live in DRAM only"), 1, "{}", self.log());
         self.assert_serves(worker, 99);
         assert!(self.get("/health").starts_with("HTTP/1.1 200"));
@@ -177,7 +178,7 @@ fn mounted(script: &str) -> Option<(Server, PathBuf)> {
     }
     let server = Server::start(&["unshare", "-m", "sh", "-c", &script, "sh"], Some(&place.path().join("m/store")));
     let seen = PathBuf::from(format!("/proc/{}/root{}", server.process.child.id(), place.path().join("m").display()));
-    Some((Server { mounts: Some(place), ..server }, seen))
+    Some((Server { _mounts: Some(place), ..server }, seen))
 }
 
 const EXT4: &str = "truncate -s 256M image; mkfs.ext4 -q -F -m 0 image; mount -o loop,errors=remount-ro image m";
