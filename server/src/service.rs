@@ -32,7 +32,6 @@ impl Service {
     }
 
     /// One of the few places for requests that wait for the drive.
-    #[expect(clippy::result_large_err, reason = "what the service's methods return")]
     fn place_to_wait(&self) -> Result<OwnedSemaphorePermit, Status> {
         Arc::clone(&self.flushes).try_acquire_owned().map_err(|_| {
             let message = format!("{FLUSHES_MAX} flushes are waiting, which is the limit; try again");

@@ -394,7 +394,7 @@ impl Store {
     /// # Errors
     /// `Closed`, and what the index reports.
     pub fn last_scrub_unix_ms(&self) -> Result<u64> {
-        let (_, ended) = scrub_state(&*self.long_job()?.0)?;
+        let (_, ended) = scrub_state(&self.long_job()?.0)?;
         self.shared.counts.scrub_last_pass_unix_ms.store(ended, Ordering::Relaxed);
         Ok(ended)
     }

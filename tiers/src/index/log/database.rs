@@ -16,8 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 const CACHE_BYTES: usize = 16 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
-/// The memtables of the family of records: three of these at most.
-const RECORDS_BUFFER_BYTES: usize = 32 << 20;
+/// The memtables of the family of records: three of these at most. Small: what is freed with each of them the allocator
+/// gives back in part only, so that larger ones look like a leak for an hour.
+const RECORDS_BUFFER_BYTES: usize = 8 << 20;
 const RECORDS_BUFFERS: i32 = 3;
 /// All memtables together.
 const BUFFER_BYTES_MAX: usize = 128 << 20;
