@@ -28,10 +28,12 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
+type FaultyIo = Faulty<Arc<dyn BlockIo>>;
+
 /// A drive that can be broken and mended, across opens of the store.
 #[derive(Clone, Default)]
 struct Drive {
-    state: Arc<Mutex<(FaultPlan, Option<Arc<Faulty<Arc<dyn BlockIo>>>>)>>,
+    state: Arc<Mutex<(FaultPlan, Option<Arc<FaultyIo>>)>>,
 }
 
 impl Drive {
