@@ -24,8 +24,9 @@ MINUTES ?= 30
 TPOT ?=
 # Where the killed workers of `kill-workers` have their KV cache.
 DEVICE ?= host
-# Keys in the index of `bench-index`.
-KEYS ?= 1000000
+# Keys in the index of `bench-index`; REAL=1 writes their blocks too.
+KEYS ?= 10000000
+REAL ?=
 # An interpreter with vLLM for GPUs, for the benches that need one, and the systems that `bench-ttft` measures.
 PYTHON ?= python3
 ONLY ?=
@@ -103,8 +104,8 @@ soak: server ## A server under full churn: memory, descriptors and bytes on disk
 bench: toolchain ## All criterion benches
 	@cargo bench -p pegaflow-benches
 
-bench-index: server ## Lookup latency and bytes per key of the index. KEYS=1000000
-	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS)
+bench-index: server ## Lookups, memory and opens of the index; rows without payloads. KEYS=10000000 REAL=1 writes blocks
+	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS) $(if $(REAL),--real)
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')

@@ -29,7 +29,7 @@ fn prefix(criterion: &mut Criterion) {
             bencher.iter_batched(
                 || records.random_prompt(&mut random).start,
                 |start| {
-                    table.prefix(black_box(&fingerprints[start..start + blocks]), &mut found);
+                    table.prefix(black_box(&fingerprints[start..start + blocks]).iter().copied(), &mut found);
                     assert_eq!(found.len(), blocks);
                 },
                 criterion::BatchSize::SmallInput,
@@ -39,7 +39,7 @@ fn prefix(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(1));
     group.bench_function("none_known", |bencher| {
         bencher.iter(|| {
-            table.prefix(black_box(&unknown), &mut found);
+            table.prefix(black_box(&unknown).iter().copied(), &mut found);
             assert!(found.is_empty());
         });
     });

@@ -193,10 +193,18 @@ pub struct Stats {
     pub nvme_capacity_bytes: u64,
     /// Bytes of regions in use.
     pub nvme_used_bytes: u64,
-    /// Records found by lookups.
+    /// Records found by lookups; after an open of a large store an estimate, until the index is full.
     pub nvme_records: u64,
     /// Bytes of memory that the in-memory index takes.
     pub index_bytes: u64,
+    /// Bytes of memory that RocksDB takes.
+    pub index_log_bytes: u64,
+    /// Whether the in-memory index has every record; until then lookups ask RocksDB for what it lacks.
+    pub index_full: bool,
+    /// Rows that the in-memory index was filled with since open.
+    pub index_filled_rows: u64,
+    /// Rows that it is to be filled with; an estimate until it is full.
+    pub index_rows: u64,
     /// The I/O engine: `io_uring`, `psync` or `none`.
     pub io_engine: String,
     /// Whether records go past the page cache: false without a store, and on file systems that have no direct I/O.
@@ -253,6 +261,28 @@ pub struct Stats {
     pub scrub_passes: u64,
     /// When the last of them ended, in milliseconds since 1970; 0 for never.
     pub scrub_last_pass_unix_ms: u64,
+    /// Bytes of the payloads that became durable.
+    pub nvme_written_raw_bytes: u64,
+    /// Bytes of these as they were stored.
+    pub nvme_written_stored_bytes: u64,
+    /// Bytes of the payloads that were read and verified.
+    pub nvme_read_raw_bytes: u64,
+    /// Bytes of these as they were stored.
+    pub nvme_read_stored_bytes: u64,
+    /// Records that became durable encoded.
+    pub codec_encoded_records: u64,
+    /// Nanoseconds that threads have spent encoding.
+    pub codec_encode_ns: u64,
+    /// Nanoseconds that threads have spent decoding.
+    pub codec_decode_ns: u64,
+    /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
+    pub codec_decode_bytes_per_second: u64,
+    /// Blocks that were stored as they are because they, or those before them, hardly shrink.
+    pub codec_skipped_ratio: u64,
+    /// Blocks that were stored as they are because too many waited to be encoded.
+    pub codec_skipped_queue: u64,
+    /// Blocks that were stored as they are because the drive reads faster than this machine decodes.
+    pub codec_skipped_speed: u64,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use pegaflow_tiers::{Error, ErrorKind, Result};
+use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number of bytes that people write as `64GiB`, `512 MiB`, `1.5GB` or a plain number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct ByteSize(pub u64);
+
+/// Drives of a store besides its home at most.
+const MORE_DRIVES_MAX: usize = 31;
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -115,29 +118,63 @@ pub enum IoEngineChoice {
     Psync,
 }
 
-/// The store on a drive.
+/// A drive of the store besides its home: a directory on it and how much of it the store takes. Written `DIR=SIZE`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NvmeDrive {
+    /// A directory on the drive, created if missing. On ext4 or XFS. No default.
+    pub path: PathBuf,
+    /// Bytes of its regions, taken from the file system at once. No default. Minimum: 4 regions.
+    pub capacity: ByteSize,
+}
+
+impl FromStr for NvmeDrive {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.rsplit_once('=') {
+            Some((path, capacity)) if !path.is_empty() => Ok(Self { path: path.into(), capacity: capacity.parse()? }),
+            _ => {
+                let message =
+                    format!("'{text}' is not a drive; write DIR=SIZE, for example /mnt/nvme1/pegaflow=512GiB");
+                Err(Error::new(ErrorKind::InvalidInput, message))
+            }
+        }
+    }
+}
+
+/// The store, on one drive or several.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NvmeConfig {
-    /// The store's directory, created if missing. On ext4 or XFS. No default.
+    /// The store's home, created if missing: it has the index and the first regions. On ext4 or XFS. No default.
     pub path: PathBuf,
-    /// Bytes of the region file, taken from the file system at once. Default: 16 GiB. Minimum: 4 regions.
+    /// Bytes of the regions in the home, taken from the file system at once. May change from start to start: more is
+    /// taken, less gives up what lies behind. Default: 16 GiB. Minimum: 4 regions.
     #[serde(default = "default_nvme_capacity")]
     pub capacity: ByteSize,
+    /// Further drives, in the order in which they joined, new ones last; blocks are spread over all. One that is no
+    /// longer listed is retired: its blocks are gone, and if it is listed again it comes back empty. Default: none.
+    /// Limit: 31.
+    #[serde(default)]
+    pub more_drives: Vec<NvmeDrive>,
     /// Bytes of one region, the unit of reclaiming; fixed when the store is made. A multiple of 1 MiB, at least 4 MiB,
-    /// at most 4 GiB. Default: 1/64 of the capacity, within 16 MiB to 256 MiB.
+    /// at most 4 GiB. Default: what the store has; for a new one 1/64 of the home's capacity, within 16 MiB to 256 MiB.
     #[serde(default)]
     pub region: Option<ByteSize>,
     /// The I/O engine. Default: auto.
     #[serde(default)]
     pub io_engine: IoEngineChoice,
-    /// Operations in flight on the drive. Default: 64. Limits: 1 to 1024.
+    /// Operations in flight on each drive. Default: 64. Limits: 1 to 1024.
     #[serde(default = "default_queue_depth")]
     pub queue_depth: u32,
     /// Bytes a second at which records are read and checked while the drive is idle, all of them about once a day; 0: never.
     /// Default: 8 MiB. Maximum: 16 GiB.
     #[serde(default = "default_scrub")]
     pub scrub: ByteSize,
+    /// Whether blocks are compressed on the drive, without loss: `auto` or `none`. Default: auto.
+    #[serde(default)]
+    pub codec: CodecChoice,
 }
 
 fn default_nvme_capacity() -> ByteSize {
@@ -158,14 +195,16 @@ impl NvmeConfig {
         Self {
             path: path.into(),
             capacity,
+            more_drives: Vec::new(),
             region: None,
             io_engine: IoEngineChoice::Auto,
             queue_depth: default_queue_depth(),
             scrub: default_scrub(),
+            codec: CodecChoice::Auto,
         }
     }
 
-    /// The region size: the one given, or the default for the capacity.
+    /// The region size of a store that is made: the one given, or the default for the capacity.
     pub fn region_bytes(&self) -> u64 {
         self.region.map_or_else(|| (self.capacity.0 / 64 / MIB * MIB).clamp(16 * MIB, 256 * MIB), |region| region.0)
     }
@@ -277,16 +316,34 @@ impl EngineConfig {
                 region.is_multiple_of(MIB) && (4 * MIB..=4 * GIB).contains(&region),
                 format!("nvme.region is {}; give a multiple of 1 MiB from 4 MiB to 4 GiB", ByteSize(region)),
             );
-            check(
-                nvme.capacity.0 >= region.saturating_mul(4),
-                format!(
-                    "nvme.capacity is {}, less than four regions of {}; give at least {}",
-                    nvme.capacity,
-                    ByteSize(region),
-                    ByteSize(region.saturating_mul(4))
-                ),
-            );
             check(nvme.scrub.0 <= 16 * GIB, format!("nvme.scrub is {} a second; give 0 to 16 GiB", nvme.scrub));
+            let least = ByteSize(region.saturating_mul(4));
+            let too_small = |name: String, capacity: ByteSize| {
+                let problem = format!(
+                    "{name} is {capacity}, less than four regions of {}; give at least {least}",
+                    ByteSize(region)
+                );
+                (capacity >= least, problem)
+            };
+            let (ok, problem) = too_small("nvme.capacity".into(), nvme.capacity);
+            check(ok, problem);
+            let count = nvme.more_drives.len();
+            check(count <= MORE_DRIVES_MAX, format!("nvme.more_drives lists {count}; give at most {MORE_DRIVES_MAX}"));
+            let mut paths = vec![&nvme.path];
+            for (index, drive) in nvme.more_drives.iter().enumerate() {
+                let name = format!("nvme.more_drives[{index}]");
+                check(!drive.path.as_os_str().is_empty(), format!("{name}.path is empty; give a directory"));
+                let (ok, problem) = too_small(format!("{name}.capacity"), drive.capacity);
+                check(ok, problem);
+                check(
+                    !paths.contains(&&drive.path),
+                    format!(
+                        "{name}.path is {}, which is listed already; give each drive its own",
+                        drive.path.display()
+                    ),
+                );
+                paths.push(&drive.path);
+            }
             let (ok, problem) = within("nvme.queue_depth", nvme.queue_depth.into(), 1, 1024);
             check(ok, problem);
         }
@@ -311,15 +368,42 @@ mod tests {
     }
 
     #[test]
+    fn drives_are_read_as_people_write_them() {
+        let read = |text: &str| text.parse::<NvmeDrive>().map(|drive| (drive.path, drive.capacity.0)).ok();
+        assert_eq!(read("/mnt/nvme1/store=64GiB"), Some(("/mnt/nvme1/store".into(), 64 * GIB)));
+        assert_eq!(read("/mnt/a=b=1"), Some(("/mnt/a=b".into(), 1)));
+        for bad in ["", "/mnt/nvme1", "=64GiB", "/mnt/nvme1=", "/mnt/nvme1=lots"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
     fn validate_names_all_problems_at_once() {
         let config = EngineConfig {
             dram: ByteSize::mib(1),
             load_threads: 0,
-            nvme: Some(NvmeConfig { region: Some(ByteSize(5)), ..NvmeConfig::new("", ByteSize::mib(1)) }),
+            nvme: Some(NvmeConfig {
+                region: Some(ByteSize(5)),
+                more_drives: vec![
+                    "/a=64MiB".parse().expect("a drive"),
+                    "/a=1".parse().expect("a drive"),
+                    NvmeDrive { path: "".into(), capacity: ByteSize::gib(1) },
+                ],
+                ..NvmeConfig::new("", ByteSize(1))
+            }),
             ..EngineConfig::default()
         };
         let message = config.validate().map_err(|error| error.to_string()).expect_err("refused");
-        for part in ["dram", "load_threads", "nvme.path", "nvme.region"] {
+        for part in [
+            "dram",
+            "load_threads",
+            "nvme.path",
+            "nvme.region",
+            "nvme.capacity",
+            "more_drives[1].capacity",
+            "/a, which is listed already",
+            "more_drives[2].path is empty",
+        ] {
             assert!(message.contains(part), "{part} not in {message}");
         }
         assert!(EngineConfig::default().validate().is_ok());

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use pegaflow_tiers::{
-    Arena, ArenaConfig, ArenaId, ArenaView, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store, StoreConfig,
+    Arena, ArenaConfig, ArenaId, ArenaView, DriveConfig, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store,
+    StoreConfig,
 };
 
 use crate::api::{
@@ -369,7 +370,13 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
     StoreConfig {
         path: nvme.path.clone(),
         capacity_bytes: nvme.capacity.0,
+        more_drives: nvme
+            .more_drives
+            .iter()
+            .map(|drive| DriveConfig { path: drive.path.clone(), capacity_bytes: drive.capacity.0 })
+            .collect(),
         region_bytes: nvme.region_bytes(),
+        keeps_region_bytes: nvme.region.is_none(),
         io: match nvme.io_engine {
             IoEngineChoice::Auto => IoChoice::Auto,
             IoEngineChoice::IoUring => IoChoice::IoUring,
@@ -380,6 +387,7 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
         commit_bytes: COMMIT_BYTES,
         // DRAM bounds what can be waiting: see the share of dirty bytes in `residency`.
         write_queue_bytes: arena.capacity_bytes(),
+        codec: nvme.codec,
     }
 }
 
@@ -403,14 +411,27 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.scrubbed_bytes = totals.scrubbed_bytes;
     stats.scrub_bad_records = totals.scrub_bad_records;
     stats.scrub_passes = totals.scrub_passes;
+    stats.nvme_written_raw_bytes = totals.appended_payload_bytes;
+    stats.nvme_written_stored_bytes = totals.appended_stored_bytes;
+    stats.nvme_read_raw_bytes = totals.read_bytes;
+    stats.nvme_read_stored_bytes = totals.read_stored_bytes;
+    stats.codec_encoded_records = totals.encoded_records;
+    stats.codec_encode_ns = totals.encode_ns;
+    stats.codec_decode_ns = totals.decode_ns;
+    stats.codec_skipped_ratio = totals.codec_skipped_ratio;
+    stats.codec_skipped_queue = totals.codec_skipped_queue;
+    stats.codec_skipped_speed = totals.codec_skipped_speed;
     let Some(store) = drive.store() else { return };
     let of_store = store.stats();
     stats.nvme_is_direct = of_store.is_direct;
     stats.scrub_last_pass_unix_ms = of_store.scrub_last_pass_unix_ms;
     stats.nvme_capacity_bytes = of_store.capacity_bytes;
     stats.nvme_used_bytes = (of_store.regions - of_store.free_regions) * of_store.region_bytes;
-    stats.nvme_records = of_store.records;
-    stats.index_bytes = of_store.index_bytes;
+    let index = of_store.index;
+    stats.nvme_records = if index.is_full { of_store.records } else { of_store.records.max(index.rows_total) };
+    (stats.index_bytes, stats.index_log_bytes) = (of_store.index_bytes, of_store.index_log_bytes);
+    (stats.index_full, stats.index_filled_rows, stats.index_rows) = (index.is_full, index.rows, index.rows_total);
+    stats.codec_decode_bytes_per_second = of_store.decode_bytes_per_second;
     stats.io_engine = of_store.io_engine.into();
 }
 

@@ -102,12 +102,8 @@ fn places(inner: &Inner, shards: &HashMap<u16, Vec<Hit>>, shard_count: u16) -> O
 fn lookup_shard(inner: &Inner, store: Option<&Store>, place: RecordId, keys: &[BlockKey]) -> Vec<Hit> {
     let mut resident = Vec::with_capacity(keys.len());
     inner.residency.get_many(keys.iter().map(|key| place.with_key(*key)), &mut resident);
-    let missing: Vec<u64> = resident
-        .iter()
-        .zip(keys)
-        .filter(|(hit, _)| hit.is_none())
-        .map(|(_, key)| place.with_key(*key).fingerprint())
-        .collect();
+    let missing: Vec<RecordId> =
+        resident.iter().zip(keys).filter(|(hit, _)| hit.is_none()).map(|(_, key)| place.with_key(*key)).collect();
     let mut located = Vec::new();
     if let Some(store) = store.filter(|_| !missing.is_empty()) {
         located.reserve(missing.len());

@@ -4,12 +4,12 @@ pub use crate::api::{
     BlockSave, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
     LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
 };
-pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
+pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{
-    ArenaId, ArenaView, BlockCopy, BlockKey, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory,
-    Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory,
-    IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId,
-    Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, fsck,
+    ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
+    CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport,
+    GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout,
+    NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck,
 };

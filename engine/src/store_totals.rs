@@ -17,4 +17,8 @@ macro_rules! totals {
     };
 }
 
-totals! { appended_records, bad_reads, reclaimed_regions, scrubbed_bytes, scrub_bad_records, scrub_passes }
+totals! {
+    appended_records, appended_payload_bytes, appended_stored_bytes, read_bytes, read_stored_bytes, bad_reads,
+    reclaimed_regions, scrubbed_bytes, scrub_bad_records, scrub_passes, encoded_records, encode_ns, decode_ns,
+    codec_skipped_ratio, codec_skipped_queue, codec_skipped_speed,
+}

@@ -109,3 +109,16 @@ def test_dummy_weights_are_keyed_by_what_they_are_drawn_from(monkeypatch: pytest
     assert "NVIDIA H200" in dummy(0, quantization="fp8")
     with pytest.raises(identity.UnknownIdentityError, match="dummy weights with quantization 'gptq'"):
         dummy(0, quantization="gptq")
+
+
+def test_what_the_store_is_told_about_the_numbers() -> None:
+    identity = pytest.importorskip("pegaflow.connector.identity", exc_type=ImportError)
+    told = {
+        ("auto", "torch.bfloat16"): "bf16",
+        ("auto", "torch.float16"): "f16",
+        ("auto", "torch.float32"): "unknown",
+        ("fp8", "torch.bfloat16"): "fp8",
+        ("fp8_e5m2", "torch.bfloat16"): "unknown",
+        ("bfloat16", "torch.float16"): "bf16",
+    }
+    assert {pair: identity.kv_dtype(*pair) for pair in told} == told

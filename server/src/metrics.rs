@@ -84,6 +84,10 @@ table! {
         "pegaflow_nvme_used_bytes", nvme_used_bytes, "Bytes of regions in use.";
         "pegaflow_nvme_records", nvme_records, "Records that lookups find.";
         "pegaflow_index_bytes", index_bytes, "Bytes of memory that the in-memory index takes.";
+        "pegaflow_index_log_bytes", index_log_bytes, "Bytes of memory that RocksDB, the log of the index, takes.";
+        "pegaflow_index_filled_rows", index_filled_rows, "Rows that the in-memory index was filled with since open.";
+        "pegaflow_index_rows", index_rows, "Rows that the in-memory index is to be filled with; an estimate until it is full.";
+        "pegaflow_codec_decode_bytes_per_second", codec_decode_bytes_per_second, "Bytes of payload that the store's threads decode per second, measured at open.";
         "pegaflow_instances", instances, "Registered inference engines.";
         "pegaflow_leases", leases, "Live leases.";
         "pegaflow_engine_sessions", sessions, "Sessions of the engine, those that are ending included.";
@@ -107,6 +111,13 @@ table! {
         "pegaflow_scrubbed_bytes_total", scrubbed_bytes, "Bytes that scrubs have read.";
         "pegaflow_scrub_bad_records_total", scrub_bad_records, "Records that scrubs have found damaged.";
         "pegaflow_scrub_passes_total", scrub_passes, "Scrubs that have seen every record.";
+        "pegaflow_nvme_written_raw_bytes_total", nvme_written_raw_bytes, "Bytes of payloads that became durable.";
+        "pegaflow_nvme_written_stored_bytes_total", nvme_written_stored_bytes, "Bytes of these as they were stored.";
+        "pegaflow_nvme_read_raw_bytes_total", nvme_read_raw_bytes, "Bytes of payloads that were read and verified.";
+        "pegaflow_nvme_read_stored_bytes_total", nvme_read_stored_bytes, "Bytes of these as they were stored.";
+        "pegaflow_codec_encoded_records_total", codec_encoded_records, "Records that became durable encoded.";
+        "pegaflow_codec_encode_nanoseconds_total", codec_encode_ns, "Time that threads have spent encoding.";
+        "pegaflow_codec_decode_nanoseconds_total", codec_decode_ns, "Time that threads have spent decoding.";
         "pegaflow_recovered_records_total", recovered_records, "Records found by the scan at open.";
     }
 }
@@ -114,6 +125,7 @@ table! {
 fn describe() {
     describe_engine();
     metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
+    metrics::describe_counter!("pegaflow_codec_skipped_blocks_total", "Blocks stored as they are, by the reason.");
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -127,6 +139,7 @@ fn describe() {
         "pegaflow_scrub_last_pass_timestamp_seconds",
         "When the last scrub that saw all ended; 0: never."
     );
+    metrics::describe_gauge!("pegaflow_index_full", "1 if the in-memory index has every record, else 0.");
     metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
 }
 
@@ -134,6 +147,13 @@ fn record(stats: &Stats, server: ServerGauges) {
     record_engine(stats);
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "dram").absolute(stats.loaded_dram_blocks);
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "nvme").absolute(stats.loaded_nvme_blocks);
+    for (reason, blocks) in [
+        ("ratio", stats.codec_skipped_ratio),
+        ("queue", stats.codec_skipped_queue),
+        ("speed", stats.codec_skipped_speed),
+    ] {
+        metrics::counter!("pegaflow_codec_skipped_blocks_total", "reason" => reason).absolute(blocks);
+    }
     metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
@@ -145,6 +165,7 @@ fn record(stats: &Stats, server: ServerGauges) {
         let is_so = f64::from(u8::from(stats.nvme_degraded == Some(reason)));
         metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);
     }
+    metrics::gauge!("pegaflow_index_full").set(f64::from(u8::from(stats.index_full)));
     let io_engine = stats.io_engine.clone();
     metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
 }

@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 mod block;
+mod codec;
 mod dram;
 mod error;
 mod gpu;

@@ -4,6 +4,7 @@ pub use crate::block::{
     BlockKey, Fragment, GroupGeometry, KEY_CHAIN_VERSION, KeyChain, MemoryLayout, NamespaceDescriptor, NamespaceHandle,
     NamespaceId, RecordId, RecordKind,
 };
+pub use crate::codec::{CHUNK_BYTES, Codec, CodecChoice, CodecHint, Decoder, Encoded, Encoder};
 pub use crate::dram::{Arena, ArenaConfig, ArenaId, ArenaView, ClassUsage, HEADER_BYTES, HugePages, Place, Slot};
 pub use crate::error::{Error, ErrorKind, Result};
 pub use crate::gpu::{
@@ -12,10 +13,10 @@ pub use crate::gpu::{
 };
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, IoBuffer,
-    IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook, PoisonReason, ReadDone,
-    ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, ScrubPace, Store, StoreConfig, StoreStats,
-    Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
+    Append, AppendDone, BlockIo, DriveConfig, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexFill,
+    IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook,
+    PoisonReason, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, ScrubPace, Store,
+    StoreConfig, StorePaths, StoreStats, Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

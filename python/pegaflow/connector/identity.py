@@ -32,6 +32,8 @@ _FILE_LOAD_FORMATS = frozenset(
 )
 # Quantizations whose tensors are all floating point.
 _DRAWN_QUANTIZATIONS = (None, "fp8")
+# What vLLM calls the types of a KV cache, and what the store calls them.
+_KV_DTYPES = {"bfloat16": "bf16", "float16": "f16", "half": "f16", "fp8": "fp8", "fp8_e4m3": "fp8"}
 # Fields of config.json that say nothing about the computation.
 _VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "use_cache", "_commit_hash"})
 
@@ -64,6 +66,7 @@ def namespace_of(
         "dtype": model.dtype,
         "quantization": model.quantization,
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
+        "kv_dtype": kv_dtype(str(vllm_config.cache_config.cache_dtype), model.dtype),
         "block_size": kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         "layout": layout,
         "cpu": _cpu() if compat.device_of(kv_caches) is None else None,
@@ -72,6 +75,15 @@ def namespace_of(
         "speculative": _speculative(vllm_config),
     }
     return {name: value if isinstance(value, str) else _canonical(value) for name, value in fields.items()}
+
+
+def kv_dtype(cache_dtype: str, model_dtype: object) -> str:
+    """What the numbers in the blocks are, by the store's names: it compresses by this.
+
+    From the configuration alone, so that all workers say the same. A wrong one costs compression, nothing else.
+    """
+    name = str(model_dtype) if cache_dtype == "auto" else cache_dtype
+    return _KV_DTYPES.get(name.removeprefix("torch."), "unknown")
 
 
 def _canonical(value: Any) -> str:

@@ -9,7 +9,9 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use pegaflow_engine::{ByteSize, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, Result};
+use pegaflow_engine::{
+    ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, NvmeDrive, Result,
+};
 use pegaflow_server::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
 };
@@ -25,10 +27,15 @@ struct Options {
     /// Directory of the store, made if missing, on ext4 or XFS. Without it blocks live in DRAM only.
     #[arg(long, env = "PEGAFLOW_PATH", value_name = "DIR", alias = "nvme")]
     path: Option<PathBuf>,
-    /// Bytes of the store, taken from the file system at once. At least four regions.
+    /// Bytes of the store in its directory, taken from the file system at once. At least four regions. May change from
+    /// start to start.
     #[arg(long, env = "PEGAFLOW_CAPACITY", value_name = "SIZE", default_value = "16GiB", alias = "nvme-capacity")]
     capacity: ByteSize,
-    /// Bytes of one region, fixed when the store is made. Default: 1/64 of the capacity, within 16 MiB to 256 MiB.
+    /// A further drive of the store; repeat it for more, in the order in which they joined, new ones last. One that is no
+    /// longer given is retired: its blocks are gone.
+    #[arg(long = "drive", env = "PEGAFLOW_DRIVE", value_name = "DIR=SIZE", value_delimiter = ',')]
+    drives: Vec<NvmeDrive>,
+    /// Bytes of one region, fixed when the store is made. Default: what the store has, for a new one 1/64 of the capacity, within 16 MiB to 256 MiB.
     #[arg(long, env = "PEGAFLOW_REGION", value_name = "SIZE")]
     region: Option<ByteSize>,
     /// Bytes of DRAM for blocks, taken at start.
@@ -43,6 +50,9 @@ struct Options {
     /// Bytes a second at which records are checked while the drive is idle; 0: never.
     #[arg(long, env = "PEGAFLOW_SCRUB", value_name = "SIZE", default_value = "8MiB")]
     scrub: ByteSize,
+    /// Whether blocks are compressed on the drive, without loss.
+    #[arg(long, env = "PEGAFLOW_CODEC", value_enum, default_value_t = CodecOption::Auto)]
+    codec: CodecOption,
     /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
     #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -78,6 +88,14 @@ enum IoEngine {
     Psync,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CodecOption {
+    /// By the type of the numbers, where it saves room and this machine decodes as fast as the drive reads.
+    Auto,
+    /// Stored as they are; what is compressed already stays readable.
+    None,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct HttpAddress(Option<SocketAddr>);
 
@@ -97,10 +115,15 @@ impl Options {
         let nvme = self.path.as_ref().map(|path| NvmeConfig {
             region: self.region,
             scrub: self.scrub,
+            more_drives: self.drives.clone(),
             io_engine: match self.io_engine {
                 IoEngine::Auto => IoEngineChoice::Auto,
                 IoEngine::IoUring => IoEngineChoice::IoUring,
                 IoEngine::Psync => IoEngineChoice::Psync,
+            },
+            codec: match self.codec {
+                CodecOption::Auto => CodecChoice::Auto,
+                CodecOption::None => CodecChoice::None,
             },
             ..NvmeConfig::new(path, self.capacity)
         });
@@ -119,6 +142,9 @@ impl Options {
         problems.extend(self.engine().validate().err().map(|error| error.message().to_owned()));
         if self.path.is_none() && self.region.is_some() {
             problems.push("--region is given without a store; give --path DIR".into());
+        }
+        if self.path.is_none() && !self.drives.is_empty() {
+            problems.push("--drive is given without a store; give --path DIR for its home".into());
         }
         if let Some(address) = self.tcp.filter(|address| !address.ip().is_loopback()) {
             problems.push(format!("--tcp {address} is not loopback; give 127.0.0.1:PORT, or use the Unix socket"));

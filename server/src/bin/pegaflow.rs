@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, Result, fsck};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, Result, StorePaths, fsck};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::Value;
@@ -54,7 +54,7 @@ enum Command {
     ///
     /// Exit status 0 if nothing disagrees (any more), 1 if something does.
     Verify {
-        /// Directories of stores.
+        /// Directories of stores: homes, and the drives that belong to them.
         #[arg(value_name = "PATH", required = true)]
         paths: Vec<PathBuf>,
         /// Drops rows that disagree, puts missing ones back, removes an index that can not be used.
@@ -123,10 +123,11 @@ fn run(options: &Options) -> Result<()> {
 /// Checks each store, and prints what was found.
 fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
     let mut reports = Vec::new();
-    for path in paths {
-        let report = verify_one(path, repair).map_err(|error| error.with("path", path.display()))?;
+    let stores = StorePaths::group(paths)?;
+    for store in &stores {
+        let report = verify_one(store, repair).map_err(|error| error.with("path", store.home.display()))?;
         if !json {
-            print_report(path, &report);
+            print_report(&store.home, &report);
         }
         reports.push(report);
     }
@@ -134,10 +135,10 @@ fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
     if json {
         let sum = |of: fn(&FsckReport) -> u64| reports.iter().map(of).sum::<u64>();
         let (problems, repaired) = (sum(|report| report.problems), sum(|report| report.repaired));
-        let stores: Vec<Value> = paths
+        let stores: Vec<Value> = stores
             .iter()
             .zip(&reports)
-            .map(|(path, report)| serde_json::json!({ "path": path, "report": report }))
+            .map(|(store, report)| serde_json::json!({ "path": store.home, "report": report }))
             .collect();
         println!(
             "{}",
@@ -147,13 +148,13 @@ fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
     Ok(if is_good { ExitStatus::Ok } else { ExitStatus::Other })
 }
 
-fn verify_one(path: &Path, repair: bool) -> Result<FsckReport> {
+fn verify_one(store: &StorePaths, repair: bool) -> Result<FsckReport> {
     // Drawn on standard error, and only if that is a terminal.
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} regions, {eta} left") {
         bar.set_style(style);
     }
-    let report = fsck(path, repair, &mut |progress| {
+    let report = fsck(store, repair, &mut |progress| {
         bar.set_length(progress.regions_total.into());
         bar.set_position(progress.regions.into());
     });

@@ -77,6 +77,16 @@ impl Slot {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(HEADER_BYTES), self.payload_bytes()) }
     }
 
+    /// All of it, header page included, to the store's reading side alone: while a read has not been reported, whoever
+    /// asked for it leaves the slot alone, so a record that was read into it can be decoded to its place.
+    pub(crate) fn with_all<T>(&self, change: impl FnOnce(&mut [u8]) -> T) -> T {
+        let _held = self.header.lock();
+        // SAFETY: the range belongs to this slot and stays mapped as long as it lives. Until a read into the slot is
+        // reported its payload is shared with nobody (`Store::read`), as for the kernel, which writes there before; the
+        // mutex keeps header pages from being read or written.
+        change(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) })
+    }
+
     /// A copy of the header page.
     pub fn read_header(&self) -> [u8; HEADER_BYTES] {
         let _held = self.header.lock();

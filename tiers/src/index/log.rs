@@ -9,7 +9,10 @@ mod reclaimed;
 use std::collections::HashMap;
 use std::path::Path;
 
-use rocksdb::{DB, ReadOptions, WriteBatch, WriteOptions};
+use rocksdb::properties::{
+    BLOCK_CACHE_USAGE, ESTIMATE_NUM_KEYS, ESTIMATE_TABLE_READERS_MEM, PropName, SIZE_ALL_MEM_TABLES,
+};
+use rocksdb::{DB, FlushOptions, ReadOptions, WriteBatch, WriteOptions};
 
 use self::database::{Family, rocks};
 use self::reclaimed::Generations;
@@ -19,6 +22,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Read ahead during a scan of all rows.
 const SCAN_READAHEAD_BYTES: usize = 4 << 20;
+/// What a row takes in the files of the log, about: for how much a scan of some rows reads ahead.
+const ROW_BYTES: usize = 128;
 /// The longest name of a named value, in bytes.
 const META_NAME_BYTES_MAX: usize = 256;
 /// The largest named value, in bytes.
@@ -154,6 +159,71 @@ impl IndexLog {
         Ok(count)
     }
 
+    /// Calls `each` with the rows behind `after` (from the first on for `None`) in the order of their keys, after reading
+    /// at most `limit`. Returns the last one read, to go on behind, or `None` if that were all. Each call sees what was
+    /// committed before it began.
+    ///
+    /// # Errors
+    /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
+    pub fn scan_after(
+        &self,
+        after: Option<&RecordId>,
+        limit: usize,
+        each: &mut dyn FnMut(IndexRow),
+    ) -> Result<Option<RecordId>> {
+        let generations = self.generations.snapshot();
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_readahead_size(limit.saturating_mul(ROW_BYTES).min(SCAN_READAHEAD_BYTES));
+        let mut rows = self.database.raw_iterator_cf_opt(self.family(Family::Records), options);
+        match after {
+            None => rows.seek_to_first(),
+            Some(id) => {
+                rows.seek(encode_id(id));
+                if rows.key() == Some(encode_id(id).as_slice()) {
+                    rows.next();
+                }
+            }
+        }
+        let mut last = None;
+        for _ in 0..limit {
+            let Some((key, value)) = rows.item() else {
+                rows.status().map_err(rocks("scanning the index"))?;
+                return Ok(None);
+            };
+            let id = decode_id(key)?;
+            let row = IndexRow::decode(id, value)?;
+            last = Some(id);
+            if generations.is_current(&row.location) {
+                each(row);
+            }
+            rows.next();
+        }
+        Ok(last)
+    }
+
+    /// The rows of many records, in the order of `ids`, at once. Reads the drive: for lookups only while the table does
+    /// not have everything.
+    ///
+    /// # Errors
+    /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
+    pub fn get_many(&self, ids: &[RecordId]) -> Result<Vec<Option<IndexRow>>> {
+        let keys: Vec<_> = ids.iter().map(encode_id).collect();
+        let found = self.database.batched_multi_get_cf(self.family(Family::Records), &keys, false);
+        let decode = |(id, found): (&RecordId, std::result::Result<Option<rocksdb::DBPinnableSlice<'_>>, _>)| {
+            let found = found.map_err(rocks("reading the index"))?;
+            let row = found.map(|value| IndexRow::decode(*id, &value)).transpose()?;
+            Ok(row.filter(|row| self.generations.is_current(&row.location)))
+        };
+        ids.iter().zip(found).map(decode).collect()
+    }
+
+    /// How many rows there are, about.
+    pub fn rows_estimate(&self) -> u64 {
+        let estimate = self.database.property_int_value_cf(self.family(Family::Records), ESTIMATE_NUM_KEYS);
+        estimate.ok().flatten().unwrap_or(0)
+    }
+
     /// How far each region is covered, in the order of their numbers.
     ///
     /// # Errors
@@ -224,6 +294,28 @@ impl IndexLog {
         self.database.flush_wal(true).map_err(rocks("syncing the index"))
     }
 
+    /// Writes to table files what only the write-ahead log has, so that the next open has nothing to replay.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; nothing is lost then.
+    pub fn flush(&self) -> Result<()> {
+        let families = database::handles(&self.database);
+        self.database.flush_cfs_opt(&families, &FlushOptions::default()).map_err(rocks("flushing the index"))
+    }
+
+    /// Bytes of memory that RocksDB takes: rows that are not in table files yet, its cache, and what it knows of its files.
+    pub fn memory_bytes(&self) -> u64 {
+        let of_all = |name: &'static PropName| {
+            let families = database::handles(&self.database).into_iter();
+            let values = families.map(|family| self.database.property_int_value_cf(family, name).ok().flatten());
+            values.map(Option::unwrap_or_default).sum::<u64>()
+        };
+        // The families share one cache.
+        let records = self.family(Family::Records);
+        let cache = self.database.property_int_value_cf(records, BLOCK_CACHE_USAGE).ok().flatten();
+        of_all(SIZE_ALL_MEM_TABLES) + of_all(ESTIMATE_TABLE_READERS_MEM) + cache.unwrap_or_default()
+    }
+
     /// Syncs, ends the work in the background and closes. A failure is logged only: the index is rebuilt from the regions
     /// as far as it is missing.
     pub fn close(self) {
@@ -269,6 +361,14 @@ impl std::fmt::Debug for IndexLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IndexLog").field("path", &self.database.path()).finish_non_exhaustive()
     }
+}
+
+/// Writes a row that cannot be read in the place of a record's.
+#[cfg(test)]
+pub(crate) fn spoil_row(path: &Path, id: &RecordId) {
+    let log = IndexLog::open(path).expect("opens");
+    log.database.put_cf(log.family(Family::Records), encode_id(id), [0; 80]).expect("written");
+    log.close();
 }
 
 /// What is written must be readable.

@@ -9,6 +9,8 @@ mod row;
 mod table;
 
 pub use location::Location;
+#[cfg(test)]
+pub(crate) use log::spoil_row;
 pub use log::{IndexChange, IndexLog};
 pub use row::{IndexRow, NamespaceRow, RegionMark};
 pub use table::Table;

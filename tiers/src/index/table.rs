@@ -13,8 +13,9 @@ use super::Location;
 
 const SHARDS: usize = 256;
 /// The keys of a prefix that are looked up together: the first window is small because most lookups of an unknown
-/// prompt end at the first key, later ones grow fourfold up to the last.
+/// prompt end at the first key, later ones grow up to the last.
 const FIRST_WINDOW: usize = 16;
+const WINDOW_GROWTH: usize = 4;
 const LARGEST_WINDOW: usize = 512;
 
 /// Where every record of a store lies, by fingerprint. Shared by reference; every method may be called from any thread.
@@ -57,27 +58,29 @@ impl Table {
     ///
     /// Each window of keys is looked up under the locks of all its shards, taken in ascending order: so cache misses
     /// overlap, which an atomic operation between two keys would prevent, and a run is consistent inside a window.
-    pub fn prefix(&self, fingerprints: &[u64], out: &mut Vec<Location>) {
+    pub fn prefix(&self, fingerprints: impl IntoIterator<Item = u64>, out: &mut Vec<Location>) {
         out.clear();
-        let mut rest = fingerprints;
+        let mut rest = fingerprints.into_iter();
         let mut window = FIRST_WINDOW;
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(window.min(rest.len()));
-            if !self.prefix_window(now, out) {
+        let mut now = [Sought::default(); LARGEST_WINDOW];
+        loop {
+            let mut count = 0;
+            for (sought, fingerprint) in now.iter_mut().take(window).zip(&mut rest) {
+                *sought = Sought { fingerprint, spread: spread(fingerprint) };
+                count += 1;
+            }
+            if !self.prefix_window(&now[..count], out) || count < window {
                 return;
             }
-            rest = later;
-            window = (window * 4).min(LARGEST_WINDOW);
+            window = (window * WINDOW_GROWTH).min(LARGEST_WINDOW);
         }
     }
 
     /// Appends the locations of a window's run; whether the whole window was found.
-    fn prefix_window(&self, fingerprints: &[u64], out: &mut Vec<Location>) -> bool {
-        let mut spreads = [0u64; LARGEST_WINDOW];
+    fn prefix_window(&self, window: &[Sought], out: &mut Vec<Location>) -> bool {
         let mut needed = ShardSet::default();
-        for (spread_of, &fingerprint) in spreads.iter_mut().zip(fingerprints) {
-            *spread_of = spread(fingerprint);
-            needed.add(shard_of(*spread_of));
+        for sought in window {
+            needed.add(shard_of(sought.spread));
         }
         let mut held: [Option<RwLockReadGuard<'_, Shard>>; SHARDS] = [const { None }; SHARDS];
         for shard in needed.ascending() {
@@ -87,12 +90,12 @@ impl Table {
 
         // No branch depends on what is loaded here, so the processor has many of these loads in flight at once.
         let mut touched = 0;
-        for &spread in spreads.iter().take(fingerprints.len()) {
-            touched ^= shard_at(spread).map_or(0, |shard| shard.touch(spread));
+        for sought in window {
+            touched ^= shard_at(sought.spread).map_or(0, |shard| shard.touch(sought.spread));
         }
         std::hint::black_box(touched);
 
-        for (&fingerprint, &spread) in fingerprints.iter().zip(&spreads) {
+        for &Sought { fingerprint, spread } in window {
             match shard_at(spread).and_then(|shard| shard.get(fingerprint, spread)) {
                 Some(entry) => out.push(entry.location()),
                 None => return false,
@@ -150,6 +153,13 @@ impl std::fmt::Debug for Table {
 /// The shard of a spread fingerprint: its upper 8 bits, so always below [`SHARDS`].
 fn shard_of(spread: u64) -> usize {
     (spread >> 56) as usize
+}
+
+/// A key that is looked up.
+#[derive(Clone, Copy, Default)]
+struct Sought {
+    fingerprint: u64,
+    spread: u64,
 }
 
 /// A set of shards, one bit each.

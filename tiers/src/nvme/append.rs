@@ -3,6 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::encoding::{Encoding, Image, ImageHead};
+use super::page::{PAGE_BYTES, pages_of};
 use super::record_header::{DiskIdentity, HeaderKind};
 use crate::block::{BlockKey, RecordId, RecordKind};
 use crate::dram::Slot;
@@ -70,6 +72,18 @@ impl<T> Drop for Done<T> {
     }
 }
 
+/// How a record's payload goes to the drive.
+pub(super) enum Form {
+    /// As it is, out of its slot.
+    Stored,
+    /// Not known yet.
+    Encoding(Arc<Encoding>),
+    /// Out of this buffer.
+    Encoded(Image),
+    /// The buffer was handed to the drive; until it comes back it counts for the encoders' bound.
+    Sent(Option<ImageHead>),
+}
+
 /// A record on its way through the writer.
 pub(super) struct QueuedRecord {
     pub(super) id: RecordId,
@@ -82,7 +96,8 @@ pub(super) struct QueuedRecord {
     pub(super) depth: u32,
     pub(super) slot: Option<Arc<Slot>>,
     pub(super) payload_bytes: u64,
-    /// Pages on disk, the header included.
+    pub(super) form: Form,
+    /// Pages on disk, the header included; known when it is no longer being encoded.
     pub(super) pages: u32,
     /// What it counts for in the bound of the queue; 0 for the store's own.
     pub(super) charged_bytes: u64,
@@ -106,6 +121,7 @@ impl QueuedRecord {
             depth: 0,
             slot: None,
             payload_bytes: 0,
+            form: Form::Stored,
             pages: 1,
             charged_bytes: 0,
             is_retry: false,
@@ -114,8 +130,28 @@ impl QueuedRecord {
         }
     }
 
-    /// The slot's address: only one write of a slot may be in flight, because each has its own header.
+    /// Takes in how it was encoded; whether that is known.
+    pub(super) fn settle_form(&mut self) -> bool {
+        let Form::Encoding(encoding) = &self.form else { return true };
+        let Some(form) = encoding.take() else { return false };
+        if let Form::Encoded(image) = &form {
+            self.pages = (image.pages.as_slice().len() / PAGE_BYTES) as u32;
+        }
+        self.form = form;
+        true
+    }
+
+    /// From now on it goes to the drive as it is.
+    pub(super) fn store_plain(&mut self) {
+        if !matches!(self.form, Form::Stored) {
+            self.form = Form::Stored;
+            self.pages = pages_of(self.payload_bytes) as u32 + 1;
+        }
+    }
+
+    /// The address of the slot if that is what is written: only one write of a slot may be in flight, because each has its
+    /// own header.
     pub(super) fn slot_address(&self) -> Option<usize> {
-        self.slot.as_ref().map(|slot| slot.as_ptr().as_ptr() as usize)
+        self.slot.as_ref().filter(|_| matches!(self.form, Form::Stored)).map(|slot| slot.as_ptr().as_ptr() as usize)
     }
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::drive::Drive;
+use super::drive_table::DriveTable;
 use super::superblock::Superblock;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -68,6 +69,29 @@ impl Counters {
         self.next_sequence
     }
 
+    /// Changes which drives there are and what lies on them.
+    ///
+    /// # Errors
+    /// What the drive reports.
+    pub(super) fn set_table(&mut self, table: DriveTable) -> Result<()> {
+        self.write(|superblock| superblock.table = table)
+    }
+
+    /// Notes that what hid old versions in regions of a generation used so far is gone: an index that is made anew takes
+    /// none of them. Nothing may be written to them from now on.
+    ///
+    /// # Errors
+    /// What the drive reports.
+    pub(super) fn raise_rebuild_floor(&mut self) -> Result<()> {
+        let floor = self.next_generation;
+        self.write(|superblock| superblock.rebuild_floor = floor)
+    }
+
+    /// No region of a lower generation is taken when the index is made anew.
+    pub(super) fn rebuild_floor(&self) -> u64 {
+        self.superblock.rebuild_floor
+    }
+
     /// Marks the store as closed in order; the numbers that were reserved and not used are given back.
     ///
     /// # Errors
@@ -83,7 +107,7 @@ impl Counters {
 
     /// The change counts only when it is durable.
     fn write(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
-        let mut next = Superblock { counter: self.superblock.counter + 1, ..self.superblock };
+        let mut next = Superblock { counter: self.superblock.counter + 1, ..self.superblock.clone() };
         change(&mut next);
         Drive::write_superblock(self.drive.io(), &next)?;
         self.superblock = next;

@@ -12,20 +12,22 @@ use rustix::fs::{FallocateFlags, fallocate, fstatvfs, statfs};
 use super::version::{check_version_text, version_text};
 use crate::error::{Error, ErrorKind, Result};
 
-const LOCK: &str = "LOCK";
-const VERSION: &str = "VERSION";
+pub(super) const LOCK: &str = "LOCK";
+pub(super) const VERSION: &str = "VERSION";
 /// Stands in for `VERSION` while a store is being made; the rename is the moment in which it exists.
 const VERSION_NEW: &str = "VERSION.new";
 const SUPERBLOCK: &str = "superblock";
-const REGIONS: &str = "regions.0";
+pub(super) const REGIONS: &str = "regions.0";
 const NAMESPACES: &str = "namespaces";
 const INDEX: &str = "index";
 /// Taken and given back to see whether there is room; see [`check_writable`].
 const PROBE: &str = "probe";
 /// What RocksDB takes at once for a log, so that what passes the probe can be opened.
 const PROBE_BYTES: u64 = 48 << 20;
+/// Says whose drive a directory is, in directories besides the home.
+pub(super) const IDENTITY: &str = "drive";
 /// Not ours, and harmless: the root of an ext4 file system has it.
-const LOST_AND_FOUND: &str = "lost+found";
+pub(super) const LOST_AND_FOUND: &str = "lost+found";
 
 /// File systems on which neither locks nor `fdatasync` mean what this store needs, by their magic numbers.
 const NETWORK_FILE_SYSTEMS: [(u64, &str); 13] = [
@@ -67,7 +69,7 @@ impl Directory {
             Some(lock) => lock,
             None => {
                 content(path)?;
-                try_lock(path, true)?.ok_or_else(|| Error::new(ErrorKind::Io, "LOCK was made and is not there"))?
+                lock_new(path)?
             }
         };
         let is_new = content(path)? == Content::Nothing;
@@ -84,10 +86,20 @@ impl Directory {
     /// # Errors
     /// `InvalidInput` if there is none, otherwise as [`Directory::open`].
     pub(super) fn open_existing(path: &Path) -> Result<Self> {
-        if !path.join(VERSION).is_file() {
+        if !Self::is_store(path) {
             return Err(super::fsck::no_store(path));
         }
         Self::open(path)
+    }
+
+    /// Whether a directory is the home of a store.
+    pub(super) fn is_store(path: &Path) -> bool {
+        path.join(VERSION).is_file()
+    }
+
+    /// The file of superblocks of the store in `path`.
+    pub(super) fn superblock_of(path: &Path) -> PathBuf {
+        path.join(SUPERBLOCK)
     }
 
     /// Whether the store has yet to be made.
@@ -175,7 +187,7 @@ enum Content {
     Nothing,
 }
 
-fn make(path: &Path) -> Result<()> {
+pub(super) fn make(path: &Path) -> Result<()> {
     if fs::metadata(path).is_ok_and(|found| !found.is_dir()) {
         let message = format!("{} is a file, not a directory; give a directory for the store", path.display());
         return Err(Error::new(ErrorKind::InvalidInput, message));
@@ -185,7 +197,7 @@ fn make(path: &Path) -> Result<()> {
 }
 
 /// The system's error, with the remedy where rights are missing.
-fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
+pub(super) fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
     let error = Error::from_io(doing, source);
     if error.kind() != ErrorKind::PermissionDenied {
         return error;
@@ -196,7 +208,7 @@ fn refused_by_system(doing: &str, source: std::io::Error) -> Error {
 }
 
 /// Takes the lock; `None` if there is no such file and none is to be made. Changes nothing else.
-fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
+pub(super) fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
     let name = path.join(LOCK);
     let opened = OpenOptions::new().read(true).write(true).create(make).truncate(false).mode(0o600).open(&name);
     let file = match opened {
@@ -220,13 +232,18 @@ fn try_lock(path: &Path, make: bool) -> Result<Option<File>> {
     }
 }
 
+/// Makes the lock and takes it.
+pub(super) fn lock_new(path: &Path) -> Result<File> {
+    try_lock(path, true)?.ok_or_else(|| Error::new(ErrorKind::Io, "LOCK was made and is not there"))
+}
+
 /// Leaves this process's number in the lock for whoever comes second.
-fn note_holder(path: &Path, mut lock: &File) -> Result<()> {
+pub(super) fn note_holder(path: &Path, mut lock: &File) -> Result<()> {
     let written = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
     written.map_err(|source| Error::from_io(format!("writing {}", path.join(LOCK).display()), source))
 }
 
-fn refuse_network_file_systems(path: &Path) -> Result<()> {
+pub(super) fn refuse_network_file_systems(path: &Path) -> Result<()> {
     let found =
         statfs(path).map_err(|source| Error::from_io(format!("looking at {}", path.display()), source.into()))?;
     // The kernel's magic numbers have 32 bits, in a field that may be signed and wider.
@@ -262,6 +279,13 @@ fn content(path: &Path) -> Result<Content> {
         Some(text) if version_text().as_bytes().starts_with(text) => &[LOCK, LOST_AND_FOUND, VERSION_NEW],
         _ => &[LOCK, LOST_AND_FOUND],
     };
+    if path.join(IDENTITY).exists() {
+        let message = format!(
+            "{} is a further drive of a store, not its home; list the home first, and further drives as they joined",
+            path.display()
+        );
+        return Err(Error::new(ErrorKind::ForeignFormat, message));
+    }
     for entry in fs::read_dir(path).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
         if !ours.iter().any(|known| name == OsStr::new(known)) {
@@ -278,8 +302,12 @@ fn content(path: &Path) -> Result<Content> {
 /// Whether files in a store's directory can be made and written, with room for what an open needs. Leaves nothing.
 ///
 /// # Errors
-/// `NoSpace`, `PermissionDenied`, `Io`.
+/// `InvalidInput` if there is no store, `NoSpace`, `PermissionDenied`, `Io`.
 pub(super) fn check_writable(path: &Path) -> Result<()> {
+    // Where its file system is not mounted an open would make a new one.
+    if !Directory::is_store(path) {
+        return Err(super::fsck::no_store(path));
+    }
     let probe = path.join(PROBE);
     let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe);
     let written = opened.and_then(|mut file| {
@@ -338,6 +366,19 @@ pub(super) fn preallocate(path: &Path, bytes: u64) -> Result<()> {
             }
         }
     }
+}
+
+/// Gives back what a file has beyond `bytes` bytes.
+///
+/// # Errors
+/// What the file system reports.
+pub(super) fn truncate(path: &Path, bytes: u64) -> Result<()> {
+    let failed = |source| Error::from_io(format!("cutting {} to {bytes} bytes", path.display()), source);
+    let file = OpenOptions::new().write(true).open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.len() > bytes {
+        file.set_len(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,16 +8,19 @@
 mod report;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use report::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState};
 
-use super::config::StoreConfig;
-use super::directory::Directory;
-use super::drive::Drive;
-use super::io::{BlockIo, IoChoice, open_direct, open_engine};
+use super::config::{DriveConfig, StoreConfig};
+use super::directory::{Directory, IDENTITY};
+use super::drive::{Drive, Place};
+use super::drive_directory::DriveDirectory;
+use super::drive_identity::DriveIdentity;
+use super::drive_table::Extent;
+use super::io::{IoChoice, open_direct, open_engine};
 use super::namespaces::Namespaces;
 use super::page::PAGE_BYTES;
 use super::policy::{ReclaimPolicy, RegionInfo};
@@ -45,24 +48,65 @@ const BATCH: usize = 4096;
 const REPAIR_DRAM_BYTES: u64 = 64 << 20;
 const REPAIR_PATIENCE: std::time::Duration = std::time::Duration::from_secs(300);
 
-/// Checks the store at `path`; nobody may have it open. `progress` is called after every region. With `repair` rows that
+/// Where a store lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorePaths {
+    /// Its home.
+    pub home: PathBuf,
+    /// Its further drives.
+    pub more_drives: Vec<PathBuf>,
+}
+
+impl StorePaths {
+    /// The stores of directories in any order: homes, and drives that belong to them. Reads only.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a directory that is neither or a drive without its home, `Corrupt`, `NewerFormat`, and what the
+    /// file system reports.
+    pub fn group(paths: &[PathBuf]) -> Result<Vec<Self>> {
+        let read = |path: PathBuf| {
+            std::fs::read(&path).map_err(|source| Error::from_io(format!("reading {}", path.display()), source))
+        };
+        let mut stores = Vec::new();
+        for home in paths.iter().filter(|path| !path.join(IDENTITY).is_file()) {
+            if !Directory::is_store(home) {
+                return Err(no_store(home));
+            }
+            let superblock = Superblock::newest(read(Directory::superblock_of(home))?.chunks_exact(PAGE_BYTES))?;
+            stores.push((superblock.store, Self { home: home.clone(), more_drives: Vec::new() }));
+        }
+        for drive in paths.iter().filter(|path| path.join(IDENTITY).is_file()) {
+            let identity = DriveIdentity::decode(&read(drive.join(IDENTITY))?)?;
+            match stores.iter_mut().find(|(store, _)| *store == identity.store) {
+                Some((_, store)) => store.more_drives.push(drive.clone()),
+                None => {
+                    let message = format!("{} is a drive of a store; give the store's home too", drive.display());
+                    return Err(Error::new(ErrorKind::InvalidInput, message));
+                }
+            }
+        }
+        Ok(stores.into_iter().map(|(_, paths)| paths).collect())
+    }
+}
+
+/// Checks a store; nobody may have it open. `progress` is called after every region. With `repair` rows that
 /// disagree are dropped and missing ones put back, and an index that cannot be used is removed: the next open makes it
 /// anew.
 ///
 /// # Errors
-/// `Locked` naming who has it open, `InvalidInput` if there is no store, `ForeignFormat`, `NewerFormat`, `PermissionDenied`,
+/// `Locked` naming who has it open, `InvalidInput` if there is no store or a drive of it is not given, `ForeignFormat`, `NewerFormat`, `PermissionDenied`,
 /// `Corrupt` if both superblocks are unreadable, `Io`. What the check finds is no error: it is in the report.
-pub fn fsck(path: &Path, repair: bool, progress: &mut dyn FnMut(FsckProgress)) -> Result<FsckReport> {
+pub fn fsck(paths: &StorePaths, repair: bool, progress: &mut dyn FnMut(FsckProgress)) -> Result<FsckReport> {
     let started = Instant::now();
-    let (mut report, mut fixes) = check_once(path, progress)?;
+    let (mut report, mut fixes) = check_once(paths, progress)?;
     let mut left = report.problems;
     for _ in 0..REPAIRS_MAX {
         if !repair || left == 0 {
             break;
         }
-        fixes.apply(path)?;
+        fixes.apply(paths)?;
         // What is no longer so, as the same check sees it. A record whose row said something wrong has none afterwards.
-        let (after, more) = check_once(path, progress)?;
+        let (after, more) = check_once(paths, progress)?;
         (left, fixes) = (after.problems, more);
     }
     report.repaired = report.problems.saturating_sub(left);
@@ -70,13 +114,14 @@ pub fn fsck(path: &Path, repair: bool, progress: &mut dyn FnMut(FsckProgress)) -
     Ok(report)
 }
 
-fn check_once(path: &Path, progress: &mut dyn FnMut(FsckProgress)) -> Result<(FsckReport, Fixes)> {
-    let directory = Directory::open_existing(path)?;
-    let mut check = Check::open(&directory)?;
+fn check_once(paths: &StorePaths, progress: &mut dyn FnMut(FsckProgress)) -> Result<(FsckReport, Fixes)> {
+    let directory = Directory::open_existing(&paths.home)?;
+    let drives = paths.more_drives.iter().map(|path| Ok((path, DriveDirectory::open_existing(path)?)));
+    let mut check = Check::open(&directory, drives.collect::<Result<_>>()?)?;
     check.regions(progress)?;
-    let Check { report, rows, damaged_objects, superblock, .. } = check;
+    let Check { report, rows, damaged_objects, superblock, more_drives, .. } = check;
     let drops_index = report.index != IndexState::Ok;
-    Ok((report, Fixes { rows, damaged_objects, drops_index, superblock }))
+    Ok((report, Fixes { rows, damaged_objects, drops_index, superblock, more_drives }))
 }
 
 /// A record that has no row, as far as is known yet.
@@ -87,6 +132,10 @@ struct Candidate {
 
 struct Check {
     drive: Drive,
+    /// The directories of further drives, in the order of the store's table.
+    more_drives: Vec<PathBuf>,
+    /// Held until the check has ended.
+    _locks: Vec<DriveDirectory>,
     superblock: Superblock,
     namespaces: Namespaces,
     index: Option<IndexLog>,
@@ -103,16 +152,24 @@ struct Check {
 }
 
 impl Check {
-    fn open(directory: &Directory) -> Result<Self> {
-        let files = [open_direct(&directory.superblock())?.0, open_direct(&directory.regions())?.0];
+    fn open(directory: &Directory, drives: Vec<(&PathBuf, DriveDirectory)>) -> Result<Self> {
+        let mut report = FsckReport::default();
+        let pages = std::fs::read(directory.superblock())
+            .map_err(|source| Error::from_io(format!("reading {}", directory.superblock().display()), source))?;
+        let superblock = read_superblock(&pages, &mut report)?;
+        let drives = in_order(&superblock, drives, &mut report)?;
+        let mut files = vec![open_direct(&directory.superblock())?.0, open_direct(&directory.regions())?.0];
+        for (_, drive) in &drives {
+            files.push(open_direct(&drive.regions())?.0);
+        }
         let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(4 << 20) })?;
         let io = open_engine(IoChoice::Psync, &files, &arena, 4)?;
-        let mut report = FsckReport::default();
-        let superblock = read_superblock(&*io, &mut report)?;
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
-        let drive = Drive::new(io, region_pages);
+        let drive = Drive::new(io, region_pages, files.len() - 1, places(&superblock));
+        let (more_drives, locks) = drives.into_iter().unzip();
         let namespaces = Namespaces::open(&directory.namespaces(), superblock.store)?;
-        (report.is_clean, report.regions) = (superblock.is_clean, superblock.region_count);
+        report.is_clean = superblock.is_clean;
+        report.regions = drive.places().iter().flatten().count() as u32;
         let (index, state) = open_index(directory, &superblock)?;
         report.index = state;
         if index.is_none() {
@@ -122,6 +179,8 @@ impl Check {
         let marks = index.as_ref().map_or(Ok(Vec::new()), IndexLog::marks)?;
         Ok(Self {
             drive,
+            more_drives,
+            _locks: locks,
             superblock,
             namespaces,
             index,
@@ -155,7 +214,11 @@ impl Check {
     }
 
     fn read_headers(&mut self) -> Result<()> {
-        for region in 0..self.superblock.region_count {
+        for (region, place) in (0u32..).zip(self.drive.places().to_vec()) {
+            let Some(Place { since, .. }) = place else {
+                self.headers.push(None);
+                continue;
+            };
             let header = match self.drive.read(region, 0, HEADER_SLOTS) {
                 Ok(pages) => {
                     let slots = pages.as_slice().chunks_exact(PAGE_BYTES);
@@ -167,7 +230,7 @@ impl Check {
                 }
                 Err(error) => return Err(error),
             };
-            let header = header.map(|(_, header)| header);
+            let header = header.map(|(_, header)| header).filter(|header| header.generation >= since);
             if let Some(header) = header.filter(|header| header.generation >= self.superblock.generation_ceiling) {
                 let what = format!("generation {} was never reserved", header.generation);
                 self.report.note(FsckProblem::WrongCounter, Some(region), Some(0), what);
@@ -366,10 +429,52 @@ fn put(id: RecordId, header: &RecordHeader) -> Option<IndexChange> {
     }))
 }
 
-fn read_superblock(io: &dyn BlockIo, report: &mut FsckReport) -> Result<Superblock> {
-    let newest = Drive::read_superblock(io)?;
-    for (number, copy) in (0..SUPERBLOCK_COPIES).zip(Drive::superblock_copies(io)?) {
-        if let Err(error) = copy
+/// The drives in the order of the store's table.
+fn in_order<'a>(
+    superblock: &Superblock,
+    drives: Vec<(&'a PathBuf, DriveDirectory)>,
+    report: &mut FsckReport,
+) -> Result<Vec<(PathBuf, DriveDirectory)>> {
+    let mut found: Vec<Option<(PathBuf, DriveDirectory)>> = superblock.table.more_drives.iter().map(|_| None).collect();
+    for (path, drive) in drives {
+        let place = drive.identity().and_then(|identity| Some((identity, superblock.table.find(identity.drive)?)));
+        // One that was retired, or has not joined, holds nothing of the store.
+        let Some((identity, place)) = place else { continue };
+        if !(superblock.opens..=superblock.opens.saturating_add(1)).contains(&identity.opens) {
+            let (of_drive, of_store) = (identity.opens, superblock.opens);
+            let what = format!("{} was used last at open {of_drive}, the store at {of_store}", path.display());
+            report.note(FsckProblem::WrongCounter, None, None, what);
+        }
+        if let Some(found) = found.get_mut(usize::from(place) - 1) {
+            *found = Some((path.clone(), drive));
+        }
+    }
+    let all: Option<Vec<_>> = found.into_iter().collect();
+    all.ok_or_else(|| {
+        let count = superblock.table.drives();
+        let message = format!("the store has {count} drives; give the directories of all of them");
+        Error::new(ErrorKind::InvalidInput, message)
+    })
+}
+
+/// Where each region lies, by number.
+fn places(superblock: &Superblock) -> Vec<Option<Place>> {
+    let mut places = vec![None; superblock.table.numbers() as usize];
+    for extent in &superblock.table.extents {
+        for (region, place) in Extent::each(extent) {
+            if let Some(found) = places.get_mut(region as usize) {
+                *found = Some(Place { drive: extent.drive.into(), place, since: extent.since });
+            }
+        }
+    }
+    places
+}
+
+fn read_superblock(pages: &[u8], report: &mut FsckReport) -> Result<Superblock> {
+    let copies = || pages.chunks_exact(PAGE_BYTES).take(SUPERBLOCK_COPIES as usize);
+    let newest = Superblock::newest(copies())?;
+    for (number, copy) in copies().enumerate() {
+        if let Err(error) = Superblock::decode(copy)
             // A store that was just made has written one copy only.
             && newest.counter > 1
         {
@@ -399,12 +504,13 @@ struct Fixes {
     damaged_objects: Vec<(RecordId, Location)>,
     drops_index: bool,
     superblock: Superblock,
+    more_drives: Vec<PathBuf>,
 }
 
 impl Fixes {
-    fn apply(self, path: &Path) -> Result<()> {
-        let directory = Directory::open_existing(path)?;
-        let superblock = self.superblock;
+    fn apply(self, paths: &StorePaths) -> Result<()> {
+        let directory = Directory::open_existing(&paths.home)?;
+        let Superblock { region_bytes, table, .. } = self.superblock;
         if self.drops_index {
             directory.wipe_index()?;
         } else {
@@ -415,8 +521,11 @@ impl Fixes {
         }
         drop(directory);
         // An open and a close in order: takes up what a crash left, writes both superblocks, makes a lost index anew.
-        let capacity_bytes = superblock.region_bytes * u64::from(superblock.region_count);
-        let config = StoreConfig::new(path, capacity_bytes, superblock.region_bytes);
+        let capacity_of = |drive: u16| region_bytes * u64::from(table.regions_of(drive));
+        let drives = (1..).zip(self.more_drives);
+        let more_drives =
+            drives.map(|(drive, path)| DriveConfig { path, capacity_bytes: capacity_of(drive) }).collect();
+        let config = StoreConfig { more_drives, ..StoreConfig::new(&paths.home, capacity_of(0), region_bytes) };
         let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(REPAIR_DRAM_BYTES) })?;
         let (store, _) = Store::open(config, arena, Arc::new(KeepAll))?;
         for (id, location) in self.damaged_objects {

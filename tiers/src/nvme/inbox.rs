@@ -36,8 +36,8 @@ pub(super) struct News {
     pub(super) entries: VecDeque<Entry>,
     /// Writes that ended, by sequence.
     pub(super) written: Vec<(u64, Result<()>)>,
-    /// The sync that ended.
-    pub(super) synced: Option<Result<()>>,
+    /// Syncs that ended, of one drive each.
+    pub(super) synced: Vec<Result<()>>,
     pub(super) bad_records: Vec<(RecordId, Location)>,
     pub(super) ending: Option<Ending>,
 }
@@ -103,10 +103,10 @@ impl Inbox {
         self.announce(state);
     }
 
-    /// The sync ended.
+    /// A sync ended.
     pub(super) fn push_synced(&self, result: Result<()>) {
         let mut state = self.state.lock();
-        state.news.synced = Some(result);
+        state.news.synced.push(result);
         self.announce(state);
     }
 

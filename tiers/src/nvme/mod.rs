@@ -1,15 +1,22 @@
 //! The block store: regions in a preallocated file, written as a log with O_DIRECT, found through an index.
 //! Owns the format, the data plane and recovery. Decides nothing: which region to reclaim is asked of a policy.
-//! A write goes store -> inbox -> writer -> io -> commit -> index; a read goes store -> read -> io -> verifiers.
+//! A write goes store -> inbox (-> encoders) -> writer -> io -> commit -> index; a read goes store -> read -> io ->
+//! verifiers, which also decode.
 
 mod append;
 mod config;
 mod counters;
 mod directory;
 mod drive;
+mod drive_directory;
+mod drive_identity;
+mod drive_table;
+mod encoding;
+mod fill;
 mod fsck;
 mod inbox;
 mod io;
+mod membership;
 mod namespaces;
 mod page;
 mod poison;
@@ -30,9 +37,15 @@ mod verify;
 mod version;
 mod writer;
 
+/// Cores that this process may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 pub use append::{Append, AppendDone};
-pub use config::StoreConfig;
-pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, fsck};
+pub use config::{DriveConfig, StoreConfig};
+pub use fill::IndexFill;
+pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck};
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,

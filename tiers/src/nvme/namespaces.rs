@@ -146,6 +146,11 @@ impl Namespaces {
         known.by_handle.get(&handle)?.groups.iter().find(|geometry| geometry.group == group).copied()
     }
 
+    /// The descriptor of a namespace; `None` for objects and for what is not known.
+    pub(super) fn descriptor(&self, handle: NamespaceHandle) -> Option<NamespaceDescriptor> {
+        self.known.read().by_handle.get(&handle).map(|row| row.descriptor.clone())
+    }
+
     /// A record's identity in the terms of the disk; `None` if its namespace is not known.
     pub(super) fn identity(&self, id: &RecordId) -> Option<DiskIdentity> {
         let namespace = match id.namespace {

@@ -18,11 +18,13 @@ pub enum RegionState {
 pub struct RegionInfo {
     /// Its number.
     pub region: u32,
+    /// The drive that it lies on, by place in the configuration; 0 is the home.
+    pub drive: u32,
     /// Its generation; 0 if it was never used.
     pub generation: u64,
     /// Its state.
     pub state: RegionState,
-    /// Records in it that the index points to.
+    /// Records in it that the table points to; of a large store not all of them until the table is full.
     pub records: u64,
     /// Bytes of these records, headers and padding included.
     pub live_bytes: u64,
@@ -38,8 +40,9 @@ pub struct RegionInfo {
 
 /// Decides which region is given up when the store needs one.
 pub trait ReclaimPolicy: Send + Sync {
-    /// One of `candidates` (sealed regions without pins of which everything is durable, by number), or `None` if none may go. Called on the store's
-    /// writer thread, which waits for it: it must not call the store. The store itself takes the oldest region instead
-    /// where giving up the chosen one would mean to copy more tombstones than the copy is worth.
+    /// One of `candidates` (sealed regions of one drive without pins of which everything is durable, by number), or
+    /// `None` if none may go. Called on the store's writer thread, which waits for it: it must not call the store. The
+    /// store itself takes the oldest region instead where giving up the chosen one would mean to copy more tombstones than the
+    /// copy is worth.
     fn victim(&self, candidates: &[RegionInfo]) -> Option<u32>;
 }

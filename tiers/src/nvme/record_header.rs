@@ -1,16 +1,17 @@
 //! The header of a record: everything that says what the bytes after it are. With it a region describes itself, so the
 //! index can be deleted and rebuilt, and nothing read from a drive is believed before it matches. `docs/format.md`
-//! draws it; its layout is frozen, with room for compression.
+//! draws it; its layout is frozen.
 
 use super::page::{PAGE_BYTES, Page, get, get_u16, get_u32, get_u64, is_sealed, pages_of, put, seal};
 use super::version::{FORMAT_VERSION, StoreUuid};
 use crate::block::{BlockKey, NamespaceId, RecordKind};
+use crate::codec::Codec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::Location;
 
 const MAGIC: &[u8; 8] = b"PEGARECD";
 /// The payload is stored as it is.
-pub(super) const CODEC_STORED: u16 = 0;
+pub(super) const CODEC_STORED: u16 = Codec::Stored.number();
 /// An older record of the same identity was known when this one was written: whoever drops this record must leave a
 /// tombstone as long as the older one may lie somewhere.
 const FLAG_REPLACES: u32 = 1;
@@ -203,7 +204,11 @@ impl RecordHeader {
         };
         // A payload of more pages than a location can count is refused by `is_valid`.
         let is_pages_right = u64::from(self.location.pages) == pages_of(self.stored_bytes).saturating_add(1);
-        let is_raw_right = self.codec != CODEC_STORED || self.raw_bytes == self.stored_bytes;
+        // What is encoded is whole pages long, and shorter than what it decodes to.
+        let is_raw_right = match self.codec {
+            CODEC_STORED => self.raw_bytes == self.stored_bytes,
+            _ => self.raw_bytes > self.stored_bytes && self.stored_bytes.is_multiple_of(PAGE_BYTES as u64),
+        };
         if is_length_right && is_pages_right && is_raw_right && self.location.is_valid() {
             Ok(())
         } else {
@@ -328,7 +333,7 @@ mod tests {
         };
         for expected in [
             RecordHeader { kind: HeaderKind::Object, replaces: true, ..header() },
-            RecordHeader { codec: 1, raw_bytes: 90_000, ..header() },
+            RecordHeader { codec: 2, raw_bytes: 90_000, stored_bytes: 8192, ..header() },
             RecordHeader { kind: HeaderKind::Tombstone, ..bare },
             RecordHeader { kind: HeaderKind::Fence, ..bare },
         ] {

@@ -1,19 +1,21 @@
 //! Opening what is there: from the files of a store to its state in memory, after a clean close, a kill or a power loss.
 //!
 //! The index says what it knows; the regions are believed over it. Rows of another generation than their region's are
-//! dropped, and each region is read on from where the index ends. An index that is missing, damaged or another store's is
+//! dropped, and the regions are read on from where the index ends, all at once, in the order of sequences. An index that is missing, damaged or another store's is
 //! made anew from the regions. `docs/format.md` goes through the cases.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::counters::Counters;
 use super::directory::Directory;
+use super::fill;
+use super::membership::Plan;
 use super::page::{PAGE_BYTES, get_u64};
 use super::record_header::{CODEC_STORED, DiskIdentity, HeaderKind, RecordHeader};
 use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
-use super::scan::{AtDamage, Found, LogEnd, ScanRange, scan};
+use super::scan::{AtDamage, Found, LogEnd, Scan, ScanRange};
 use super::shared::Shared;
 use super::superblock::Superblock;
 use super::writer::{Handover, OpenRegion, hiding_name};
@@ -25,15 +27,19 @@ use crate::index::{IndexChange, IndexLog, IndexRow, Location, RegionMark};
 const BATCH: usize = 4096;
 /// The name in the index under which the store's identity stands once it is complete.
 pub(super) const STORE_NAME: &str = "store";
+/// The name under which the number of the store's open stands that used the index last.
+const OPENS_NAME: &str = "opens";
 
 /// What an open found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RecoveryReport {
-    /// Records that are found by lookups now.
+    /// Records that are found by lookups now; an estimate unless `is_index_full`.
     pub records: u64,
+    /// Whether the table in memory has all of them. If not, it is being filled; see [`super::StoreStats::index`].
+    pub is_index_full: bool,
     /// Of these, records that were in the regions and not yet in the index.
     pub recovered_records: u64,
-    /// Rows of the index that pointed to nothing any more.
+    /// Rows of the index that pointed to nothing any more, as far as they were read.
     pub dropped_rows: u64,
     /// Whether the index was made anew from the regions.
     pub index_rebuilt: bool,
@@ -60,48 +66,70 @@ struct Recovery<'a> {
     marks: Vec<RegionMark>,
 }
 
-/// Reads a store and gets it ready for the writer.
+/// Reads a store and gets it ready for the writer, with the drives that it has from now on.
 pub(super) fn recover(
     shared: &Arc<Shared>,
     directory: &Directory,
     superblock: Superblock,
+    plan: &Plan,
 ) -> Result<(RecoveryReport, Handover)> {
     let started = Instant::now();
-    let headers = read_region_headers(shared, &superblock)?;
-    let mut counters = Counters::start(Arc::clone(&shared.drive), superblock)?;
+    let index = open_index(shared, directory, &superblock, plan)?;
+    let mut counters = Counters::start(Arc::clone(&shared.drive), superblock.clone())?;
+    let mut headers = read_region_headers(shared, &superblock)?;
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
-    let begin = |index: IndexLog, index_rebuilt| -> Result<(Recovery<'_>, Vec<Live>)> {
+    let begin = |index: IndexLog, index_rebuilt, headers: &Headers| -> Result<(Recovery<'_>, Vec<Live>)> {
         let report = RecoveryReport { clean: superblock.is_clean, index_rebuilt, ..RecoveryReport::default() };
         let mut recovery = Recovery { shared, index: Arc::new(index), report, changes: Vec::new(), marks: Vec::new() };
         let live = recovery.restore_regions(&headers.found)?;
         if !index_rebuilt {
-            recovery.load_rows()?;
+            fill::begin(shared, &recovery.index)?;
         }
         Ok((recovery, live))
     };
-    let begun = open_index(shared, directory)?.map(|index| begin(index, false)).transpose();
+    let begun = index.map(|index| begin(index, false, &headers)).transpose();
     let (mut recovery, mut live) = match begun {
         Ok(Some(begun)) => begun,
         Err(error) if error.kind() != ErrorKind::Corrupt => return Err(error),
         damaged => {
-            let why = damaged.err().map_or("it is missing".to_owned(), |error| error.to_string());
+            let why = damaged.err().map_or("it can not be used".to_owned(), |error| error.to_string());
             tracing::warn!(why, "the index is made anew from the regions");
             shared.table.retain(|_| false);
-            begin(new_index(shared, directory)?, true)?
+            if !plan.lost_regions.is_empty() {
+                // Only the index could tell what the drives that are gone hid.
+                counters.raise_rebuild_floor()?;
+            }
+            let refused = headers.take_below(counters.rebuild_floor());
+            refused.iter().for_each(|region| shared.regions.clear(*region));
+            free_for_good(shared, &superblock, &mut counters, &refused)?;
+            begin(new_index(shared, directory, &superblock)?, true, &headers)?
         }
     };
     recovery.read_on(&mut live)?;
-    let open = recovery.end_logs(&live, &mut counters)?;
+    let may_reopen = !recovery.note_what_goes(plan, &mut counters)?;
+    let mut open = recovery.end_logs(&live, &mut counters, |region| may_reopen && plan.after.has(region))?;
     recovery.commit()?;
+    recovery.drop_what_goes(plan, &mut counters)?;
     let (index, mut report) = (recovery.index, recovery.report);
     if report.index_rebuilt {
         index.meta_put(STORE_NAME, shared.uuid.as_bytes())?;
         index.sync()?;
     }
     let used: HashSet<u32> = live.iter().map(|live| live.header.region).collect();
-    let free: VecDeque<u32> = (0..shared.regions.count()).filter(|region| !used.contains(region)).collect();
-    (report.records, report.elapsed) = (shared.table.len() as u64, started.elapsed());
-    Ok((report, Handover { counters, index, open, free, header_slots: headers.slots }))
+    let free_on = |drive: usize| {
+        let is_free = |region: &u32| {
+            shared.drive.place(*region).is_some_and(|place| place.drive == drive)
+                && !used.contains(region)
+                && plan.after.has(*region)
+        };
+        (0..shared.regions.count()).filter(is_free).collect()
+    };
+    let lanes = (0..shared.drive.drives()).map(|drive| (open.remove(&drive), free_on(drive))).collect();
+    let filled = shared.fill.progress();
+    report.records = if filled.is_full { shared.table.len() as u64 } else { index.rows_estimate() };
+    (report.is_index_full, report.dropped_rows) = (filled.is_full, filled.dropped_rows);
+    report.elapsed = started.elapsed();
+    Ok((report, Handover { counters, index, lanes, header_slots: headers.slots }))
 }
 
 /// What the regions' headers say, by region.
@@ -115,9 +143,23 @@ struct Headers {
     unreadable: Vec<u32>,
 }
 
+impl Headers {
+    /// Forgets the regions with records whose generation is below `floor`, and says which those are.
+    fn take_below(&mut self, floor: u64) -> Vec<u32> {
+        let is_below =
+            |header: &mut RegionHeader| header.purpose == RegionPurpose::Records && header.generation < floor;
+        self.found.iter_mut().filter_map(|found| found.take_if(is_below)).map(|header| header.region).collect()
+    }
+}
+
 fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<Headers> {
     let mut headers = Headers::default();
-    for region in 0..shared.regions.count() {
+    for (region, place) in (0u32..).zip(shared.drive.places()) {
+        let Some(place) = place else {
+            headers.slots.push(0);
+            headers.found.push(None);
+            continue;
+        };
         let found = match shared.drive.read(region, 0, HEADER_SLOTS) {
             Ok(pages) => RegionHeader::newest(
                 pages.as_slice().chunks_exact(PAGE_BYTES),
@@ -132,6 +174,7 @@ fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<Heade
             }
             Err(error) => return Err(error),
         };
+        let found = found.filter(|(_, header)| header.generation >= place.since);
         headers.slots.push(found.map_or(0, |(slot, _)| slot));
         headers.found.push(found.map(|(_, header)| header));
     }
@@ -154,17 +197,25 @@ fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counte
             shared.drive.write(region, slot, &header.encode())?;
         }
     }
-    if regions.is_empty() { Ok(()) } else { shared.drive.sync() }
+    shared.drive.sync_regions(regions.iter().copied())
 }
 
-/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, or not this store's.
-fn open_index(shared: &Shared, directory: &Directory) -> Result<Option<IndexLog>> {
+/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, or, where a
+/// drive is gone, not the one of the last open.
+fn open_index(
+    shared: &Shared,
+    directory: &Directory,
+    superblock: &Superblock,
+    plan: &Plan,
+) -> Result<Option<IndexLog>> {
     let open = || -> Result<Option<IndexLog>> {
         let index = IndexLog::open(&directory.index())?;
         let is_ours = index.meta_get(STORE_NAME)?.is_some_and(|uuid| uuid == shared.uuid.as_bytes());
-        if !is_ours {
+        let opens = index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
+        if !is_ours || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens) {
             return Ok(None);
         }
+        index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
         for row in index.namespaces()? {
             shared.namespaces.adopt(row)?;
         }
@@ -180,17 +231,27 @@ fn open_index(shared: &Shared, directory: &Directory) -> Result<Option<IndexLog>
 }
 
 /// An empty index, for the first open and for a rebuild.
-fn new_index(shared: &Shared, directory: &Directory) -> Result<IndexLog> {
+fn new_index(shared: &Shared, directory: &Directory, superblock: &Superblock) -> Result<IndexLog> {
     directory.wipe_index()?;
     let index = IndexLog::open(&directory.index())?;
+    index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
     for row in shared.namespaces.rows() {
         index.put_namespace(&row)?;
     }
     Ok(index)
 }
 
+/// A part of the index can not be read: the next open makes it anew.
+///
+/// # Errors
+/// `NoSpace` or `Io`.
+pub(super) fn distrust(index: &IndexLog) -> Result<()> {
+    index.meta_put(STORE_NAME, &[])
+}
+
 impl Recovery<'_> {
-    /// Takes up the regions that hold records, in the order of their generations: that is the order of their sequences.
+    /// Takes up the regions that hold records, in the order of their generations: on each drive that is the order of their
+    /// sequences.
     fn restore_regions(&mut self, headers: &[Option<RegionHeader>]) -> Result<Vec<Live>> {
         let marks: HashMap<u32, RegionMark> = self.index.marks()?.into_iter().map(|mark| (mark.region, mark)).collect();
         let mut live = Vec::new();
@@ -222,63 +283,51 @@ impl Recovery<'_> {
         Ok(live)
     }
 
-    /// Fills the table from the rows of the index.
-    fn load_rows(&mut self) -> Result<()> {
-        let region_pages = self.shared.drive.region_pages();
-        let mut dropped = Vec::new();
-        let mut dropped_rows = 0;
-        self.index.scan(&mut |row| {
-            let Location { region, generation, page, pages } = row.location;
-            let is_there =
-                self.shared.regions.resolve(row.location).is_some_and(|there| there.generation == generation)
-                    && page >= HEADER_SLOTS
-                    && page + pages <= region_pages;
-            if is_there {
-                self.shared.point_to(&row.id, row.parent, row.location);
-                self.shared.regions.set_used(region, page + pages);
-            } else {
-                dropped_rows += 1;
-                if dropped.len() < BATCH {
-                    dropped.push(IndexChange::Remove { id: row.id, sequence: row.sequence });
-                }
-            }
-            Ok(())
-        })?;
-        self.report.dropped_rows = dropped_rows;
-        self.index.commit(&dropped, &[])
-    }
-
-    /// Reads every region on from where the index ends.
+    /// Reads the regions on from where the index ends. Several grow at a time, one on each drive, so their records are
+    /// taken in the order of sequences, across regions: only that says which of two came last.
     fn read_on(&mut self, live: &mut [Live]) -> Result<()> {
-        let rebuilding = self.report.index_rebuilt;
-        for live in live {
-            if live.end.page >= self.shared.drive.region_pages() {
-                continue;
-            }
-            let range = ScanRange {
-                store: self.shared.uuid,
-                region: live.header.region,
-                generation: live.header.generation,
-                from_page: live.end.page,
-                after_sequence: live.end.sequence,
-                at_damage: if rebuilding { AtDamage::Search } else { AtDamage::Stop },
-                checks_payloads: true,
+        let drive = Arc::clone(&self.shared.drive);
+        let mut waiting: Vec<usize> = (0..live.len()).filter(|&i| live[i].end.page < drive.region_pages()).collect();
+        waiting.sort_by_key(|&index| std::cmp::Reverse(live[index].end.sequence));
+        // The next record of each region that is being read, by its sequence.
+        let mut reading: BTreeMap<(u64, usize), (Found, Scan<'_>)> = BTreeMap::new();
+        loop {
+            let next = reading.keys().next().map(|(sequence, _)| *sequence);
+            // A region is read as soon as one of its records could be the next.
+            let joins = waiting.pop_if(|index| next.is_none_or(|next| live[*index].end.sequence < next));
+            let (index, mut scan) = if let Some(index) = joins {
+                (index, Scan::new(&drive, self.range_of(&live[index])))
+            } else if let Some(((_, index), (found, scan))) = reading.pop_first() {
+                self.take(&found)?;
+                (index, scan)
+            } else {
+                return Ok(());
             };
-            let drive = Arc::clone(&self.shared.drive);
-            live.end = scan(&drive, &range, &mut |found| self.take(&found))?;
-            live.was_read = true;
-            self.shared.regions.set_used(live.header.region, live.end.page);
-            self.marks.push(RegionMark {
-                region: live.header.region,
-                generation: live.header.generation,
-                page: live.end.page,
-                sequence: live.end.sequence,
-            });
-            if !rebuilding {
-                self.commit()?;
+            match scan.next()? {
+                Some(found) => drop(reading.insert((found.header.sequence, index), (found, scan))),
+                None => self.end_reading(&mut live[index], scan.end()),
             }
         }
-        Ok(())
+    }
+
+    fn range_of(&self, live: &Live) -> ScanRange {
+        ScanRange {
+            store: self.shared.uuid,
+            region: live.header.region,
+            generation: live.header.generation,
+            from_page: live.end.page,
+            after_sequence: live.end.sequence,
+            at_damage: if self.report.index_rebuilt { AtDamage::Search } else { AtDamage::Stop },
+            checks_payloads: true,
+        }
+    }
+
+    /// The marks go into the index with or after the last of the records that they speak of.
+    fn end_reading(&mut self, live: &mut Live, end: LogEnd) {
+        (live.end, live.was_read) = (end, true);
+        let RegionHeader { region, generation, .. } = live.header;
+        self.shared.regions.set_used(region, end.page);
+        self.marks.push(RegionMark { region, generation, page: end.page, sequence: end.sequence });
     }
 
     /// Takes up one record. They come in the order of their sequences, so the last one of an identity stays.
@@ -320,35 +369,84 @@ impl Recovery<'_> {
         if self.changes.len() >= BATCH { self.commit_changes() } else { Ok(()) }
     }
 
-    /// Ends every log that a crash may have left open, and finds the region to go on with: the newest, if it has room.
-    fn end_logs(&mut self, live: &[Live], counters: &mut Counters) -> Result<Option<OpenRegion>> {
+    /// Ends every log that a crash may have left open, and finds the regions to go on with, by drive: the newest of each,
+    /// if it has room.
+    fn end_logs(
+        &mut self,
+        live: &[Live],
+        counters: &mut Counters,
+        may_reopen: impl Fn(u32) -> bool,
+    ) -> Result<HashMap<usize, OpenRegion>> {
         let region_pages = self.shared.drive.region_pages();
-        let mut open = None;
-        let mut has_fences = false;
-        let newest = live.last().map(|live| live.header.region);
+        let drive_of = |live: &Live| self.shared.drive.place(live.header.region).map_or(0, |place| place.drive);
+        let newest: HashMap<usize, u32> = live.iter().map(|live| (drive_of(live), live.header.region)).collect();
+        let mut open = HashMap::new();
+        let mut fenced = Vec::new();
         for live in live {
             let RegionHeader { region, generation, .. } = live.header;
-            let is_newest = newest == Some(region);
+            let is_newest = newest.get(&drive_of(live)) == Some(&region);
             let mut end = live.end;
             if live.was_read && !self.report.clean && end.page < region_pages {
                 end.sequence = counters.next_sequence()?;
                 self.shared.drive.write(region, end.page, &self.fence(live, end).encode())?;
                 end.page += 1;
-                has_fences = true;
+                fenced.push(region);
                 self.shared.regions.set_used(region, end.page);
             }
-            if is_newest && end.page < region_pages {
+            if is_newest && end.page < region_pages && may_reopen(region) {
                 self.shared.regions.reopen(region);
-                open = Some(OpenRegion { region, generation, next_page: end.page });
+                open.insert(drive_of(live), OpenRegion { region, generation, next_page: end.page });
             } else {
                 end.page = region_pages;
             }
             self.marks.push(RegionMark { region, generation, page: end.page, sequence: end.sequence });
         }
-        if has_fences {
-            self.shared.drive.sync()?;
-        }
+        self.shared.drive.sync_regions(fenced)?;
         Ok(open)
+    }
+
+    /// Whether regions that go hold records that hide older ones in others. From then on those are hidden by the index
+    /// alone: if that is lost too, nothing is made of them, and nothing more is written to them.
+    fn note_what_goes(&self, plan: &Plan, counters: &mut Counters) -> Result<bool> {
+        let mut hides = self.leaving(plan).any(|region| self.shared.regions.is_hiding(region));
+        if !self.report.index_rebuilt {
+            let marks: HashMap<u32, u64> =
+                self.index.marks()?.into_iter().map(|mark| (mark.region, mark.generation)).collect();
+            for region in &plan.lost_regions {
+                let value = self.index.meta_get(&hiding_name(*region))?.filter(|value| value.len() == 8);
+                let over = marks.get(region).copied().unwrap_or(0);
+                hides |= value.is_some_and(|value| get_u64(&value, 0) >= over);
+            }
+        }
+        if hides {
+            counters.raise_rebuild_floor()?;
+        }
+        Ok(hides)
+    }
+
+    /// Regions of drives that are there which the store has no longer afterwards.
+    fn leaving(&self, plan: &Plan) -> impl Iterator<Item = u32> {
+        let drive = &self.shared.drive;
+        (0..self.shared.regions.count()).filter(|region| drive.place(*region).is_some() && !plan.after.has(*region))
+    }
+
+    /// Ends the regions that go: for lookups, in the index, in the superblock.
+    fn drop_what_goes(&mut self, plan: &Plan, counters: &mut Counters) -> Result<()> {
+        if plan.during == plan.after {
+            return Ok(());
+        }
+        let leaving: Vec<u32> = self.leaving(plan).collect();
+        // Before the index is told: else a crash could leave regions that are over in the index, and come back without it.
+        counters.set_table(plan.after.clone())?;
+        for &region in leaving.iter().chain(&plan.lost_regions) {
+            self.shared.regions.withdraw(region);
+            let generation = counters.next_generation()?;
+            self.marks.push(RegionMark { region, generation, page: 0, sequence: 0 });
+        }
+        let regions = &self.shared.regions;
+        self.shared.table.retain(|location| regions.resolve(*location).is_some());
+        tracing::info!(given_up = leaving.len(), lost = plan.lost_regions.len(), "the store has fewer regions");
+        self.commit()
     }
 
     /// See [`HeaderKind::Fence`].
@@ -391,7 +489,6 @@ impl Recovery<'_> {
 
     fn commit_changes(&mut self) -> Result<()> {
         let changes = std::mem::take(&mut self.changes);
-        self.index.commit(&changes, &[])?;
-        self.shared.publish(&self.index, &changes)
+        self.shared.commit(&self.index, &changes, &[])
     }
 }

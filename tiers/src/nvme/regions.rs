@@ -22,6 +22,8 @@ struct Gate {
 /// The rest of a region, behind the lock.
 #[derive(Clone)]
 struct Region {
+    /// The drive that it lies on; `None` for a number that no drive has, which is free and never taken.
+    drive: Option<usize>,
     state: RegionState,
     generation: u64,
     first_sequence: u64,
@@ -53,9 +55,10 @@ pub(super) struct Regions {
 }
 
 impl Regions {
-    /// `count` free regions.
-    pub(super) fn new(count: u32, inbox: Arc<Inbox>) -> Self {
-        let free = Region {
+    /// Free regions, by number: the drive that each lies on, `None` for numbers that no drive has.
+    pub(super) fn new(drives: impl IntoIterator<Item = Option<usize>>, inbox: Arc<Inbox>) -> Self {
+        let free = |drive| Region {
+            drive,
             state: RegionState::Free,
             generation: 0,
             first_sequence: 0,
@@ -66,16 +69,18 @@ impl Regions {
             hides: false,
             is_settled: false,
         };
+        let regions: Vec<Region> = drives.into_iter().map(free).collect();
+        let gate = |_: &Region| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) };
         Self {
-            gates: (0..count).map(|_| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) }).collect(),
-            regions: Mutex::new(vec![free; count as usize]),
+            gates: regions.iter().map(gate).collect(),
+            regions: Mutex::new(regions),
             tick: AtomicU64::new(1),
             is_writer_starving: AtomicBool::new(false),
             inbox,
         }
     }
 
-    /// How many there are.
+    /// How many numbers there are.
     pub(super) fn count(&self) -> u32 {
         self.gates.len() as u32
     }
@@ -85,6 +90,15 @@ impl Regions {
         let generation = self.gates.get(location.region as usize)?.generation.load(Ordering::Acquire);
         (generation != 0 && generation & 0xffff == location.generation & 0xffff)
             .then_some(Location { generation, ..location })
+    }
+
+    /// Whether the region is in the location's generation, be it found by lookups or not: a region that is being
+    /// reclaimed may yet be given back.
+    pub(super) fn holds(&self, location: &Location) -> bool {
+        self.regions
+            .lock()
+            .get(location.region as usize)
+            .is_some_and(|region| region.state != RegionState::Free && region.generation == location.generation)
     }
 
     /// A number for one access, for [`Regions::touch`].
@@ -162,6 +176,7 @@ impl Regions {
         let mut regions = self.regions.lock();
         let region = &mut regions[number as usize];
         *region = Region {
+            drive: region.drive,
             state: RegionState::Sealed,
             generation,
             first_sequence,
@@ -173,6 +188,21 @@ impl Regions {
             is_settled: true,
         };
         self.publish(number, generation);
+    }
+
+    /// Recovery found that nothing in the region counts.
+    pub(super) fn clear(&self, number: u32) {
+        self.change(number, |region| {
+            (region.state, region.generation, region.hides) = (RegionState::Free, 0, false);
+            (region.records, region.live_bytes, region.used_pages) = (0, 0, 0);
+        });
+        self.publish(number, 0);
+    }
+
+    /// No drive has the region any more: nothing in it is found, and it is never taken.
+    pub(super) fn withdraw(&self, number: u32) {
+        self.clear(number);
+        self.change(number, |region| region.drive = None);
     }
 
     /// Goes on with a region that recovery found to have room.
@@ -258,6 +288,7 @@ impl Regions {
         assert_eq!(region.pins, 0, "invariant: a region that is reclaimed has no pins");
         let records = region.records;
         *region = Region {
+            drive: region.drive,
             state: RegionState::Free,
             generation,
             first_sequence: 0,
@@ -285,22 +316,25 @@ impl Regions {
         self.regions.lock()[number as usize].hides
     }
 
-    /// The regions that may be given up.
-    pub(super) fn candidates(&self) -> Vec<RegionInfo> {
+    /// The regions of a drive that may be given up.
+    pub(super) fn candidates(&self, drive: usize) -> Vec<RegionInfo> {
         let regions = self.regions.lock();
-        let candidates = (0u32..).zip(regions.iter()).filter(|(_, region)| region.may_go());
+        let candidates =
+            (0u32..).zip(regions.iter()).filter(|(_, region)| region.drive == Some(drive) && region.may_go());
         candidates.map(|(number, region)| self.info(number, region)).collect()
     }
 
-    /// All regions.
+    /// All regions that a drive has.
     pub(super) fn infos(&self) -> Vec<RegionInfo> {
         let regions = self.regions.lock();
-        (0u32..).zip(regions.iter()).map(|(number, region)| self.info(number, region)).collect()
+        let there = (0u32..).zip(regions.iter()).filter(|(_, region)| region.drive.is_some());
+        there.map(|(number, region)| self.info(number, region)).collect()
     }
 
     fn info(&self, number: u32, region: &Region) -> RegionInfo {
         RegionInfo {
             region: number,
+            drive: region.drive.unwrap_or(0) as u32,
             generation: region.generation,
             state: region.state,
             records: region.records,

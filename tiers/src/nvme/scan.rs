@@ -61,31 +61,62 @@ pub(super) struct LogEnd {
 /// # Errors
 /// The first error of `each`, and what the drive reports apart from pages that it can not read: those are damage.
 pub(super) fn scan(drive: &Drive, range: &ScanRange, each: &mut dyn FnMut(Found) -> Result<()>) -> Result<LogEnd> {
-    let mut window = Window { drive, region: range.region, first: 0, pages: 0, ahead: WINDOW_PAGES_MIN, bytes: None };
-    let mut end = LogEnd { page: range.from_page, sequence: range.after_sequence };
-    let mut page = range.from_page;
-    while page < drive.region_pages() {
-        let Some(header) = header_at(&mut window, range, page, end.sequence)? else {
-            match range.at_damage {
-                AtDamage::Stop => break,
-                AtDamage::Search => {
-                    page += 1;
-                    continue;
-                }
-            }
-        };
-        let has_payload = header.kind.has_payload();
-        let is_intact = !(has_payload && range.checks_payloads) || is_payload_intact(&mut window, &header)?;
-        if !is_intact && range.at_damage == AtDamage::Stop {
-            break;
-        }
-        page += header.location.pages;
-        end = LogEnd { page, sequence: header.sequence };
-        if header.kind != HeaderKind::Fence {
-            each(Found { header, is_intact })?;
-        }
+    let mut scan = Scan::new(drive, *range);
+    while let Some(found) = scan.next()? {
+        each(found)?;
     }
-    Ok(end)
+    Ok(scan.end())
+}
+
+/// A scan that goes from record to record.
+pub(super) struct Scan<'a> {
+    window: Window<'a>,
+    range: ScanRange,
+    page: u32,
+    end: LogEnd,
+}
+
+impl<'a> Scan<'a> {
+    /// Reads nothing yet.
+    pub(super) fn new(drive: &'a Drive, range: ScanRange) -> Self {
+        let window = Window { drive, region: range.region, first: 0, pages: 0, ahead: WINDOW_PAGES_MIN, bytes: None };
+        let end = LogEnd { page: range.from_page, sequence: range.after_sequence };
+        Self { window, range, page: range.from_page, end }
+    }
+
+    /// The next record; `None` at the end of the log.
+    ///
+    /// # Errors
+    /// What the drive reports apart from pages that it can not read: those are damage.
+    pub(super) fn next(&mut self) -> Result<Option<Found>> {
+        while self.page < self.window.drive.region_pages() {
+            let Some(header) = header_at(&mut self.window, &self.range, self.page, self.end.sequence)? else {
+                match self.range.at_damage {
+                    AtDamage::Stop => break,
+                    AtDamage::Search => {
+                        self.page += 1;
+                        continue;
+                    }
+                }
+            };
+            let is_checked = header.kind.has_payload() && self.range.checks_payloads;
+            let is_intact = !is_checked || is_payload_intact(&mut self.window, &header)?;
+            if !is_intact && self.range.at_damage == AtDamage::Stop {
+                break;
+            }
+            self.page += header.location.pages;
+            self.end = LogEnd { page: self.page, sequence: header.sequence };
+            if header.kind != HeaderKind::Fence {
+                return Ok(Some(Found { header, is_intact }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Where the log ends, as far as it was read.
+    pub(super) fn end(&self) -> LogEnd {
+        self.end
+    }
 }
 
 fn header_at(window: &mut Window<'_>, range: &ScanRange, page: u32, after: u64) -> Result<Option<RecordHeader>> {

@@ -2,8 +2,11 @@
 //! a change becomes visible to lookups, which recovery and the writer do alike.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::drive::Drive;
+use super::encoding::Spares;
+use super::fill::{Fill, FillPlan};
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
 use super::poison::{Poison, PoisonReason};
@@ -21,9 +24,15 @@ pub(super) struct Shared {
     pub(super) drive: Arc<Drive>,
     pub(super) regions: Arc<Regions>,
     pub(super) table: Table,
+    pub(super) fill: Fill,
     pub(super) namespaces: Namespaces,
     pub(super) inbox: Arc<Inbox>,
     pub(super) counts: Counts,
+    /// Buffers for encoded records.
+    pub(super) spares: Spares,
+    /// Bytes of payload per second that the verifiers decode, and that the drive reads; 0 while not known.
+    decode_speed: AtomicU64,
+    drive_speed: AtomicU64,
     pub(super) policy: Arc<dyn ReclaimPolicy>,
     /// Whether the store takes writes.
     pub(super) poison: Poison,
@@ -37,15 +46,20 @@ impl Shared {
         namespaces: Namespaces,
         inbox: Arc<Inbox>,
         policy: Arc<dyn ReclaimPolicy>,
+        plan: FillPlan,
     ) -> Self {
         Self {
             uuid,
             drive,
             regions,
             table: Table::new(),
+            fill: Fill::new(plan),
             namespaces,
             inbox,
             counts: Counts::default(),
+            spares: Spares::default(),
+            decode_speed: AtomicU64::new(0),
+            drive_speed: AtomicU64::new(0),
             policy,
             poison: Poison::default(),
         }
@@ -61,12 +75,29 @@ impl Shared {
         self.poison.set(PoisonReason::of(cause), why, cause);
     }
 
-    /// Where a record lies, if it is there.
-    pub(super) fn locate(&self, fingerprint: u64) -> Option<Location> {
-        self.table.get(fingerprint).and_then(|location| self.regions.resolve(location))
+    /// Notes how many bytes of payload per second the verifiers decode.
+    pub(super) fn set_decode_speed(&self, bytes_per_second: u64) {
+        self.decode_speed.store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Brings the table up to date with changes that `index` has taken.
+    /// How many bytes of payload per second the verifiers decode; 0 while not known.
+    pub(super) fn decode_speed(&self) -> u64 {
+        self.decode_speed.load(Ordering::Relaxed)
+    }
+
+    /// Notes how many bytes per second the drives read at their best, all together.
+    pub(super) fn set_drive_speed(&self, bytes_per_second: u64) {
+        self.drive_speed.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Whether encoded records are read at least as fast as others: as long as the verifiers decode what the drive would
+    /// read without. With a speed unknown they are: a core decodes more than a usual drive's share of it reads.
+    pub(super) fn pays_to_decode(&self) -> bool {
+        let (decode, drive) = (self.decode_speed(), self.drive_speed.load(Ordering::Relaxed));
+        decode == 0 || decode >= drive
+    }
+
+    /// Brings the table up to date with changes that `index` has taken; see [`Shared::commit`].
     ///
     /// # Errors
     /// What the index reports.

@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::fill::IndexFill;
+use crate::codec::Skip;
+
 /// Counters and gauges of a store; counters start at zero when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -18,18 +21,41 @@ pub struct StoreStats {
     pub regions: u64,
     /// Regions that hold nothing.
     pub free_regions: u64,
-    /// Records that lookups find, and in small part stale entries of reclaimed regions that they do not.
+    /// Records that the table has, in small part stale entries of reclaimed regions that lookups do not find. Of a large
+    /// store not all until the table is full.
     pub records: u64,
-    /// Bytes of the records in use, headers and padding included.
+    /// Bytes of these records, headers and padding included.
     pub live_bytes: u64,
-    /// Bytes of memory of the index.
+    /// Bytes of memory of the table.
     pub index_bytes: u64,
+    /// Bytes of memory of RocksDB; 0 when the store is closed.
+    pub index_log_bytes: u64,
+    /// How far the table is filled.
+    pub index: IndexFill,
     /// Bytes of records that are accepted and not durable.
     pub queued_bytes: u64,
     /// Records that became durable.
     pub appended_records: u64,
     /// Bytes of these, headers and padding included.
     pub appended_bytes: u64,
+    /// Bytes of their payloads.
+    pub appended_payload_bytes: u64,
+    /// Bytes of their payloads as they were stored, without headers and padding.
+    pub appended_stored_bytes: u64,
+    /// Of these records, those that were encoded.
+    pub encoded_records: u64,
+    /// Nanoseconds that threads have spent encoding.
+    pub encode_ns: u64,
+    /// Nanoseconds that threads have spent decoding.
+    pub decode_ns: u64,
+    /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
+    pub decode_bytes_per_second: u64,
+    /// Blocks that were stored as they are because they, or those before them, hardly shrink.
+    pub codec_skipped_ratio: u64,
+    /// Blocks that were stored as they are because too many waited to be encoded.
+    pub codec_skipped_queue: u64,
+    /// Blocks that were stored as they are because the drive reads faster than this machine decodes.
+    pub codec_skipped_speed: u64,
     /// Records that were accepted and failed.
     pub failed_appends: u64,
     /// Of these, records for which no region could be reclaimed.
@@ -42,6 +68,8 @@ pub struct StoreStats {
     pub reads: u64,
     /// Bytes of payload that were read and verified.
     pub read_bytes: u64,
+    /// Bytes of these as they were stored.
+    pub read_stored_bytes: u64,
     /// Reads whose data failed a check, or could not be read at all; their records are out of the index.
     pub bad_reads: u64,
     /// Regions that were reclaimed.
@@ -65,12 +93,21 @@ pub struct StoreStats {
 pub(super) struct Counts {
     pub(super) appended_records: AtomicU64,
     pub(super) appended_bytes: AtomicU64,
+    pub(super) appended_payload_bytes: AtomicU64,
+    pub(super) appended_stored_bytes: AtomicU64,
+    pub(super) encoded_records: AtomicU64,
+    pub(super) encode_ns: AtomicU64,
+    pub(super) decode_ns: AtomicU64,
+    pub(super) codec_skipped_ratio: AtomicU64,
+    pub(super) codec_skipped_queue: AtomicU64,
+    pub(super) codec_skipped_speed: AtomicU64,
     pub(super) failed_appends: AtomicU64,
     pub(super) starved_appends: AtomicU64,
     pub(super) retried_appends: AtomicU64,
     pub(super) commits: AtomicU64,
     pub(super) reads: AtomicU64,
     pub(super) read_bytes: AtomicU64,
+    pub(super) read_stored_bytes: AtomicU64,
     pub(super) bad_reads: AtomicU64,
     pub(super) reclaimed_regions: AtomicU64,
     pub(super) reclaimed_records: AtomicU64,
@@ -87,18 +124,37 @@ pub(super) fn add(counter: &AtomicU64, value: u64) {
 }
 
 impl Counts {
+    /// A block was not encoded.
+    pub(super) fn skip(&self, skip: Skip) {
+        let counter = match skip {
+            Skip::Ratio => &self.codec_skipped_ratio,
+            Skip::Queue => &self.codec_skipped_queue,
+            Skip::Speed => &self.codec_skipped_speed,
+        };
+        add(counter, 1);
+    }
+
     /// The counters so far; gauges are zero.
     pub(super) fn snapshot(&self) -> StoreStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         StoreStats {
             appended_records: get(&self.appended_records),
             appended_bytes: get(&self.appended_bytes),
+            appended_payload_bytes: get(&self.appended_payload_bytes),
+            appended_stored_bytes: get(&self.appended_stored_bytes),
+            encoded_records: get(&self.encoded_records),
+            encode_ns: get(&self.encode_ns),
+            decode_ns: get(&self.decode_ns),
+            codec_skipped_ratio: get(&self.codec_skipped_ratio),
+            codec_skipped_queue: get(&self.codec_skipped_queue),
+            codec_skipped_speed: get(&self.codec_skipped_speed),
             failed_appends: get(&self.failed_appends),
             starved_appends: get(&self.starved_appends),
             retried_appends: get(&self.retried_appends),
             commits: get(&self.commits),
             reads: get(&self.reads),
             read_bytes: get(&self.read_bytes),
+            read_stored_bytes: get(&self.read_stored_bytes),
             bad_reads: get(&self.bad_reads),
             reclaimed_regions: get(&self.reclaimed_regions),
             reclaimed_records: get(&self.reclaimed_records),

@@ -2,7 +2,7 @@
 //! the writer thread and reads to the engine and the verifiers.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{JoinHandle, ThreadId};
@@ -11,17 +11,23 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use parking_lot::{Mutex, RwLock};
 
-use super::append::{Append, Done, QueuedRecord};
+use super::append::{Append, Done, Form, QueuedRecord};
 use super::config::StoreConfig;
-use super::directory::{Directory, check_writable, preallocate};
+use super::directory::{Directory, check_writable, preallocate, truncate};
 use super::drive::Drive;
+use super::drive_directory::DriveDirectory;
+use super::drive_identity::{DriveIdentity, Membership};
+use super::drive_table::DriveTable;
+use super::encoding::Encoders;
+use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, open_direct, open_engine};
+use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
 use super::poison::{PoisonHook, PoisonReason};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
-use super::read::{ReadDone, Verifiers};
+use super::read::{ReadDone, Verifiers, measure_decoding};
 use super::recovery::{RecoveryReport, recover};
 use super::region_header::HEADER_SLOTS;
 use super::regions::{RegionPins, Regions};
@@ -32,6 +38,7 @@ use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state,
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
+use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location};
@@ -47,6 +54,7 @@ pub struct Store {
     region_bytes: u64,
     is_direct: bool,
     verifiers: RwLock<Option<Verifiers>>,
+    encoders: RwLock<Option<Encoders>>,
     running: Mutex<Option<Running>>,
     /// Held by whoever closes; nobody else waits for it.
     closing: Mutex<()>,
@@ -57,9 +65,12 @@ pub struct Store {
 struct Running {
     writer: JoinHandle<()>,
     writer_ended: Receiver<Result<()>>,
-    verifiers: Vec<JoinHandle<()>>,
+    /// Those that verify and those that encode.
+    helpers: Vec<JoinHandle<()>>,
+    fill: Option<JoinHandle<()>>,
     index: Arc<IndexLog>,
     directory: Directory,
+    more_drives: Vec<DriveDirectory>,
 }
 
 impl Store {
@@ -67,9 +78,10 @@ impl Store {
     /// kernel, others work too.
     ///
     /// # Errors
-    /// `InvalidInput` for a configuration outside its limits, another region size or a smaller capacity than the store
-    /// has; `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` for a network file
-    /// system or a missing I/O engine; `Corrupt` if both superblocks are unreadable; `Io`.
+    /// `InvalidInput` for a configuration outside its limits, another region size than the store has, drives that were
+    /// swapped, or a new one while one of the store's is missing; `Locked`, `ForeignFormat`, `NewerFormat`,
+    /// `PermissionDenied`, `NoSpace`, `Unsupported` for a network file system or a missing I/O engine; `Corrupt` if both
+    /// superblocks are unreadable or a drive is of the past; `Io`.
     pub fn open(
         config: StoreConfig,
         arena: Arc<Arena>,
@@ -99,39 +111,53 @@ impl Store {
         policy: Arc<dyn ReclaimPolicy>,
         wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
     ) -> Result<(Arc<Self>, RecoveryReport)> {
+        Self::open_filling(config, arena, policy, wrap, FillPlan::default())
+    }
+
+    /// As [`Store::open_through`], with another plan for filling the table.
+    pub(super) fn open_filling(
+        config: StoreConfig,
+        arena: &Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+        wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+        filling: FillPlan,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
         config.validate()?;
         let mut directory = Directory::open(&config.path)?;
-        if directory.is_new() {
-            let made = make_files(&config, &directory);
-            made.inspect_err(|_| directory.abandon())?;
-        }
-        let (regions, _, is_direct) = open_direct(&directory.regions())?;
-        let files = [open_file(&directory.superblock())?, regions];
-        let io = wrap(open_engine(config.io, &files, arena, config.queue_depth)?);
-        let superblock = if directory.is_new() {
-            let made =
-                first_superblock(&config).and_then(|first| Drive::write_superblock(&*io, &first).map(|()| first));
-            made.inspect_err(|_| directory.abandon())?
-        } else {
-            resize(&config, &directory, Drive::read_superblock(&*io)?)?
-        };
+        let mut more_drives = Vec::new();
+        let prepared = prepare(&config, &directory, &mut more_drives, arena, wrap).inspect_err(|_| {
+            more_drives.iter().for_each(DriveDirectory::abandon);
+            if directory.is_new() {
+                directory.abandon();
+            }
+        });
+        let Prepared { io, superblock, plan, is_direct } = prepared?;
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let inbox = Arc::new(Inbox::new(config.write_queue_bytes));
+        let places = plan.places();
+        let drive_of_region = places.iter().map(|place| place.map(|place| place.drive));
+        let regions = Arc::new(Regions::new(drive_of_region, Arc::clone(&inbox)));
         let shared = Arc::new(Shared::new(
             superblock.store,
-            Arc::new(Drive::new(io, region_pages)),
-            Arc::new(Regions::new(superblock.region_count, Arc::clone(&inbox))),
+            Arc::new(Drive::new(io, region_pages, plan.listed.len(), places)),
+            regions,
             Namespaces::open(&directory.namespaces(), superblock.store)?,
             inbox,
             policy,
+            filling,
         ));
-        let (report, handover) = recover(&shared, &directory, superblock)?;
+        let (uuid, region_bytes, opens) = (superblock.store, superblock.region_bytes, superblock.opens);
+        let (report, handover) = recover(&shared, &directory, superblock, &plan)?;
         if directory.is_new() {
             directory.complete()?;
         }
+        join(&mut more_drives, uuid, opens, &plan, Membership::Joined)?;
+        for (path, place) in region_files(&directory, &more_drives).iter().zip(&plan.listed) {
+            truncate(path, u64::from(plan.regions_after(*place)) * region_bytes)?;
+        }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let mut store = Self::start(shared, superblock.region_bytes, writer, index, directory)?;
+        let mut store = Self::start(shared, &config, writer, index, directory, more_drives)?;
         store.is_direct = is_direct;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
@@ -139,12 +165,19 @@ impl Store {
 
     fn start(
         shared: Arc<Shared>,
-        region_bytes: u64,
+        config: &StoreConfig,
         writer: Writer,
         index: Arc<IndexLog>,
         directory: Directory,
+        more_drives: Vec<DriveDirectory>,
     ) -> Result<Self> {
-        let (verifiers, verifier_threads) = Verifiers::start(&shared)?;
+        let (verifiers, mut helpers) = Verifiers::start(&shared)?;
+        if config.codec == CodecChoice::Auto {
+            shared.set_decode_speed(measure_decoding());
+        }
+        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec)?;
+        helpers.extend(encoder_threads);
+        let fill = fill::go_on(&shared)?;
         let (ended, writer_ended) = bounded(1);
         let for_writer = Arc::clone(&shared);
         let work = move || {
@@ -160,13 +193,15 @@ impl Store {
         };
         let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
-        let own_threads = verifier_threads.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
-        let running = Running { writer, writer_ended, verifiers: verifier_threads, index, directory };
+        let own_threads = helpers.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
+        let running = Running { writer, writer_ended, helpers, fill, index, directory, more_drives };
+        let region_bytes = u64::from(shared.drive.region_pages()) * PAGE_BYTES as u64;
         Ok(Self {
             shared,
             region_bytes,
             is_direct: true,
             verifiers: RwLock::new(Some(verifiers)),
+            encoders: RwLock::new(Some(encoders)),
             running: Mutex::new(Some(running)),
             closing: Mutex::new(()),
             own_threads,
@@ -222,13 +257,19 @@ impl Store {
             depth,
             slot,
             payload_bytes,
+            form: Form::Stored,
             pages,
             charged_bytes: u64::from(pages) * PAGE_BYTES as u64,
             is_retry: false,
             is_for_reclaim: false,
             done: Done::new(done),
         };
-        self.shared.inbox.push_record(Box::new(record)).map_err(|(record, error)| {
+        let (record, push) = (Box::new(record), |record| self.shared.inbox.push_record(record));
+        let pushed = match &*self.encoders.read() {
+            Some(encoders) => encoders.push(record, push),
+            None => push(record),
+        };
+        pushed.map_err(|(record, error)| {
             let QueuedRecord { slot, done, .. } = *record;
             let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
             (Append { id, kind, parent, depth, slot, payload_bytes, done }, error)
@@ -315,16 +356,17 @@ impl Store {
         }
     }
 
-    /// Where a record lies, if it is durable and its region is not given up. In memory only.
+    /// Where a record lies, if it is durable and its region is not given up. In memory, once the table is full.
     pub fn locate(&self, id: &RecordId) -> Option<Location> {
-        let location = self.shared.locate(id.fingerprint())?;
+        let location = self.shared.locate(id)?;
         self.shared.regions.touch(location.region, self.shared.regions.next_tick());
         Some(location)
     }
 
-    /// The locations of the longest run of records that are there, from the first on, by fingerprint. Clears `out`.
-    pub fn locate_prefix(&self, fingerprints: &[u64], out: &mut Vec<Location>) {
-        self.shared.table.prefix(fingerprints, out);
+    /// The locations of the longest run of records that are there, from the first on. Clears `out`. In memory, once the
+    /// table is full; before that it may take 20 microseconds for each of the first 4096 records, and ends behind them.
+    pub fn locate_prefix(&self, ids: &[RecordId], out: &mut Vec<Location>) {
+        self.shared.locate_prefix(ids, out);
         let regions = &self.shared.regions;
         let tick = regions.next_tick();
         let mut touched = None;
@@ -372,10 +414,10 @@ impl Store {
     /// beside everything else, on tokio-uring where the kernel has it. `progress` is called now and then.
     ///
     /// # Errors
-    /// `Closed`, and `Io` if the region file can not be opened again. Damage is no error: it is in the report.
+    /// `Closed`, and `Io` if a region file can not be opened again. Damage is no error: it is in the report.
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
-        let (index, path) = self.long_job()?;
-        verify(&self.shared, &index, &path, None, progress)
+        let (index, paths) = self.long_job()?;
+        verify(&self.shared, &index, &paths, None, progress)
     }
 
     /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces, from
@@ -385,8 +427,8 @@ impl Store {
     /// # Errors
     /// As [`Store::verify`].
     pub fn scrub(&self, pace: &ScrubPace) -> Result<VerifyReport> {
-        let (index, path) = self.long_job()?;
-        scrub(&self.shared, &index, &path, pace)
+        let (index, paths) = self.long_job()?;
+        scrub(&self.shared, &index, &paths, pace)
     }
 
     /// When the last scrub that saw everything ended, in milliseconds since 1970; 0 for never.
@@ -407,10 +449,17 @@ impl Store {
     }
 
     /// What a long job beside the data plane works on.
-    fn long_job(&self) -> Result<(Arc<IndexLog>, std::path::PathBuf)> {
+    fn long_job(&self) -> Result<(Arc<IndexLog>, Vec<PathBuf>)> {
         let running = self.running.lock();
-        let running = running.as_ref().ok_or_else(closed)?;
-        Ok((Arc::clone(&running.index), running.directory.regions()))
+        let of_running =
+            |running: &Running| (Arc::clone(&running.index), region_files(&running.directory, &running.more_drives));
+        running.as_ref().map(of_running).ok_or_else(closed)
+    }
+
+    /// Tells how many bytes per second the drives read at their best, all together. Blocks are only encoded as long as the
+    /// store's threads decode at least as fast; while nobody has told they are.
+    pub fn set_drive_read_speed(&self, bytes_per_second: u64) {
+        self.shared.set_drive_speed(bytes_per_second);
     }
 
     /// All regions, by number.
@@ -431,7 +480,10 @@ impl Store {
             records: self.shared.table.len() as u64,
             live_bytes: regions.iter().map(|info| info.live_bytes).sum(),
             index_bytes: self.shared.table.memory_bytes() as u64,
+            index_log_bytes: self.running.lock().as_ref().map_or(0, |running| running.index.memory_bytes()),
+            index: self.shared.fill.progress(),
             queued_bytes: self.shared.inbox.held_bytes(),
+            decode_bytes_per_second: self.shared.decode_speed(),
             ..self.shared.counts.snapshot()
         }
     }
@@ -460,7 +512,8 @@ impl Store {
     /// The store may be open meanwhile.
     ///
     /// # Errors
-    /// `NoSpace`, `PermissionDenied` (also for a file system that is read-only), `Io`.
+    /// `InvalidInput` if there is no store (its file system may not be mounted), `NoSpace`, `PermissionDenied` (also for a
+    /// file system that is read-only), `Io`.
     pub fn check_writable(path: &Path) -> Result<()> {
         check_writable(path)
     }
@@ -472,6 +525,7 @@ impl Store {
     /// `Timeout` if it was not done at `deadline`: it goes on, and may be called again. `Poisoned`, `Io` if the store
     /// could not be closed in order: what was reported durable is durable all the same.
     pub fn close(&self, deadline: Instant) -> Result<()> {
+        self.shared.fill.stop();
         self.shared.inbox.end(Ending::Drain);
         let late = || {
             let message = "the drive did not take everything before the deadline; try again with more time";
@@ -487,6 +541,7 @@ impl Store {
         };
         let ended = self.running.lock().take();
         drop(self.verifiers.write().take());
+        drop(self.encoders.write().take());
         if let Some(ended) = ended {
             ended.end(&self.shared);
         }
@@ -498,12 +553,14 @@ impl Running {
     /// Ends what is left when the writer has ended. The lock goes last.
     fn end(self, shared: &Shared) {
         shared.drive.io().close();
-        for thread in self.verifiers.into_iter().chain([self.writer]) {
+        for thread in self.helpers.into_iter().chain([self.writer]).chain(self.fill) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the store panicked");
             }
         }
+        shared.fill.let_go();
         drop(self.index);
+        drop(self.more_drives);
         drop(self.directory);
     }
 }
@@ -511,8 +568,10 @@ impl Running {
 impl Drop for Store {
     fn drop(&mut self) {
         let Some(running) = self.running.get_mut().take() else { return };
+        self.shared.fill.stop();
         self.shared.inbox.end(Ending::Abandon);
         drop(self.verifiers.get_mut().take());
+        drop(self.encoders.get_mut().take());
         let shared = Arc::clone(&self.shared);
         let end = move || {
             if matches!(running.writer_ended.recv_timeout(DROP_TIMEOUT), Err(RecvTimeoutError::Timeout)) {
@@ -545,9 +604,84 @@ fn open_file(path: &Path) -> Result<File> {
     open_direct(path).map(|(file, _, _)| file)
 }
 
-fn make_files(config: &StoreConfig, directory: &Directory) -> Result<()> {
-    preallocate(&directory.regions(), u64::from(config.region_count()) * config.region_bytes)?;
-    preallocate(&directory.superblock(), SUPERBLOCK_COPIES * PAGE_BYTES as u64)
+/// The files of regions, by drive.
+fn region_files(directory: &Directory, more_drives: &[DriveDirectory]) -> Vec<PathBuf> {
+    std::iter::once(directory.regions()).chain(more_drives.iter().map(DriveDirectory::regions)).collect()
+}
+
+/// What is there before a store is recovered.
+struct Prepared {
+    io: Arc<dyn BlockIo>,
+    /// As it will be written next: with this open counted, and everything that is or joins in its table.
+    superblock: Superblock,
+    plan: Plan,
+    /// Whether all of its regions are read and written past the page cache.
+    is_direct: bool,
+}
+
+/// Opens the files of all drives, decides which drives the store has, and takes the space for what is new.
+fn prepare(
+    config: &StoreConfig,
+    directory: &Directory,
+    more_drives: &mut Vec<DriveDirectory>,
+    arena: &Arc<Arena>,
+    wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+) -> Result<Prepared> {
+    for drive in &config.more_drives {
+        more_drives.push(DriveDirectory::open(&drive.path)?);
+    }
+    if directory.is_new() {
+        preallocate(&directory.superblock(), SUPERBLOCK_COPIES * PAGE_BYTES as u64)?;
+        preallocate(&directory.regions(), config.capacity_bytes / config.region_bytes * config.region_bytes)?;
+    }
+    more_drives.iter_mut().try_for_each(DriveDirectory::begin)?;
+    let mut files = vec![open_file(&directory.superblock())?];
+    let mut is_direct = true;
+    for path in region_files(directory, more_drives) {
+        let (file, _, is_this_direct) = open_direct(&path)?;
+        is_direct &= is_this_direct;
+        files.push(file);
+    }
+    let io = wrap(open_engine(config.io, &files, arena, config.depth_of_all())?);
+    let known = if directory.is_new() { first_superblock(config)? } else { Drive::read_superblock(&*io)? };
+    check_region_bytes(config, &known)?;
+    let identities = std::iter::once(None).chain(more_drives.iter().map(DriveDirectory::identity));
+    let listed: Vec<Listed<'_>> = config
+        .drives()
+        .zip(identities)
+        .zip(config.regions_of_drives(known.region_bytes)?)
+        .map(|(((path, _), identity), regions)| Listed { path, identity, regions })
+        .collect();
+    let plan = Plan::new(&known, &listed)?;
+    for (path, place) in region_files(directory, more_drives).iter().zip(&plan.listed) {
+        preallocate(path, u64::from(plan.during.regions_of(*place)) * known.region_bytes)?;
+    }
+    if directory.is_new() {
+        Drive::write_superblock(&*io, &Superblock { table: plan.during.clone(), ..known.clone() })?;
+    }
+    let superblock = Superblock { table: plan.during.clone(), opens: known.opens + 1, ..known };
+    join(more_drives, superblock.store, superblock.opens, &plan, Membership::Joining)?;
+    Ok(Prepared { io, superblock, plan, is_direct })
+}
+
+/// Writes whose each drive is. One that is a member stays one; the others become `membership`.
+fn join(
+    more_drives: &mut [DriveDirectory],
+    store: StoreUuid,
+    opens: u64,
+    plan: &Plan,
+    membership: Membership,
+) -> Result<()> {
+    for (listed, directory) in (1..).zip(more_drives) {
+        let Some(drive) = plan.uuid(listed) else { continue };
+        let known = directory.identity().filter(|known| known.drive == drive && known.store == store);
+        let membership = known.map_or(membership, |known| known.membership.max(membership));
+        let identity = DriveIdentity { membership, store, drive, opens };
+        if known != Some(identity) {
+            directory.write(identity)?;
+        }
+    }
+    Ok(())
 }
 
 fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
@@ -556,7 +690,9 @@ fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
         store: StoreUuid::random()?,
         counter: 1,
         region_bytes: config.region_bytes,
-        region_count: config.region_count(),
+        table: DriveTable::default(),
+        opens: 0,
+        rebuild_floor: 0,
         generation_ceiling: 1,
         sequence_ceiling: 1,
         is_clean: true,
@@ -564,22 +700,13 @@ fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
     })
 }
 
-/// Grows the store to the configured capacity; the superblock says so with its next write.
-fn resize(config: &StoreConfig, directory: &Directory, superblock: Superblock) -> Result<Superblock> {
-    let bad = |message: String| Err(Error::new(ErrorKind::InvalidInput, message));
+fn check_region_bytes(config: &StoreConfig, superblock: &Superblock) -> Result<()> {
     let (has, wants) = (superblock.region_bytes, config.region_bytes);
-    if has != wants {
-        return bad(format!(
-            "the store has regions of {has} bytes, the configuration says {wants}; give {has}, or an empty directory"
-        ));
+    if has == wants || config.keeps_region_bytes {
+        return Ok(());
     }
-    if superblock.region_count > config.region_count() {
-        let bytes = u64::from(superblock.region_count) * has;
-        return bad(format!(
-            "the store has {bytes} bytes, the configuration says {}; a store can not shrink: give at least {bytes}, or an empty directory",
-            config.capacity_bytes
-        ));
-    }
-    preallocate(&directory.regions(), u64::from(config.region_count()) * has)?;
-    Ok(Superblock { region_count: config.region_count(), ..superblock })
+    let message = format!(
+        "the store has regions of {has} bytes, the configuration says {wants}; give {has}, or an empty directory"
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message))
 }

@@ -3,7 +3,10 @@
 
 mod basics;
 mod crashes;
+mod drives;
+mod encoded;
 mod faults;
+mod filling;
 mod fsck;
 mod reclaiming;
 
@@ -26,6 +29,18 @@ use crate::index::Location;
 const PATIENCE: Duration = Duration::from_secs(60);
 const KIB: u64 = 1 << 10;
 const REGION_BYTES: u64 = 256 * KIB;
+
+thread_local! {
+    /// How many drives the stores of a test have, where it does not say so itself.
+    static DRIVES: std::cell::Cell<u64> = const { std::cell::Cell::new(1) };
+}
+
+/// Runs a test body with stores on so many drives; their regions are divided among them.
+fn on_drives(count: u64, body: impl FnOnce()) {
+    DRIVES.set(count);
+    body();
+    DRIVES.set(1);
+}
 
 fn soon() -> Instant {
     Instant::now() + PATIENCE
@@ -74,13 +89,23 @@ impl Place {
     fn with_policy(io: IoChoice, regions: u64, policy: Arc<dyn ReclaimPolicy>) -> Self {
         let directory = drive_directory();
         let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(64 << 20) }).expect("memory");
+        let drives = DRIVES.get();
+        let regions = if drives == 1 { regions } else { (regions / drives).max(4) };
         let config = StoreConfig {
             io,
             queue_depth: 16,
             commit_interval: Duration::from_millis(20),
             ..StoreConfig::new(directory.path().join("store"), regions * REGION_BYTES, REGION_BYTES)
         };
-        Self { directory, arena, config, policy }
+        let place = Self { directory, arena, config, policy };
+        (1..drives).fold(place, |place, _| place.with_drive(regions))
+    }
+
+    /// The same with one more drive of so many regions.
+    fn with_drive(mut self, regions: u64) -> Self {
+        let path = self.directory.path().join(format!("drive{}", self.config.more_drives.len() + 1));
+        self.config.more_drives.push(DriveConfig { path, capacity_bytes: regions * REGION_BYTES });
+        self
     }
 
     fn open(&self) -> (Arc<Store>, RecoveryReport) {
@@ -111,8 +136,13 @@ impl Place {
     /// open store does later is in it.
     fn copy(&self) -> Self {
         let directory = drive_directory();
-        let config = StoreConfig { path: directory.path().join("store"), ..self.config.clone() };
-        copy_tree(&self.config.path, &config.path);
+        let mut config = StoreConfig { path: directory.path().join("store"), ..self.config.clone() };
+        for (number, drive) in config.more_drives.iter_mut().enumerate() {
+            drive.path = directory.path().join(format!("drive{}", number + 1));
+        }
+        for ((from, _), (to, _)) in self.config.drives().zip(config.drives()) {
+            copy_tree(from, to);
+        }
         Self { directory, arena: Arc::clone(&self.arena), config, policy: Arc::clone(&self.policy) }
     }
 
@@ -310,3 +340,16 @@ macro_rules! on_both_engines {
     };
 }
 use on_both_engines;
+
+/// A test body for both engines, and for stores on two drives.
+macro_rules! on_engines_and_drives {
+    ($($case:ident),* $(,)?) => {
+        on_both_engines!($($case),*);
+        mod two_drives {
+            $(#[test] fn $case() {
+                crate::nvme::tests::on_drives(2, || super::$case(crate::nvme::IoChoice::Auto));
+            })*
+        }
+    };
+}
+use on_engines_and_drives;

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -63,10 +63,10 @@ pub struct VerifyProgress {
 /// Called by a scrub after each piece, with its bytes: returns when the next one may be read, or false to stop.
 pub type ScrubPace = Arc<dyn Fn(u64) -> bool + Send + Sync>;
 
-/// Reads the region file in large pieces.
+/// Reads the region files in large pieces.
 trait Reader {
-    /// Fills `bytes` from `offset`; both multiples of a page.
-    fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]>;
+    /// Fills `bytes` from `offset` of a drive's file; both multiples of a page.
+    fn read(&mut self, drive: usize, offset: u64, bytes: usize) -> io::Result<&[u8]>;
 }
 
 /// One way of reading everything.
@@ -76,7 +76,8 @@ type Attempt = fn(&Job) -> Result<VerifyReport>;
 struct Job {
     shared: Arc<Shared>,
     index: Arc<IndexLog>,
-    file: File,
+    /// The regions, by drive.
+    files: Vec<File>,
     progress: Sender<VerifyProgress>,
     /// For a scrub: how fast.
     pace: Option<ScrubPace>,
@@ -86,17 +87,19 @@ struct Job {
 pub(super) fn verify(
     shared: &Arc<Shared>,
     index: &Arc<IndexLog>,
-    path: &Path,
+    paths: &[PathBuf],
     pace: Option<&ScrubPace>,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
+    // What is not in the table could not be taken out of it.
+    shared.fill.wait();
     let attempts: [Option<Attempt>; 2] = [on_tokio_uring(), Some(on_blocking_reads)];
     let mut last = Error::new(ErrorKind::Io, "the verification did not end");
     for attempt in attempts.into_iter().flatten() {
         let (sender, receiver) = bounded(PROGRESS_MAX);
-        let (file, ..) = open_direct(path)?;
+        let files = paths.iter().map(|path| open_direct(path).map(|(file, ..)| file)).collect::<Result<_>>()?;
         let (shared, index, pace) = (Arc::clone(shared), Arc::clone(index), pace.cloned());
-        let job = Job { shared, index, file, progress: sender, pace };
+        let job = Job { shared, index, files, progress: sender, pace };
         let started = std::thread::Builder::new().name("pega-verify-store".into()).spawn(move || attempt(&job));
         let thread = started.map_err(|source| Error::from_io("starting the verification", source))?;
         receiver.iter().for_each(&mut *progress);
@@ -113,10 +116,10 @@ pub(super) fn verify(
 pub(super) fn scrub(
     shared: &Arc<Shared>,
     index: &Arc<IndexLog>,
-    path: &Path,
+    paths: &[PathBuf],
     pace: &ScrubPace,
 ) -> Result<VerifyReport> {
-    let report = verify(shared, index, path, Some(pace), &mut drop)?;
+    let report = verify(shared, index, paths, Some(pace), &mut drop)?;
     if !report.is_stopped {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         note_scrub(index, 0, now)?;
@@ -140,15 +143,15 @@ fn note_scrub(index: &IndexLog, region: u32, last_pass_unix_ms: u64) -> Result<(
 }
 
 fn on_blocking_reads(job: &Job) -> Result<VerifyReport> {
-    struct Blocking<'a>(&'a File, Aligned);
+    struct Blocking<'a>(&'a [File], Aligned);
     impl Reader for Blocking<'_> {
-        fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]> {
+        fn read(&mut self, drive: usize, offset: u64, bytes: usize) -> io::Result<&[u8]> {
             let buffer = self.1.first(bytes);
-            self.0.read_exact_at(buffer, offset)?;
+            self.0.get(drive).ok_or(io::ErrorKind::NotFound)?.read_exact_at(buffer, offset)?;
             Ok(buffer)
         }
     }
-    job.run("blocking", &mut Blocking(&job.file, Aligned::default()))
+    job.run("blocking", &mut Blocking(&job.files, Aligned::default()))
 }
 
 #[cfg(not(feature = "tokio-uring"))]
@@ -162,16 +165,17 @@ fn on_tokio_uring() -> Option<Attempt> {
 
     struct Ring {
         runtime: tokio_uring::Runtime,
-        file: tokio_uring::fs::File,
+        files: Vec<tokio_uring::fs::File>,
         buffer: Aligned,
     }
     impl Reader for Ring {
-        fn read(&mut self, offset: u64, bytes: usize) -> io::Result<&[u8]> {
+        fn read(&mut self, drive: usize, offset: u64, bytes: usize) -> io::Result<&[u8]> {
+            let file = self.files.get(drive).ok_or(io::ErrorKind::NotFound)?;
             let start = self.buffer.start(bytes);
             let mut done = 0;
             while done < bytes {
                 let piece = std::mem::take(&mut self.buffer.bytes).slice(start + done..start + bytes);
-                let (read, piece) = self.runtime.block_on(self.file.read_at(piece, offset + done as u64));
+                let (read, piece) = self.runtime.block_on(file.read_at(piece, offset + done as u64));
                 self.buffer.bytes = piece.into_inner();
                 match read {
                     Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -187,10 +191,11 @@ fn on_tokio_uring() -> Option<Attempt> {
         let unsupported =
             |error: io::Error| Error::new(ErrorKind::Unsupported, format!("no ring for the verification: {error}"));
         let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(unsupported)?;
-        let file = job.file.try_clone().map_err(unsupported)?;
-        // Inside the runtime, where the file registers with its driver.
-        let file = runtime.block_on(async { tokio_uring::fs::File::from_std(file) });
-        job.run("tokio_uring", &mut Ring { runtime, file, buffer: Aligned::default() })
+        let files: io::Result<Vec<File>> = job.files.iter().map(File::try_clone).collect();
+        let files = files.map_err(unsupported)?;
+        // Inside the runtime, where the files register with its driver.
+        let files = runtime.block_on(async { files.into_iter().map(tokio_uring::fs::File::from_std).collect() });
+        job.run("tokio_uring", &mut Ring { runtime, files, buffer: Aligned::default() })
     }
     Some(run)
 }
@@ -234,7 +239,7 @@ impl Job {
     fn places(&self, is_wanted: impl Fn(u32) -> bool) -> Result<Vec<(Location, RecordId)>> {
         let mut places = Vec::new();
         self.index.scan(&mut |row| {
-            if is_wanted(row.location.region) && self.shared.locate(row.id.fingerprint()) == Some(row.location) {
+            if is_wanted(row.location.region) && self.shared.locate(&row.id) == Some(row.location) {
                 places.push((row.location, row.id));
             }
             Ok(())
@@ -284,8 +289,7 @@ impl Job {
         places: &[(Location, RecordId)],
         report: &mut VerifyReport,
     ) {
-        let offset = self.shared.drive.offset(start.region, start.page);
-        if let Ok(bytes) = reader.read(offset, pages as usize * PAGE_BYTES) {
+        if let Ok(bytes) = self.read(reader, &start, pages as usize * PAGE_BYTES) {
             for (location, id) in places {
                 let at = (location.page - start.page) as usize * PAGE_BYTES;
                 self.check_record(id, location, bytes.get(at..at + length_of(location)), report);
@@ -294,18 +298,22 @@ impl Job {
         }
         // What can not be read at once may be readable one by one.
         for (location, id) in places {
-            let offset = self.shared.drive.offset(location.region, location.page);
-            match reader.read(offset, length_of(location)) {
+            match self.read(reader, location, length_of(location)) {
                 Ok(bytes) => self.check_record(id, location, Some(bytes), report),
                 Err(source) => {
                     let error = Error::from_io("reading a record", source);
                     // Of a drive that is gone no record is to blame.
-                    if !is_drive_gone(&self.shared, &error) {
+                    if !is_drive_gone(&self.shared, location, &error) {
                         self.check_record(id, location, None, report);
                     }
                 }
             }
         }
+    }
+
+    fn read<'a>(&self, reader: &'a mut dyn Reader, from: &Location, bytes: usize) -> io::Result<&'a [u8]> {
+        let place = self.shared.drive.place(from.region).ok_or(io::ErrorKind::NotFound)?;
+        reader.read(place.drive, self.shared.drive.locate(from.region, from.page).1, bytes)
     }
 
     fn check_record(&self, id: &RecordId, location: &Location, bytes: Option<&[u8]>, report: &mut VerifyReport) {

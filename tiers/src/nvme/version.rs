@@ -71,6 +71,36 @@ impl StoreUuid {
     }
 }
 
+/// The random identity of a drive besides the home: another directory is never taken for it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct DriveUuid([u8; 16]);
+
+impl DriveUuid {
+    /// A new one, from the kernel's random numbers.
+    ///
+    /// # Errors
+    /// `Io` where `/dev/urandom` cannot be read.
+    pub(super) fn random() -> Result<Self> {
+        StoreUuid::random().map(|uuid| Self(uuid.0))
+    }
+
+    /// From its 16 bytes.
+    pub(super) const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 16 bytes.
+    pub(super) const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for DriveUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 impl fmt::Debug for StoreUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

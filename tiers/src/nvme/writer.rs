@@ -1,5 +1,5 @@
-//! The writer: the one thread that decides what lies where. It gives every record its sequence and its place in the
-//! open region, keeps many writes in flight, and makes them durable in groups: data, then `fdatasync`, then the index,
+//! The writer: the one thread that decides what lies where. It gives every record its sequence and its place in an
+//! open region, one on each drive, keeps many writes in flight, and makes them durable in groups: data, then `fdatasync`, then the index,
 //! then lookups, then the callbacks. It sleeps when there is nothing to do.
 //!
 //! `pending` holds everything submitted and not yet durable, in the order of sequences. Only a prefix of it that is
@@ -11,10 +11,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::append::{Done, QueuedRecord};
+use super::append::{Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::counters::Counters;
-use super::drive::{REGION_FILE, one_page};
+use super::drive::one_page;
+use super::encoding::Image;
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
@@ -26,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location, RegionMark};
 
 mod commit;
+mod lanes;
 mod reclaim;
 
 pub(super) use commit::hiding_name;
@@ -53,7 +55,7 @@ impl WriterConfig {
     }
 }
 
-/// The region that records go to.
+/// A region that records go to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OpenRegion {
     pub(super) region: u32,
@@ -65,8 +67,8 @@ pub(super) struct OpenRegion {
 pub(super) struct Handover {
     pub(super) counters: Counters,
     pub(super) index: Arc<IndexLog>,
-    pub(super) open: Option<OpenRegion>,
-    pub(super) free: VecDeque<u32>,
+    /// By drive: the region to go on with, and the free ones.
+    pub(super) lanes: Vec<(Option<OpenRegion>, VecDeque<u32>)>,
     /// The slot of each region that holds its current header.
     pub(super) header_slots: Vec<u32>,
 }
@@ -126,7 +128,7 @@ impl Pending {
 
     fn bytes(&self) -> u64 {
         match &self.what {
-            What::Record { location, .. } => u64::from(location.pages) * PAGE_BYTES as u64,
+            What::Record { location, .. } => bytes_of(location),
             _ => 0,
         }
     }
@@ -146,16 +148,16 @@ pub(super) struct Writer {
     is_written_urgent: bool,
     in_flight: usize,
     has_failed_write: bool,
-    /// What the sync in flight covers.
-    syncing: Option<Vec<Pending>>,
-    open: Option<OpenRegion>,
+    syncing: Option<commit::Syncing>,
+    /// By drive.
+    lanes: Vec<lanes::Lane>,
+    /// The drive whose turn it is among equals.
+    next_lane: usize,
     last_sequence: u64,
-    free: VecDeque<u32>,
     header_slots: Vec<u32>,
     /// Marks that go into the next commit.
     marks: Vec<RegionMark>,
     reclaim: Option<reclaim::Reclaim>,
-    reclaim_again_at: Option<Instant>,
     starving_since: Option<Instant>,
     busy_until: Option<Instant>,
     slots_in_flight: HashSet<usize>,
@@ -182,12 +184,15 @@ impl Writer {
             in_flight: 0,
             has_failed_write: false,
             syncing: None,
-            open: handover.open,
-            free: handover.free,
+            lanes: handover
+                .lanes
+                .into_iter()
+                .map(|(open, free)| lanes::Lane { open, free, ..lanes::Lane::default() })
+                .collect(),
+            next_lane: 0,
             header_slots: handover.header_slots,
             marks: Vec::new(),
             reclaim: None,
-            reclaim_again_at: None,
             starving_since: None,
             busy_until: None,
             slots_in_flight: HashSet::new(),
@@ -241,23 +246,30 @@ impl Writer {
         for (id, location) in news.bad_records {
             self.quarantine(id, location);
         }
-        if let Some(result) = news.synced {
-            self.finish_sync(result);
+        for result in news.synced {
+            self.note_synced(result);
         }
     }
 
     fn note_written(&mut self, sequence: u64, result: Result<()>) {
         self.in_flight -= 1;
         let ended = self.pending.iter_mut().skip(self.written).find_map(|pending| match &mut pending.what {
-            What::Record { record, sequence: of, write, .. } if *of == sequence => Some((record, write)),
+            What::Record { record, location, sequence: of, write, .. } if *of == sequence => {
+                Some((record, *location, write))
+            }
             _ => None,
         });
-        let Some((record, write)) = ended else {
+        let Some((record, location, write)) = ended else {
             debug_assert!(false, "a write ended that is not pending");
             return;
         };
+        let has_failed = result.is_err();
         if let Some(address) = record.slot_address() {
             self.slots_in_flight.remove(&address);
+        }
+        if let Form::Sent(head) = &mut record.form {
+            // Its buffer is free again.
+            drop(head.take());
         }
         *write = match result {
             Ok(()) => {
@@ -271,6 +283,7 @@ impl Writer {
                 Write::Failed(error)
             }
         };
+        self.note_ended(location.region, bytes_of(&location), has_failed);
     }
 
     fn advance_written(&mut self) {
@@ -293,7 +306,7 @@ impl Writer {
         match identity.filter(|_| row.kind == crate::block::RecordKind::Object) {
             Some(identity) => {
                 let tombstone = QueuedRecord::tombstone(id, identity, row.sequence, false);
-                self.queue.push_front(Entry::Record(Box::new(tombstone)));
+                self.put_back(Box::new(tombstone));
             }
             None => {
                 self.pending.push_back(Pending::new(What::Forget { id, sequence: row.sequence }));
@@ -304,14 +317,18 @@ impl Writer {
 
     /// Submits what is queued, as far as the drive, the regions and the order allow.
     fn submit(&mut self) {
-        while !self.has_failed_write && self.in_flight < self.config.queue_depth && self.busy_until.is_none() {
+        while !self.has_failed_write && self.busy_until.is_none() {
             match self.queue.pop_front() {
                 None => break,
                 Some(Entry::Flush(done)) => self.pending.push_back(Pending::new(What::Flush(done))),
                 Some(Entry::Record(record)) => {
+                    let was_for_reclaim = record.is_for_reclaim;
                     if let Err(record) = self.submit_record(record) {
-                        self.queue.push_front(Entry::Record(record));
-                        break;
+                        self.put_back(record);
+                        // It may have to wait for a region to be given up, which needs others written first.
+                        if was_for_reclaim || !self.has_copies_queued() {
+                            break;
+                        }
                     }
                 }
             }
@@ -319,12 +336,28 @@ impl Writer {
         self.advance_written();
     }
 
+    /// To the front of the queue, but behind what a region that is being given up waits for: for that there is room.
+    fn put_back(&mut self, record: Box<QueuedRecord>) {
+        let is_copy = |entry: &&Entry| matches!(entry, Entry::Record(record) if record.is_for_reclaim);
+        let copies = if record.is_for_reclaim { 0 } else { self.queue.iter().take_while(is_copy).count() };
+        self.queue.insert(copies, Entry::Record(record));
+    }
+
+    /// Whether tombstones that a region waits for are next.
+    fn has_copies_queued(&self) -> bool {
+        matches!(self.queue.front(), Some(Entry::Record(record)) if record.is_for_reclaim)
+    }
+
     /// Submits one record, or gives it back when it has to wait.
-    fn submit_record(&mut self, record: Box<QueuedRecord>) -> Result<(), Box<QueuedRecord>> {
+    fn submit_record(&mut self, mut record: Box<QueuedRecord>) -> Result<(), Box<QueuedRecord>> {
+        // Its encoder lets the writer look again.
+        if !record.settle_form() {
+            return Err(record);
+        }
         if record.slot_address().is_some_and(|address| self.slots_in_flight.contains(&address)) {
             return Err(record);
         }
-        let Some(open) = self.room_for(record.pages) else { return Err(record) };
+        let Some((lane, open)) = self.room_for(&record) else { return Err(record) };
         let sequence = match self.counters.next_sequence() {
             Ok(sequence) => sequence,
             Err(error) => {
@@ -334,28 +367,37 @@ impl Writer {
         };
         let location =
             Location { region: open.region, generation: open.generation, page: open.next_page, pages: record.pages };
-        let replaces = record.kind == HeaderKind::Object && self.is_known(record.id.fingerprint());
-        let buffer = self.image(&record, location, sequence, replaces);
-        let inbox = Arc::clone(&self.shared.inbox);
+        let replaces = record.kind == HeaderKind::Object && self.is_known(&record.id);
+        let header = self.header(&record, location, sequence, replaces);
+        let buffer = fill(&mut record, &header);
+        let is_encoded = matches!(record.form, Form::Sent(_));
+        let shared = Arc::clone(&self.shared);
+        let (file, offset) = self.shared.drive.locate(location.region, location.page);
         let request = IoRequest {
-            file: REGION_FILE,
+            file,
             kind: IoKind::Write,
-            offset: self.shared.drive.offset(location.region, location.page),
+            offset,
             buffer: Some(buffer),
             priority: IoPriority::Write,
-            done: Box::new(move |completion: IoCompletion| inbox.push_written(sequence, completion.result)),
+            done: Box::new(move |completion: IoCompletion| {
+                if let Some(IoBuffer::Pages(pages)) = completion.buffer.filter(|_| is_encoded) {
+                    shared.spares.put(pages);
+                }
+                shared.inbox.push_written(sequence, completion.result);
+            }),
         };
         let write = match self.shared.drive.io().submit(request) {
             Ok(()) => Write::InFlight,
-            Err((_, error)) if error.kind() == ErrorKind::Busy => {
+            Err((request, error)) if error.kind() == ErrorKind::Busy => {
                 self.busy_until = Some(Instant::now() + BUSY_PAUSE);
+                take_back(&mut record, request.buffer);
                 return Err(record);
             }
             Err((_, error)) => Write::Failed(error),
         };
         match &write {
             Write::InFlight => {
-                self.in_flight += 1;
+                self.note_started(lane, bytes_of(&location));
                 self.slots_in_flight.extend(record.slot_address());
             }
             _ => self.has_failed_write = true,
@@ -364,21 +406,32 @@ impl Writer {
             *self.objects_pending.entry(record.id.fingerprint()).or_default() += 1;
         }
         self.last_sequence = sequence;
-        self.open = Some(OpenRegion { next_page: open.next_page + record.pages, ..open });
+        self.lanes[lane].open = Some(OpenRegion { next_page: open.next_page + record.pages, ..open });
         self.shared.regions.set_used(open.region, open.next_page + record.pages);
         self.pending.push_back(Pending::new(What::Record { record, location, sequence, replaces, write }));
         Ok(())
     }
 
-    fn is_known(&self, fingerprint: u64) -> bool {
-        self.objects_pending.contains_key(&fingerprint) || self.shared.locate(fingerprint).is_some()
+    /// Whether there is an older version. If the index can not say, there may be.
+    fn is_known(&self, id: &RecordId) -> bool {
+        self.objects_pending.contains_key(&id.fingerprint())
+            || self.shared.try_locate(id).map_or(true, |found| found.is_some())
     }
 
-    /// What goes to the drive: the slot, with its header page filled, or a page with the header alone.
-    fn image(&self, record: &QueuedRecord, location: Location, sequence: u64, replaces: bool) -> IoBuffer {
-        let payload = record.slot.as_ref().and_then(|slot| slot.payload().get(..record.payload_bytes as usize));
-        let checksum = payload.map_or(0, xxh3_64);
-        let header = RecordHeader {
+    /// The header that a record gets at its place.
+    fn header(&self, record: &QueuedRecord, location: Location, sequence: u64, replaces: bool) -> RecordHeader {
+        let raw_bytes = record.payload_bytes;
+        let (codec, stored_bytes, stored_xxh3, raw_xxh3) = match &record.form {
+            Form::Encoded(Image { head, .. }) => {
+                (head.codec.number(), head.stored_bytes, head.stored_xxh3, head.raw_xxh3)
+            }
+            _ => {
+                let payload = record.slot.as_ref().and_then(|slot| slot.payload().get(..raw_bytes as usize));
+                let checksum = payload.map_or(0, xxh3_64);
+                (CODEC_STORED, raw_bytes, checksum, checksum)
+            }
+        };
+        RecordHeader {
             kind: record.kind,
             replaces,
             store: self.shared.uuid,
@@ -387,23 +440,15 @@ impl Writer {
             hides: if record.kind == HeaderKind::Tombstone { record.hides.unwrap_or(sequence) } else { 0 },
             identity: record.identity,
             shards: record.shards,
-            codec: CODEC_STORED,
+            codec,
             key_version: KEY_CHAIN_VERSION,
             parent: record.parent,
             depth: record.depth,
-            raw_bytes: record.payload_bytes,
-            stored_bytes: record.payload_bytes,
-            stored_xxh3: checksum,
-            raw_xxh3: checksum,
+            raw_bytes,
+            stored_bytes,
+            stored_xxh3,
+            raw_xxh3,
             created_unix_ms: unix_ms(),
-        };
-        let page = header.encode();
-        match &record.slot {
-            Some(slot) => {
-                slot.write_header(&page);
-                IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
-            }
-            None => one_page(&page),
         }
     }
 
@@ -417,13 +462,15 @@ impl Writer {
         let is_failed = |p: &Pending| matches!(p.what, What::Record { write: Write::Failed(_), .. });
         let Some(first) = self.pending.iter().position(is_failed) else { return };
         let rest = self.pending.split_off(first);
-        let open = self.open.map(|open| (open.region, open.generation));
-        let is_open_bad = |p: &Pending| {
-            matches!(&p.what, What::Record { location, write: Write::Failed(_), .. }
-                if Some((location.region, location.generation)) == open)
-        };
-        if rest.iter().any(is_open_bad) {
-            self.seal_open_region();
+        for lane in 0..self.lanes.len() {
+            let open = self.lanes[lane].open.map(|open| (open.region, open.generation));
+            let is_open_bad = |p: &Pending| {
+                matches!(&p.what, What::Record { location, write: Write::Failed(_), .. }
+                    if Some((location.region, location.generation)) == open)
+            };
+            if rest.iter().any(is_open_bad) {
+                self.seal_open_region(lane);
+            }
         }
         let mut again = VecDeque::new();
         for pending in rest {
@@ -444,6 +491,7 @@ impl Writer {
     fn prepare_retry(&mut self, mut record: Box<QueuedRecord>) -> Box<QueuedRecord> {
         add(&self.shared.counts.retried_appends, 1);
         record.is_retry = true;
+        record.store_plain();
         self.forget_pending_object(&record);
         record
     }
@@ -526,7 +574,41 @@ impl Writer {
             self.index.commit(&[], &self.marks)?;
         }
         self.index.sync()?;
+        if let Err(error) = self.index.flush() {
+            tracing::warn!(%error, "the index was closed without a flush; the next open takes longer");
+        }
         self.counters.finish()
+    }
+}
+
+fn bytes_of(location: &Location) -> u64 {
+    u64::from(location.pages) * PAGE_BYTES as u64
+}
+
+/// What goes to the drive: the slot, or the buffer of an encoded record, with its header page filled; or a page with the
+/// header alone.
+fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> IoBuffer {
+    let page = header.encode();
+    match (std::mem::replace(&mut record.form, Form::Stored), &record.slot) {
+        (Form::Encoded(Image { mut pages, head }), _) => {
+            record.form = Form::Sent(Some(head));
+            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
+            IoBuffer::Pages(pages)
+        }
+        (_, Some(slot)) => {
+            slot.write_header(&page);
+            IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
+        }
+        (_, None) => one_page(&page),
+    }
+}
+
+/// Undoes [`fill`] when the drive did not take it.
+fn take_back(record: &mut QueuedRecord, buffer: Option<IoBuffer>) {
+    if let (Form::Sent(head), Some(IoBuffer::Pages(pages))) = (&mut record.form, buffer)
+        && let Some(head) = head.take()
+    {
+        record.form = Form::Encoded(Image { pages, head });
     }
 }
 

@@ -5,33 +5,36 @@ use std::path::Path;
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
-    DataBlockIndexType, LogLevel, Options, WriteOptions,
+    DataBlockIndexType, Env, LogLevel, Options, WriteOptions,
 };
 
 use super::reclaimed::{Generations, ReclaimedFilterFactory};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Blocks of tables that were read. Lookups never come here, so this only has to carry the few single reads. Small, so that
-/// it is full soon: a cache that fills for hours looks like a leak.
-const CACHE_BYTES: usize = 16 << 20;
+/// Blocks of tables that were read. Lookups come here only while the table in memory is filled, so this only has to carry
+/// those, compactions and the few single reads.
+const CACHE_BYTES: usize = 64 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
-/// The memtables of the family of records: three of these at most. Small: what is freed with each of them the allocator
-/// gives back in part only, so that larger ones look like a leak for an hour.
+/// The memtables of the family of records: so many of these at most. One holds 50,000 rows, which are flushed in a tenth
+/// of a second: no commit waits for a flush unless hundreds of thousands of records become durable in a second.
 const RECORDS_BUFFER_BYTES: usize = 8 << 20;
-const RECORDS_BUFFERS: i32 = 3;
+const RECORDS_BUFFERS: i32 = 4;
 /// All memtables together.
-const BUFFER_BYTES_MAX: usize = 128 << 20;
+const BUFFER_BYTES_MAX: usize = 40 << 20;
 /// The other families hold a row for each region or namespace.
 const SMALL_BUFFER_BYTES: usize = 1 << 20;
-/// All write-ahead logs together. An open replays them, several microseconds a row: 32 MiB are a quarter of a million rows.
-const WAL_BYTES_MAX: u64 = 32 << 20;
+/// All write-ahead logs together, about. An open replays them, 2 to 3 microseconds a row: 8 MiB are 55,000 rows.
+const WAL_BYTES_MAX: u64 = 8 << 20;
 const TABLE_FILE_BYTES: u64 = 64 << 20;
 const MANIFEST_BYTES_MAX: usize = 16 << 20;
 const INFO_LOG_BYTES_MAX: usize = 4 << 20;
 const INFO_LOGS: usize = 4;
 /// File descriptors for table files.
 const OPEN_FILES: i32 = 512;
+/// Tables that wait for a compaction before commits are slowed down, and stopped: 2.5 and 5 million rows.
+const L0_FILES_SLOW: i32 = 48;
+const L0_FILES_STOP: i32 = 96;
 /// Flushes and compactions at once, in all.
 const BACKGROUND_JOBS: i32 = 2;
 /// Written back to the drive as it comes, so that no sync has to wait for more.
@@ -66,6 +69,11 @@ impl Family {
     }
 }
 
+/// The handles of all families.
+pub(super) fn handles(database: &DB) -> [&ColumnFamily; Family::ALL.len()] {
+    Family::ALL.map(|family| handle(database, family))
+}
+
 /// The handle of a family.
 #[expect(clippy::expect_used, reason = "a database is opened with all families or not at all")]
 pub(super) fn handle(database: &DB, family: Family) -> &ColumnFamily {
@@ -75,7 +83,7 @@ pub(super) fn handle(database: &DB, family: Family) -> &ColumnFamily {
 /// Opens the database at `path`; creates it if there is nothing.
 pub(super) fn open(path: &Path, generations: &Generations) -> Result<DB> {
     let is_new = is_absent_or_empty(path)?;
-    let options = database_options(is_new);
+    let options = database_options(is_new)?;
     if !is_new {
         check_families(path, &options)?;
     }
@@ -100,7 +108,7 @@ pub(super) fn open_read_only(path: &Path, generations: &Generations) -> Result<D
             Error::new(ErrorKind::Corrupt, "the index is empty; it must be rebuilt").with("path", path.display())
         );
     }
-    let options = database_options(false);
+    let options = database_options(false)?;
     check_families(path, &options)?;
     let cache = Cache::new_lru_cache(CACHE_BYTES);
     let families = Family::ALL
@@ -164,8 +172,12 @@ fn check_format(database: &DB) -> Result<()> {
     }
 }
 
-fn database_options(is_new: bool) -> Options {
+fn database_options(is_new: bool) -> Result<Options> {
     let mut options = Options::default();
+    // Compactions take the processor only when nobody else wants it.
+    let mut environment = Env::new().map_err(rocks("opening the index"))?;
+    environment.lower_thread_pool_cpu_priority();
+    options.set_env(&environment);
     options.create_if_missing(is_new);
     options.create_missing_column_families(is_new);
     options.set_paranoid_checks(true);
@@ -186,7 +198,7 @@ fn database_options(is_new: bool) -> Options {
     // An idle store does nothing: no statistics are dumped or kept.
     options.set_stats_dump_period_sec(0);
     options.set_stats_persist_period_sec(0);
-    options
+    Ok(options)
 }
 
 fn family_options(family: Family, cache: &Cache, generations: &Generations) -> Options {
@@ -196,7 +208,7 @@ fn family_options(family: Family, cache: &Cache, generations: &Generations) -> O
     tables.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
     tables.set_whole_key_filtering(true);
     tables.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
-    // Two bytes a record, kept with the open table and gone with it. In the cache, those of tables that compactions have
+    // Two bytes a record (20 MiB for ten million), kept with the open table and gone with it. In the cache, those of tables that compactions have
     // replaced would stay until it is full.
     tables.set_cache_index_and_filter_blocks(false);
 
@@ -205,6 +217,9 @@ fn family_options(family: Family, cache: &Cache, generations: &Generations) -> O
     // Keys are hashes and rows are short: nothing to compress.
     options.set_compression_type(DBCompressionType::None);
     options.set_target_file_size_base(TABLE_FILE_BYTES);
+    // Rather many small tables for a while than a commit that waits for a compaction.
+    options.set_level_zero_slowdown_writes_trigger(L0_FILES_SLOW);
+    options.set_level_zero_stop_writes_trigger(L0_FILES_STOP);
     if family == Family::Records {
         options.set_write_buffer_size(RECORDS_BUFFER_BYTES);
         options.set_max_write_buffer_number(RECORDS_BUFFERS);

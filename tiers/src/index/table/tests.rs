@@ -17,7 +17,7 @@ fn seeded() -> StdRng {
 
 fn prefix_of(table: &Table, fingerprints: &[u64]) -> Vec<Location> {
     let mut out = vec![location(0); 3];
-    table.prefix(fingerprints, &mut out);
+    table.prefix(fingerprints.iter().copied(), &mut out);
     out
 }
 

@@ -20,7 +20,14 @@ pub enum IoBuffer {
         /// How many bytes; a multiple of 4096, at most the slot's length.
         bytes: usize,
     },
-    /// Memory of its own, for superblocks, headers and scans.
+    /// The last `bytes` bytes of a slot: a record that is decoded to the front of it.
+    SlotEnd {
+        /// The slot.
+        slot: Arc<Slot>,
+        /// How many bytes; a multiple of 4096, at most the slot's length.
+        bytes: usize,
+    },
+    /// Memory of its own, for superblocks, headers, scans and encoded records.
     Pages(Pages),
 }
 
@@ -29,6 +36,8 @@ impl IoBuffer {
     pub fn as_ptr(&self) -> NonNull<u8> {
         match self {
             Self::Slot { slot, .. } => slot.as_ptr(),
+            // SAFETY: the offset is at most the length of the slot.
+            Self::SlotEnd { slot, bytes } => unsafe { slot.as_ptr().add(slot.bytes().saturating_sub(*bytes)) },
             Self::Pages(pages) => pages.start,
         }
     }
@@ -36,7 +45,7 @@ impl IoBuffer {
     /// The number of bytes.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Slot { slot, bytes } => (*bytes).min(slot.bytes()),
+            Self::Slot { slot, bytes } | Self::SlotEnd { slot, bytes } => (*bytes).min(slot.bytes()),
             Self::Pages(pages) => pages.bytes,
         }
     }
@@ -95,7 +104,9 @@ impl IoBuffer {
 #[derive(Debug)]
 pub struct Pages {
     start: NonNull<u8>,
+    /// What is used of it.
     bytes: usize,
+    allocated_bytes: usize,
 }
 
 // SAFETY: `Pages` owns its memory like a `Box<[u8]>`.
@@ -110,7 +121,7 @@ impl Pages {
         let layout = Self::layout(bytes);
         // SAFETY: the layout has a size above zero.
         match NonNull::new(unsafe { alloc_zeroed(layout) }) {
-            Some(start) => Self { start, bytes },
+            Some(start) => Self { start, bytes, allocated_bytes: bytes },
             None => handle_alloc_error(layout),
         }
     }
@@ -120,9 +131,19 @@ impl Pages {
         Layout::from_size_align(bytes, IO_ALIGN).expect("invariant: a size below isize::MAX")
     }
 
+    /// How many bytes there are room for.
+    pub fn allocated_bytes(&self) -> usize {
+        self.allocated_bytes
+    }
+
+    /// Uses the first `bytes` bytes, rounded up to whole pages, as far as there is room. What is in them stays.
+    pub fn set_bytes(&mut self, bytes: usize) {
+        self.bytes = bytes.next_multiple_of(IO_ALIGN).clamp(IO_ALIGN, self.allocated_bytes);
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: the memory is ours and initialised.
+        // SAFETY: the memory is ours and initialised, and at most what was allocated is used.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
     }
 
@@ -136,6 +157,6 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: allocated with the same layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) };
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.allocated_bytes)) };
     }
 }

@@ -62,7 +62,7 @@ impl Files {
 
 fn problem_of(buffer: &IoBuffer, offset: u64) -> Option<String> {
     let bytes = buffer.bytes();
-    if let IoBuffer::Slot { slot, bytes } = buffer
+    if let IoBuffer::Slot { slot, bytes } | IoBuffer::SlotEnd { slot, bytes } = buffer
         && *bytes > slot.bytes()
     {
         return Some(format!("{bytes} bytes are more than the slot's {}", slot.bytes()));

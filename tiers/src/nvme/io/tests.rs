@@ -225,6 +225,7 @@ fn filled(mut buffer: IoBuffer, bytes: &[u8]) -> IoBuffer {
             let slot = Arc::get_mut(slot).expect("not shared yet");
             slot.payload_mut()[..payload.len()].copy_from_slice(payload);
         }
+        IoBuffer::SlotEnd { .. } => unreachable!("only ever read into"),
     }
     buffer
 }
@@ -237,5 +238,6 @@ fn content(buffer: &IoBuffer) -> Vec<u8> {
             all.extend_from_slice(&slot.payload()[..bytes - PAGE]);
             all
         }
+        IoBuffer::SlotEnd { .. } => unreachable!("none is made here"),
     }
 }

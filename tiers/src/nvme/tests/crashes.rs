@@ -7,7 +7,7 @@ use rand::Rng;
 
 use super::*;
 
-on_both_engines!(
+on_engines_and_drives!(
     what_was_reported_durable_survives_a_crash_at_any_commit,
     a_store_that_was_dropped_keeps_what_was_durable,
     a_wiped_index_is_made_anew_with_the_same_content,

@@ -202,12 +202,13 @@ fn a_drive_that_can_not_read_is_a_miss() {
 
 /// Every single operation of a workload fails once: nothing wrong is read then or after the next open, and what was
 /// reported durable is there.
-fn fail_each(kind: IoKind, action: FaultAction, regions: u64, versions: u64) {
+pub(super) fn fail_each(kind: IoKind, action: FaultAction, regions: u64, versions: u64) {
     // With many regions none is given up, and nothing durable may be missing.
     let is_strict = regions > 20;
     for nth in 1.. {
         let mut place = Place::new(IoChoice::Psync, 1);
         (place.config.region_bytes, place.config.capacity_bytes) = (64 * KIB, regions * 64 * KIB);
+        place.config.more_drives.iter_mut().for_each(|drive| drive.capacity_bytes = regions * 64 * KIB);
         let mut drive = None;
         let wrap = |io| -> Arc<dyn BlockIo> {
             let plan = FaultPlan::default().fail(kind, nth, action);

@@ -3,13 +3,18 @@
 use super::*;
 use crate::index::{IndexChange, IndexLog};
 
+fn paths(place: &Place) -> StorePaths {
+    let more_drives = place.config.more_drives.iter().map(|drive| drive.path.clone()).collect();
+    StorePaths { home: place.store_path(), more_drives }
+}
+
 fn check(place: &Place) -> FsckReport {
-    fsck(&place.store_path(), false, &mut drop).expect("checked")
+    fsck(&paths(place), false, &mut drop).expect("checked")
 }
 
 /// A repair, after which nothing is left to find.
 fn repair(place: &Place) -> FsckReport {
-    let report = fsck(&place.store_path(), true, &mut drop).expect("repaired");
+    let report = fsck(&paths(place), true, &mut drop).expect("repaired");
     assert!(report.is_good() && report.repaired > 0, "{report:?}");
     let left = check(place);
     assert_eq!((left.problems, left.is_clean), (0, true), "{left:?}");
@@ -52,7 +57,7 @@ fn a_store_that_is_right_has_no_problems_also_after_a_crash() {
     let records = store.stats().records;
     close(store);
     let mut told = FsckProgress::default();
-    let report = fsck(&place.store_path(), false, &mut |progress| told = progress).expect("checked");
+    let report = fsck(&paths(&place), false, &mut |progress| told = progress).expect("checked");
     assert_eq!((report.problems, report.is_clean, report.index), (0, true, IndexState::Ok), "{report:?}");
     assert!(report.rows <= records && report.records >= report.rows && report.rows > 0, "{report:?}");
     assert_eq!((told.regions, told.regions_total), (report.regions_in_use, report.regions_in_use));
@@ -165,11 +170,38 @@ fn a_lost_index_and_a_torn_superblock_are_found_and_made_anew() {
 #[test]
 fn an_open_store_and_what_is_none_are_refused() {
     let place = closed();
-    let kind = |path: &Path| fsck(path, true, &mut drop).map(drop).map_err(|error| error.kind());
+    let kind = |path: &Path| {
+        let paths = StorePaths { home: path.to_owned(), more_drives: Vec::new() };
+        fsck(&paths, true, &mut drop).map(drop).map_err(|error| error.kind())
+    };
     let (store, _) = place.open();
     assert_eq!(kind(&place.store_path()), Err(ErrorKind::Locked));
     close(store);
     assert_eq!(kind(place.directory.path()), Err(ErrorKind::InvalidInput));
     assert_eq!(std::fs::read_dir(place.directory.path()).expect("read").count(), 1, "nothing is made");
     assert_eq!(kind(&place.directory.path().join("nowhere")), Err(ErrorKind::InvalidInput));
+}
+
+#[test]
+fn a_store_on_several_drives_is_checked_on_all_of_them() {
+    let mut place = Place::new(IoChoice::Auto, 10);
+    let second = place.directory.path().join("second");
+    place.config.more_drives = vec![DriveConfig { path: second.clone(), capacity_bytes: 10 * REGION_BYTES }];
+    let (store, _) = place.open();
+    put(&place, &store, (0..60).map(|name| (name, 1, 30_000)));
+    close(store);
+    let report = check(&place);
+    assert_eq!((report.problems, report.rows, report.regions), (0, 60, 20), "{report:?}");
+    let bytes = std::fs::read(second.join("regions.0")).expect("read");
+    let at = bytes.chunks(4096).position(|page| page.starts_with(b"PEGARECD")).expect("a record on the second drive");
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(second.join("regions.0")).expect("there");
+    file.write_all_at(&[0xee; 64], (at as u64 + 1) * 4096).expect("written");
+    assert_eq!(check(&place).bad_checksums, 1);
+    repair(&place);
+    let alone = StorePaths { home: place.store_path(), more_drives: Vec::new() };
+    assert_eq!(fsck(&alone, false, &mut drop).map_err(|error| error.kind()).map(drop), Err(ErrorKind::InvalidInput));
+    let grouped = StorePaths::group(&[second.clone(), place.store_path()]).expect("grouped");
+    assert_eq!(grouped, [paths(&place)]);
+    assert_eq!(StorePaths::group(&[second]).map_err(|error| error.kind()), Err(ErrorKind::InvalidInput));
 }

@@ -1,17 +1,18 @@
-//! Group commit: data, `fdatasync`, index, lookups, callbacks, in this order.
+//! Group commit: data, `fdatasync` of every drive that it lies on, index, lookups, callbacks, in this order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BUSY_PAUSE, Pending, What, Writer};
+use super::lanes::hides_older;
+use super::{BUSY_PAUSE, Pending, What, Writer, bytes_of};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
-use crate::nvme::drive::REGION_FILE;
+use crate::nvme::append::Form;
+use crate::nvme::drive::Drive;
 use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
 use crate::nvme::page::PAGE_BYTES;
-use crate::nvme::record_header::HeaderKind;
 use crate::nvme::stats::add;
 
 /// The name in the index under which a region's generation stands if it has records that hide older ones.
@@ -19,49 +20,106 @@ pub(in crate::nvme) fn hiding_name(region: u32) -> String {
     format!("hides/{region}")
 }
 
+/// The group that is becoming durable.
+pub(super) struct Syncing {
+    batch: Vec<Pending>,
+    /// Drives whose sync was not started yet.
+    to_start: Vec<usize>,
+    /// Syncs in flight.
+    running: usize,
+    result: Result<()>,
+}
+
 impl Writer {
-    /// Starts a sync for the written prefix when it is time. Writes go on meanwhile, and belong to the next one.
+    /// Starts to sync the written prefix when it is time. Writes go on meanwhile, and belong to the next one.
     pub(super) fn sync_if_due(&mut self) {
-        if self.syncing.is_some() || self.written == 0 || self.busy_until.is_some() || self.shared.poisoned().is_some()
-        {
+        if self.busy_until.is_some() {
             return;
+        }
+        if self.syncing.is_none() {
+            if !self.is_sync_due() {
+                return;
+            }
+            let batch: Vec<Pending> = self.pending.drain(..self.written).collect();
+            self.reset_written();
+            self.advance_written();
+            let to_start = self.drives_of(&batch);
+            self.syncing = Some(Syncing { batch, to_start, running: 0, result: Ok(()) });
+        }
+        self.start_syncs();
+    }
+
+    fn is_sync_due(&self) -> bool {
+        if self.written == 0 || self.shared.poisoned().is_some() {
+            return false;
         }
         let is_old = self.pending.front().is_some_and(|oldest| oldest.since.elapsed() >= self.config.commit_interval);
         let is_large = self.written_bytes >= self.config.commit_bytes;
         // A region can only be given up when all of it is durable.
         let is_starving = self.starving_since.is_some();
-        if !(is_old || is_large || is_starving || self.is_written_urgent || self.ending.is_some()) {
-            return;
-        }
-        let inbox = Arc::clone(&self.shared.inbox);
-        let request = IoRequest {
-            file: REGION_FILE,
-            kind: IoKind::Sync,
-            offset: 0,
-            buffer: None,
-            priority: IoPriority::Write,
-            done: Box::new(move |completion: IoCompletion| inbox.push_synced(completion.result)),
+        is_old || is_large || is_starving || self.is_written_urgent || self.ending.is_some()
+    }
+
+    /// The drives that records of a group lie on; one if there are none, so that every group ends alike.
+    fn drives_of(&self, batch: &[Pending]) -> Vec<usize> {
+        let place = |pending: &Pending| match &pending.what {
+            What::Record { location, .. } => self.shared.drive.place(location.region),
+            _ => None,
         };
-        match self.shared.drive.io().submit(request) {
-            Ok(()) => {
-                self.syncing = Some(self.pending.drain(..self.written).collect());
-                self.reset_written();
-                self.advance_written();
-            }
-            Err((_, error)) if error.kind() == ErrorKind::Busy => self.busy_until = Some(Instant::now() + BUSY_PAUSE),
-            Err((_, error)) => {
-                self.shared.poison("a sync could not be started", &error);
+        let drives: BTreeSet<usize> = batch.iter().filter_map(place).map(|place| place.drive).collect();
+        if drives.is_empty() { vec![0] } else { drives.into_iter().collect() }
+    }
+
+    fn start_syncs(&mut self) {
+        let Some(syncing) = &mut self.syncing else { return };
+        while let Some(&drive) = syncing.to_start.last() {
+            let inbox = Arc::clone(&self.shared.inbox);
+            let request = IoRequest {
+                file: Drive::file(drive),
+                kind: IoKind::Sync,
+                offset: 0,
+                buffer: None,
+                priority: IoPriority::Write,
+                done: Box::new(move |completion: IoCompletion| inbox.push_synced(completion.result)),
+            };
+            match self.shared.drive.io().submit(request) {
+                Ok(()) => {
+                    syncing.running += 1;
+                    syncing.to_start.pop();
+                }
+                Err((_, error)) if error.kind() == ErrorKind::Busy => {
+                    self.busy_until = Some(Instant::now() + BUSY_PAUSE);
+                    return;
+                }
+                Err((_, error)) => {
+                    syncing.to_start.clear();
+                    syncing.result = Err(error);
+                }
             }
         }
+        self.finish_sync_if_ended();
+    }
+
+    /// The sync of one drive ended.
+    pub(super) fn note_synced(&mut self, result: Result<()>) {
+        let Some(syncing) = &mut self.syncing else { return };
+        syncing.running -= 1;
+        if result.is_err() {
+            syncing.to_start.clear();
+            syncing.result = result;
+        }
+        self.finish_sync_if_ended();
     }
 
     pub(super) fn reset_written(&mut self) {
         (self.written, self.written_bytes, self.is_written_urgent) = (0, 0, false);
     }
 
-    /// The sync ended. A failed one is never tried again: the kernel may have dropped the data and forgotten about it.
-    pub(super) fn finish_sync(&mut self, result: Result<()>) {
-        let Some(batch) = self.syncing.take() else { return };
+    /// All drives are synced. A failed sync is never tried again: the kernel may have dropped the data and forgotten
+    /// about it.
+    fn finish_sync_if_ended(&mut self) {
+        let ended = self.syncing.take_if(|syncing| syncing.running == 0 && syncing.to_start.is_empty());
+        let Some(Syncing { batch, result, .. }) = ended else { return };
         let outcome = match result {
             Err(error) => {
                 self.shared.poison("a sync of the store failed", &error);
@@ -92,17 +150,21 @@ impl Writer {
         self.note_hiding_regions(batch)?;
         let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
         let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
-        self.index.commit(&changes, &marks)?;
+        self.shared.commit(&self.index, &changes, &marks)?;
         self.marks.clear();
-        self.shared.publish(&self.index, &changes)
+        // A drive may be gone at the next open, and with it the only other place that knows of a removal.
+        if self.lanes.len() > 1 && batch.iter().any(hides_older) {
+            self.index.sync()?;
+        }
+        Ok(())
     }
 
     /// A region that gets its first record that hides older ones is noted before the record is: whoever reclaims the
     /// region must know, also after a restart.
     fn note_hiding_regions(&self, batch: &[Pending]) -> Result<()> {
         for pending in batch {
-            if let What::Record { record, location, replaces, .. } = &pending.what
-                && (*replaces || record.kind == HeaderKind::Tombstone)
+            if let What::Record { location, .. } = &pending.what
+                && hides_older(pending)
                 && self.shared.regions.set_hiding(location.region)
             {
                 self.index.meta_put(&hiding_name(location.region), &location.generation.to_le_bytes())?;
@@ -135,7 +197,16 @@ impl Writer {
         match pending.what {
             What::Record { record, location, .. } => {
                 add(&self.shared.counts.appended_records, 1);
-                add(&self.shared.counts.appended_bytes, u64::from(location.pages) * PAGE_BYTES as u64);
+                add(&self.shared.counts.appended_bytes, bytes_of(&location));
+                if record.kind.has_payload() {
+                    add(&self.shared.counts.appended_payload_bytes, record.payload_bytes);
+                    // An encoded payload is whole pages long.
+                    let pages_bytes = bytes_of(&location) - PAGE_BYTES as u64;
+                    add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
+                }
+                if matches!(record.form, Form::Sent(_)) {
+                    add(&self.shared.counts.encoded_records, 1);
+                }
                 self.resolve(record, Ok(location));
             }
             What::Flush(done) => done.call(Ok(())),

@@ -1,13 +1,14 @@
-//! The life of regions: free, open, sealed, given up, free. One free region is kept in reserve, so that what has to be
-//! written before a region can be given up always has a place.
+//! The life of regions: free, open, sealed, given up, free. One free region is kept in reserve on each drive, so that
+//! what has to be written before a region can be given up has a place.
 //!
 //! A region that is given up may hold records that hide older ones elsewhere (tombstones, and objects that replaced an
 //! earlier version). As long as those may exist, they are hidden again by a new tombstone, durable before the region's
-//! generation is raised. The oldest region never needs that, which is why reclaiming can not come to a standstill.
+//! generation is raised. With one drive the oldest region never needs that; with several there is a last resort. So
+//! reclaiming can not come to a standstill.
 
 use std::time::{Duration, Instant};
 
-use super::{OpenRegion, Pending, REGION_WAIT, What, Writer};
+use super::{Pending, REGION_WAIT, What, Writer};
 use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::RegionMark;
@@ -41,56 +42,8 @@ pub(super) struct Reclaim {
 }
 
 impl Writer {
-    /// The open region, with room for so many pages; opens another one if need be. `None`: there is none now.
-    pub(super) fn room_for(&mut self, pages: u32) -> Option<OpenRegion> {
-        let region_pages = self.shared.drive.region_pages();
-        if let Some(open) = self.open {
-            if open.next_page + pages <= region_pages {
-                return Some(open);
-            }
-            self.seal_open_region();
-        }
-        if self.free.is_empty() {
-            self.try_reclaim();
-        }
-        while let Some(region) = self.free.pop_front() {
-            match self.open_region(region) {
-                Ok(open) => {
-                    self.open = Some(open);
-                    self.set_starving(false);
-                    return Some(open);
-                }
-                Err(error) if self.shared.poisoned().is_some() => {
-                    tracing::debug!(%error, "no region is opened");
-                    return None;
-                }
-                // It stays out of use until the store is opened again.
-                Err(error) => tracing::warn!(region, error = format!("{error:#}"), "a region could not be opened"),
-            }
-        }
-        self.set_starving(true);
-        None
-    }
-
-    /// No more records go to the open region. The index learns it after the last of them.
-    pub(super) fn seal_open_region(&mut self) {
-        if let Some(open) = self.open.take() {
-            self.shared.regions.seal(open.region);
-            let (region, generation, sequence) = (open.region, open.generation, self.last_sequence);
-            self.pending.push_back(Pending::new(What::Seal { region, generation, sequence }));
-        }
-    }
-
-    fn open_region(&mut self, region: u32) -> Result<OpenRegion> {
-        let first_sequence = self.counters.sequence();
-        let generation = self.begin_generation(region, RegionPurpose::Records, first_sequence)?;
-        self.shared.regions.open(region, generation, first_sequence);
-        self.shared.regions.set_used(region, HEADER_SLOTS);
-        Ok(OpenRegion { region, generation, next_page: HEADER_SLOTS })
-    }
-
     /// Writes a region's header with a new generation; durable when it returns.
-    fn begin_generation(&mut self, region: u32, purpose: RegionPurpose, first_sequence: u64) -> Result<u64> {
+    pub(super) fn begin_generation(&mut self, region: u32, purpose: RegionPurpose, first_sequence: u64) -> Result<u64> {
         let header = RegionHeader {
             store: self.shared.uuid,
             region,
@@ -107,7 +60,8 @@ impl Writer {
         // The slot with the current header stays as it is, so that a torn write leaves that one.
         let written = self.shared.drive.write(region, other, &page);
         written.inspect_err(|error| self.shared.poison.note_write(Some(error)))?;
-        self.shared.drive.sync().inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
+        let synced = self.shared.drive.sync_regions([region]);
+        synced.inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
         self.header_slots[region as usize] = other;
         // Once it is durable the other slot gets it too, against decay; the next sync makes that durable.
         if purpose == RegionPurpose::Records
@@ -118,7 +72,7 @@ impl Writer {
         Ok(header.generation)
     }
 
-    fn set_starving(&mut self, is_starving: bool) {
+    pub(super) fn set_starving(&mut self, is_starving: bool) {
         self.shared.regions.set_writer_starving(is_starving);
         self.starving_since = is_starving.then(|| self.starving_since.unwrap_or_else(Instant::now));
     }
@@ -143,44 +97,75 @@ impl Writer {
         self.sync_if_due();
     }
 
-    /// Starts to reclaim a region when the last free one was taken.
+    /// Starts to reclaim a region of a drive when its last free one was taken.
     pub(super) fn keep_a_spare_region(&mut self) {
-        let is_too_soon = self.reclaim_again_at.is_some_and(|at| Instant::now() < at);
-        if self.free.is_empty() && self.open.is_some() && !is_too_soon {
-            self.try_reclaim();
+        for number in 0..self.lanes.len() {
+            let lane = &self.lanes[number];
+            let is_too_soon = lane.reclaim_again_at.is_some_and(|at| Instant::now() < at);
+            // A drive without any region is out of use; the others have the records.
+            let is_in_use = lane.open.is_some() || self.lanes.len() > 1;
+            if lane.free.is_empty() && is_in_use && !is_too_soon {
+                self.try_reclaim(number);
+            }
         }
     }
 
-    /// Chooses a region to give up and starts, unless one is on its way.
-    fn try_reclaim(&mut self) {
+    /// Chooses a region of a drive to give up and starts, unless one is on its way.
+    pub(super) fn try_reclaim(&mut self, number: usize) {
         if self.reclaim.is_some()
             || self.shared.poisoned().is_some()
             || self.ending.is_some_and(|_| self.queue.is_empty())
         {
             return;
         }
-        self.reclaim_again_at = None;
-        if !self.start_reclaim() {
-            self.reclaim_again_at = Some(Instant::now() + RECLAIM_PAUSE);
+        self.lanes[number].reclaim_again_at = None;
+        if !self.start_reclaim(number) {
+            self.lanes[number].reclaim_again_at = Some(Instant::now() + RECLAIM_PAUSE);
         }
     }
 
-    fn start_reclaim(&mut self) -> bool {
-        let candidates = self.shared.regions.candidates();
+    fn start_reclaim(&mut self, number: usize) -> bool {
+        let candidates = self.shared.regions.candidates(number);
         let chosen = self.shared.policy.victim(&candidates);
         let chosen = chosen.and_then(|region| candidates.iter().find(|info| info.region == region));
         let Some(chosen) = chosen else { return false };
-        let oldest = candidates.iter().min_by_key(|info| info.first_sequence);
-        let oldest = oldest.filter(|oldest| oldest.region != chosen.region);
-        [Some(chosen), oldest].into_iter().flatten().any(|info| self.start_reclaim_of(info))
+        let Some(oldest) = candidates.iter().min_by_key(|info| info.first_sequence) else { return false };
+        let room = self.room_in_open_regions();
+        let share = room.min(self.shared.drive.region_pages() / KEPT_TOMBSTONES_SHARE);
+        self.start_reclaim_of(chosen, share as usize)
+            || self.start_reclaim_of(oldest, room as usize)
+            || (self.starving_since.is_some() && self.give_up_with_what_it_hides(oldest))
     }
 
-    /// Takes a region away from its readers and finds out what it hides; whether it is on its way to being free.
-    fn start_reclaim_of(&mut self, info: &RegionInfo) -> bool {
+    /// The last resort with several drives: not even the oldest region of this one can go, because there is no room for
+    /// its tombstones. What it hides is hidden by the index alone afterwards, so the superblock notes that no index is
+    /// made anew from the regions that there are.
+    fn give_up_with_what_it_hides(&mut self, info: &RegionInfo) -> bool {
         if self.shared.regions.begin_reclaim(info.region).is_none() {
             return false;
         }
-        match self.tombstones_to_keep(info) {
+        if let Err(error) = self.counters.raise_rebuild_floor() {
+            self.shared.poison("noting the regions that no index is made from failed", &error);
+            self.shared.regions.abort_reclaim(info.region);
+            return false;
+        }
+        tracing::warn!(
+            region = info.region,
+            "no room for tombstones: older regions count only as long as the index does"
+        );
+        (0..self.lanes.len()).for_each(|number| self.seal_open_region(number));
+        self.reclaim = Some(Reclaim { region: info.region, waits_for: 0, has_failed: false });
+        self.finish_reclaim_if_ready();
+        true
+    }
+
+    /// Takes a region away from its readers and finds out what it hides; whether it is on its way to being free. At most
+    /// `limit` tombstones are written for it.
+    fn start_reclaim_of(&mut self, info: &RegionInfo, limit: usize) -> bool {
+        if self.shared.regions.begin_reclaim(info.region).is_none() {
+            return false;
+        }
+        match self.tombstones_to_keep(info, limit) {
             Ok(Some(tombstones)) => {
                 self.reclaim = Some(Reclaim { region: info.region, waits_for: tombstones.len(), has_failed: false });
                 add(&self.shared.counts.kept_tombstones, tombstones.len() as u64);
@@ -203,14 +188,11 @@ impl Writer {
     }
 
     /// The tombstones without which something older could come back; `None` if they are too many.
-    fn tombstones_to_keep(&self, info: &RegionInfo) -> Result<Option<Vec<QueuedRecord>>> {
+    fn tombstones_to_keep(&self, info: &RegionInfo, limit: usize) -> Result<Option<Vec<QueuedRecord>>> {
         let oldest = self.shared.regions.oldest_sequence_besides(info.region);
         let Some(oldest) = oldest.filter(|_| self.shared.regions.is_hiding(info.region)) else {
             return Ok(Some(Vec::new()));
         };
-        let region_pages = self.shared.drive.region_pages();
-        let room = self.open.map_or(0, |open| region_pages - open.next_page);
-        let limit = room.min(region_pages / KEPT_TOMBSTONES_SHARE) as usize;
         let range = ScanRange {
             store: self.shared.uuid,
             region: info.region,
@@ -274,7 +256,9 @@ impl Writer {
 
     fn free_region(&mut self, region: u32, generation: u64) {
         let records = self.shared.regions.finish_reclaim(region, generation);
-        self.free.push_back(region);
+        if let Some(place) = self.shared.drive.place(region) {
+            self.lanes[place.drive].free.push_back(region);
+        }
         // The mark ends all rows of the region at once.
         self.marks.push(RegionMark { region, generation, page: 0, sequence: 0 });
         add(&self.shared.counts.reclaimed_regions, 1);
