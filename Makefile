@@ -18,6 +18,8 @@ CHECK_FLIP ?=
 # Random kills, and simulated power losses, of `torture`.
 KILLS ?= 50
 SEEDS ?= 0
+# How long `soak` lasts.
+MINUTES ?= 30
 # What `bench-gpu` merges: a JSON file with tpot_median_rise and tpot_p99_rise.
 TPOT ?=
 # Where the killed workers of `kill-workers` have their KV cache.
@@ -50,7 +52,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress bench bench-index bench-gpu bench-ttft bench-pairs bench-interference
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-gpu bench-ttft bench-pairs bench-interference
 .PHONY: check-bytes kill-workers ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -95,6 +97,9 @@ kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 
 
 stress: server ## 64 clients for 60 s on one server: no leak, no wrong byte
 	@cargo run --release --quiet -p pegaflow-tests --bin stress
+
+soak: server ## A server under full churn: memory, descriptors and bytes on disk stay flat. MINUTES=30
+	@cargo run --release --quiet -p pegaflow-tests --bin soak -- --minutes $(MINUTES)
 
 bench: toolchain ## All criterion benches
 	@cargo bench -p pegaflow-benches

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place};
+use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
 use serde::Serialize;
 
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
@@ -207,8 +207,16 @@ pub struct Stats {
     pub index_rows: u64,
     /// The I/O engine: `io_uring`, `psync` or `none`.
     pub io_engine: String,
+    /// Whether records go past the page cache: false without a store, and on file systems that have no direct I/O.
+    pub nvme_is_direct: bool,
     /// Whether the store takes no more writes after a failure.
     pub nvme_poisoned: bool,
+    /// Why blocks live in DRAM only though there is a store; `None` if they do not, and without a store.
+    pub nvme_degraded: Option<PoisonReason>,
+    /// How often the store was opened again after it had failed.
+    pub nvme_reopens: u64,
+    /// Attempts to open it again that failed.
+    pub nvme_failed_reopens: u64,
     /// Open sessions.
     pub sessions: u64,
     /// Registered instances.
@@ -245,6 +253,14 @@ pub struct Stats {
     pub quarantined_records: u64,
     /// Regions reclaimed.
     pub reclaimed_regions: u64,
+    /// Bytes that scrubs have read.
+    pub scrubbed_bytes: u64,
+    /// Records that scrubs have found damaged; they are among `quarantined_records`.
+    pub scrub_bad_records: u64,
+    /// Scrubs that have seen every record.
+    pub scrub_passes: u64,
+    /// When the last of them ended, in milliseconds since 1970; 0 for never.
+    pub scrub_last_pass_unix_ms: u64,
     /// Bytes of the payloads that became durable.
     pub nvme_written_raw_bytes: u64,
     /// Bytes of these as they were stored.

@@ -168,6 +168,10 @@ pub struct NvmeConfig {
     /// Operations in flight on each drive. Default: 64. Limits: 1 to 1024.
     #[serde(default = "default_queue_depth")]
     pub queue_depth: u32,
+    /// Bytes a second at which records are read and checked while the drive is idle, all of them about once a day; 0: never.
+    /// Default: 8 MiB. Maximum: 16 GiB.
+    #[serde(default = "default_scrub")]
+    pub scrub: ByteSize,
     /// Whether blocks are compressed on the drive, without loss: `auto` or `none`. Default: auto.
     #[serde(default)]
     pub codec: CodecChoice,
@@ -175,6 +179,10 @@ pub struct NvmeConfig {
 
 fn default_nvme_capacity() -> ByteSize {
     ByteSize::gib(16)
+}
+
+fn default_scrub() -> ByteSize {
+    ByteSize::mib(8)
 }
 
 fn default_queue_depth() -> u32 {
@@ -191,6 +199,7 @@ impl NvmeConfig {
             region: None,
             io_engine: IoEngineChoice::Auto,
             queue_depth: default_queue_depth(),
+            scrub: default_scrub(),
             codec: CodecChoice::Auto,
         }
     }
@@ -307,6 +316,7 @@ impl EngineConfig {
                 region.is_multiple_of(MIB) && (4 * MIB..=4 * GIB).contains(&region),
                 format!("nvme.region is {}; give a multiple of 1 MiB from 4 MiB to 4 GiB", ByteSize(region)),
             );
+            check(nvme.scrub.0 <= 16 * GIB, format!("nvme.scrub is {} a second; give 0 to 16 GiB", nvme.scrub));
             let least = ByteSize(region.saturating_mul(4));
             let too_small = |name: String, capacity: ByteSize| {
                 let problem = format!(

@@ -17,6 +17,7 @@ use crate::api::{
 };
 use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
+use crate::drive_tier::{DriveTier, Source};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
@@ -25,7 +26,6 @@ use crate::reclaim::LeastRecentlyUsed;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
-use crate::volatile_namespaces::VolatileNamespaces;
 use crate::{lookup, objects};
 
 /// A group commit happens at the latest after this many bytes.
@@ -48,31 +48,52 @@ impl Engine {
     /// # Errors
     /// `InvalidInput`, `Locked`, `ForeignFormat`, `NewerFormat`, `PermissionDenied`, `NoSpace`, `Unsupported` or `Io`.
     pub fn open(config: EngineConfig) -> Result<Self> {
+        Self::open_with(config, source)
+    }
+
+    /// As [`Engine::open`], with a wrapper around the I/O engine of each store that it opens: for tests.
+    ///
+    /// # Errors
+    /// As [`Engine::open`].
+    #[cfg(feature = "fault-injection")]
+    pub fn open_wrapped(
+        config: EngineConfig,
+        wrap: impl Fn(Arc<dyn pegaflow_tiers::BlockIo>) -> Arc<dyn pegaflow_tiers::BlockIo> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::open_with(config, |config, arena| {
+            let nvme = config.nvme.as_ref()?;
+            let (path, config, arena) = (nvme.path.clone(), store_config(config, nvme, arena), Arc::clone(arena));
+            let open = move || Store::open_wrapped(config.clone(), &arena, Arc::new(LeastRecentlyUsed), &wrap);
+            Some(Source { path, open: Box::new(open) })
+        })
+    }
+
+    fn open_with(
+        config: EngineConfig,
+        source: impl FnOnce(&EngineConfig, &Arc<Arena>) -> Option<Source>,
+    ) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
         let mut recovered_records = 0;
-        let store = match &config.nvme {
-            None => None,
-            Some(nvme) => {
-                let (store, report) =
-                    Store::open(store_config(&config, nvme, &arena), Arc::clone(&arena), Arc::new(LeastRecentlyUsed))?;
-                tracing::info!(?report, path = %nvme.path.display(), "the store is open");
+        let drive = match source(&config, &arena) {
+            None => DriveTier::none(),
+            Some(source) => {
+                let (drive, report) = DriveTier::open(source)?;
                 recovered_records = report.recovered_records;
-                Some(store)
+                drive
             }
         };
         let inner = Arc::new(Inner {
             residency: Residency::new(Arc::clone(&arena)),
             arena,
-            store,
+            drive,
             leases: Leases::new(),
             operations: Operations::default(),
             registry: Registry::default(),
             counters: Counters::default(),
             object_order: Mutex::new(()),
-            volatile_namespaces: VolatileNamespaces::default(),
             recovered_records,
             is_closed: AtomicBool::new(false),
             config,
@@ -114,11 +135,12 @@ impl Engine {
     pub fn register(&self, session: SessionId, spec: InstanceSpec) -> Result<()> {
         let inner = self.inner()?;
         inner.registry.check(session, &spec)?;
-        let namespace = match &inner.store {
-            Some(store) => store.namespace(&spec.namespace, &spec.groups)?,
-            None => inner.volatile_namespaces.register(&spec.namespace, &spec.groups)?,
-        };
+        let namespace = inner.drive.namespace(&spec.namespace, &spec.groups)?;
         inner.registry.add_worker(session, &spec, namespace);
+        // The store may have come back in between, and the namespace may have got another number with it.
+        if let Some(now) = inner.drive.handle_of(&spec.namespace.id()).filter(|now| *now != namespace) {
+            inner.registry.move_namespace(namespace, now);
+        }
         Ok(())
     }
 
@@ -236,7 +258,11 @@ impl Engine {
     pub fn flush(&self, deadline: Instant) -> Result<()> {
         let inner = self.inner()?;
         inner.operations.wait_saves(deadline)?;
-        inner.store.as_ref().map_or(Ok(()), |store| store.flush(deadline))
+        inner.drive.wait_renewed(deadline)?;
+        match inner.drive.store() {
+            Some(store) => store.flush(deadline),
+            None => inner.drive.degraded().map_or(Ok(()), |degraded| Err(degraded.error)),
+        }
     }
 
     /// Counters and gauges.
@@ -270,9 +296,7 @@ impl Engine {
             recovered_records: inner.recovered_records,
             ..Stats::default()
         };
-        if let Some(store) = &inner.store {
-            add_store(&mut stats, store);
-        }
+        add_drive(&mut stats, &inner.drive);
         stats
     }
 
@@ -281,7 +305,20 @@ impl Engine {
     /// # Errors
     /// `Poisoned` when the store takes no more writes, `Closed` after [`Engine::close`].
     pub fn ready(&self) -> Result<()> {
-        self.inner()?.store.as_ref().and_then(|store| store.poisoned()).map_or(Ok(()), Err)
+        self.inner()?.drive.degraded().map_or(Ok(()), |degraded| {
+            let (reason, error) = (degraded.reason.as_str(), degraded.error);
+            let message = format!("degraded ({reason}), blocks live in DRAM only: {}", error.message());
+            Err(Error::new(ErrorKind::Poisoned, message))
+        })
+    }
+
+    /// Tries now to open a store again that is out of use, instead of at the next interval. Without a store, and with one
+    /// that is in use, there is nothing to do.
+    ///
+    /// # Errors
+    /// Why it can not be opened; `Timeout` at `deadline` (it is tried further), `Closed`.
+    pub fn reopen_store(&self, deadline: Instant) -> Result<()> {
+        self.inner()?.drive.reopen_now(deadline)
     }
 
     /// Whether an instance has registered all of its shards.
@@ -317,7 +354,7 @@ impl Shared {
             // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
             let _ = thread.join();
         }
-        inner.store.as_ref().map_or(Ok(()), |store| store.close(deadline))
+        inner.drive.close(deadline)
     }
 }
 
@@ -354,30 +391,48 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
     }
 }
 
-fn add_store(stats: &mut Stats, store: &Store) {
+/// How the store is opened, now and whenever it has to be opened again.
+fn source(config: &EngineConfig, arena: &Arc<Arena>) -> Option<Source> {
+    let nvme = config.nvme.as_ref()?;
+    let (path, config, arena) = (nvme.path.clone(), store_config(config, nvme, arena), Arc::clone(arena));
+    let open = move || Store::open(config.clone(), Arc::clone(&arena), Arc::new(LeastRecentlyUsed));
+    Some(Source { path, open: Box::new(open) })
+}
+
+fn add_drive(stats: &mut Stats, drive: &DriveTier) {
+    let degraded = drive.degraded();
+    stats.nvme_poisoned = degraded.is_some();
+    stats.nvme_degraded = degraded.map(|degraded| degraded.reason);
+    let (totals, reopens, failed_attempts) = drive.totals();
+    (stats.nvme_reopens, stats.nvme_failed_reopens) = (reopens, failed_attempts);
+    stats.durable_records = totals.appended_records;
+    stats.quarantined_records = totals.bad_reads;
+    stats.reclaimed_regions = totals.reclaimed_regions;
+    stats.scrubbed_bytes = totals.scrubbed_bytes;
+    stats.scrub_bad_records = totals.scrub_bad_records;
+    stats.scrub_passes = totals.scrub_passes;
+    stats.nvme_written_raw_bytes = totals.appended_payload_bytes;
+    stats.nvme_written_stored_bytes = totals.appended_stored_bytes;
+    stats.nvme_read_raw_bytes = totals.read_bytes;
+    stats.nvme_read_stored_bytes = totals.read_stored_bytes;
+    stats.codec_encoded_records = totals.encoded_records;
+    stats.codec_encode_ns = totals.encode_ns;
+    stats.codec_decode_ns = totals.decode_ns;
+    stats.codec_skipped_ratio = totals.codec_skipped_ratio;
+    stats.codec_skipped_queue = totals.codec_skipped_queue;
+    stats.codec_skipped_speed = totals.codec_skipped_speed;
+    let Some(store) = drive.store() else { return };
     let of_store = store.stats();
+    stats.nvme_is_direct = of_store.is_direct;
+    stats.scrub_last_pass_unix_ms = of_store.scrub_last_pass_unix_ms;
     stats.nvme_capacity_bytes = of_store.capacity_bytes;
     stats.nvme_used_bytes = (of_store.regions - of_store.free_regions) * of_store.region_bytes;
     let index = of_store.index;
     stats.nvme_records = if index.is_full { of_store.records } else { of_store.records.max(index.rows_total) };
     (stats.index_bytes, stats.index_log_bytes) = (of_store.index_bytes, of_store.index_log_bytes);
     (stats.index_full, stats.index_filled_rows, stats.index_rows) = (index.is_full, index.rows, index.rows_total);
-    stats.io_engine = of_store.io_engine.into();
-    stats.nvme_poisoned = store.poisoned().is_some();
-    stats.durable_records = of_store.appended_records;
-    stats.quarantined_records = of_store.bad_reads;
-    stats.reclaimed_regions = of_store.reclaimed_regions;
-    stats.nvme_written_raw_bytes = of_store.appended_payload_bytes;
-    stats.nvme_written_stored_bytes = of_store.appended_stored_bytes;
-    stats.nvme_read_raw_bytes = of_store.read_bytes;
-    stats.nvme_read_stored_bytes = of_store.read_stored_bytes;
-    stats.codec_encoded_records = of_store.encoded_records;
-    stats.codec_encode_ns = of_store.encode_ns;
-    stats.codec_decode_ns = of_store.decode_ns;
     stats.codec_decode_bytes_per_second = of_store.decode_bytes_per_second;
-    stats.codec_skipped_ratio = of_store.codec_skipped_ratio;
-    stats.codec_skipped_queue = of_store.codec_skipped_queue;
-    stats.codec_skipped_speed = of_store.codec_skipped_speed;
+    stats.io_engine = of_store.io_engine.into();
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.

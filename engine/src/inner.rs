@@ -7,19 +7,19 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
-use pegaflow_tiers::{Arena, CopyBatch, Error, ErrorKind, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, CopyBatch, Error, ErrorKind, RecordId, Result};
 
 use crate::api::SessionId;
 use crate::config::EngineConfig;
 use crate::counters::Counters;
+use crate::drive_tier::DriveTier;
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
-use crate::spares;
-use crate::volatile_namespaces::VolatileNamespaces;
+use crate::{scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -32,14 +32,13 @@ pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
     pub(crate) residency: Residency,
-    pub(crate) store: Option<Arc<Store>>,
+    /// The store, if there is one at the moment.
+    pub(crate) drive: Arc<DriveTier>,
     pub(crate) leases: Leases,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,
     pub(crate) object_order: Mutex<()>,
-    /// Namespaces of an engine without a store.
-    pub(crate) volatile_namespaces: VolatileNamespaces,
     pub(crate) recovered_records: u64,
     pub(crate) is_closed: AtomicBool,
 }
@@ -51,7 +50,7 @@ impl Inner {
 
     /// Whether a record is in DRAM or in the store.
     pub(crate) fn is_present(&self, id: &RecordId) -> bool {
-        self.residency.contains(id) || self.store.as_ref().is_some_and(|store| store.locate(id).is_some())
+        self.residency.contains(id) || self.drive.store().is_some_and(|store| store.locate(id).is_some())
     }
 
     pub(crate) fn object_bytes_max(&self) -> u64 {
@@ -105,6 +104,15 @@ impl Workers {
         }
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        if inner.drive.is_configured() {
+            let keeper = Arc::clone(inner);
+            inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
+            let rate = inner.config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0);
+            if rate > 0 {
+                let scrubber = Arc::clone(inner);
+                inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber, rate))?;
+            }
+        }
         Ok(workers)
     }
 

@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
-use pegaflow_tiers::{Error, ErrorKind, Location, RecordId, RegionPins, Result};
+use pegaflow_tiers::{Error, ErrorKind, Location, RecordId, RegionPins, Result, Store};
 
 use crate::api::{InstanceId, LeaseId, SessionId};
 use crate::residency::Resident;
@@ -41,10 +41,30 @@ impl Hit {
     }
 }
 
+/// Regions that are kept from being given up, and the store that their locations are of: another one may have taken its
+/// place, for which they mean nothing.
+pub(crate) struct Pinned {
+    store: Weak<Store>,
+    _pins: RegionPins,
+}
+
+impl Pinned {
+    /// # Errors
+    /// `NotFound` if a region was given up already.
+    pub(crate) fn new(store: &Arc<Store>, locations: &[Location]) -> Result<Self> {
+        Ok(Self { store: Arc::downgrade(store), _pins: store.pin(locations)? })
+    }
+
+    /// The store, if it still is.
+    pub(crate) fn store(&self) -> Option<Arc<Store>> {
+        self.store.upgrade()
+    }
+}
+
 /// What one shard's load takes over: the blocks, and what keeps them readable.
 pub(crate) struct ShardLease {
     pub(crate) hits: Vec<Hit>,
-    pub(crate) pins: Option<Arc<RegionPins>>,
+    pub(crate) pinned: Option<Arc<Pinned>>,
 }
 
 struct Lease {
@@ -53,7 +73,7 @@ struct Lease {
     instance: InstanceId,
     expires: Instant,
     shards: HashMap<u16, Vec<Hit>>,
-    pins: Option<Arc<RegionPins>>,
+    pinned: Option<Arc<Pinned>>,
     /// Workers were told where its blocks lie, and copy them without asking: their session is not the one that took it.
     has_places: bool,
 }
@@ -91,7 +111,7 @@ impl Leases {
         instance: InstanceId,
         expires: Instant,
         shards: HashMap<u16, Vec<Hit>>,
-        pins: Option<RegionPins>,
+        pinned: Option<Pinned>,
         has_places: bool,
     ) -> Result<LeaseId> {
         let mut state = self.state.lock();
@@ -108,8 +128,8 @@ impl Leases {
         let is_first = state.by_expiry.first().is_none_or(|(first, _)| expires < *first);
         state.by_expiry.insert((expires, id.0));
         state.by_tag.insert((session, tag), id);
-        let pins = pins.map(Arc::new);
-        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pins, has_places });
+        let pinned = pinned.map(Arc::new);
+        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pinned, has_places });
         drop(state);
         drop(replaced);
         if is_first {
@@ -127,7 +147,7 @@ impl Leases {
         let mut state = self.state.lock();
         let lease = state.leases.get_mut(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
         let hits = lease.shards.remove(&shard).ok_or_else(over)?;
-        let taken = (lease.instance.clone(), ShardLease { hits, pins: lease.pins.clone() });
+        let taken = (lease.instance.clone(), ShardLease { hits, pinned: lease.pinned.clone() });
         if lease.shards.is_empty() {
             let ended = state.take(id);
             drop(state);

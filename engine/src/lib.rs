@@ -6,8 +6,10 @@
 mod api;
 mod config;
 mod counters;
+mod drive_tier;
 mod engine;
 mod inner;
+mod known_namespaces;
 mod lease;
 mod load;
 mod lookup;
@@ -19,8 +21,10 @@ mod reclaim;
 mod registry;
 mod residency;
 mod save;
+mod scrub;
 mod spares;
 mod spill;
-mod volatile_namespaces;
+mod store_keeper;
+mod store_totals;
 
 pub use prelude::*;

@@ -148,7 +148,9 @@ impl LoadJob {
         sender: &Sender<ReadEnd>,
         deadline: Instant,
     ) -> Result<()> {
-        let store = self.inner.store.as_ref().ok_or_else(|| Error::new(ErrorKind::Closed, "there is no store"))?;
+        // The store that the location is of, and no other.
+        let store = self.lease.pinned.as_ref().and_then(|pinned| pinned.store());
+        let store = store.ok_or_else(|| Error::new(ErrorKind::Closed, "the store of the block is out of use"))?;
         let patience = deadline.min(Instant::now() + SLOT_PATIENCE);
         let slot = self.inner.residency.alloc_until(self.block_bytes as usize, false, patience);
         let slot = Arc::new(slot.ok_or_else(|| Error::new(ErrorKind::Busy, "all of DRAM is in use"))?);
@@ -170,7 +172,8 @@ impl LoadJob {
         for ReadEnd { position, id, slot, result } in ends {
             match result {
                 Ok(verified) if verified.payload_bytes == self.block_bytes => {
-                    let block = Resident::new(id, verified.parent, slot, verified.payload_bytes, false);
+                    let block =
+                        Resident::new(id, (verified.parent, verified.depth), slot, verified.payload_bytes, false);
                     good.push((position, self.inner.residency.insert(block, false)));
                 }
                 Ok(verified) => {
@@ -240,7 +243,7 @@ impl Drop for LoadJob {
         counters.loaded_nvme_blocks.add(self.outcome.loaded_nvme.into());
         counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
         self.lease.hits.clear();
-        self.lease.pins = None;
+        self.lease.pinned = None;
         self.inner.residency.notify_room();
         self.inner.operations.end(&self.operation);
         if let Some(done) = self.done.take() {

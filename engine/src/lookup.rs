@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, Location, RecordId, Result};
+use pegaflow_tiers::{BlockKey, Error, ErrorKind, Location, RecordId, Result, Store};
 
 use crate::api::{LookupReply, LookupRequest, Places, SessionId};
 use crate::inner::Inner;
-use crate::lease::Hit;
+use crate::lease::{Hit, Pinned};
 
 /// The most keys of one lookup.
 const KEYS_MAX: usize = 65_536;
@@ -56,10 +56,16 @@ fn attempt(
     place: RecordId,
     shard_count: u16,
 ) -> Result<LookupReply> {
+    let store = inner.drive.store();
     let mut shards = HashMap::new();
     let mut found = request.keys.len();
     for shard in 0..shard_count {
-        let hits = lookup_shard(inner, RecordId { shard, ..place }, request.keys.get(..found).unwrap_or_default());
+        let hits = lookup_shard(
+            inner,
+            store.as_deref(),
+            RecordId { shard, ..place },
+            request.keys.get(..found).unwrap_or_default(),
+        );
         found = found.min(hits.len());
         shards.insert(shard, hits);
     }
@@ -69,14 +75,14 @@ fn attempt(
     let mut reply = LookupReply { hit_blocks: found as u32, dram_blocks, ..LookupReply::default() };
     if let Some(lasts) = request.lease.filter(|_| found > 0) {
         let on_drive: Vec<Location> = shards.values().flatten().filter_map(Hit::location).collect();
-        let pins = match &inner.store {
-            Some(store) if !on_drive.is_empty() => Some(store.pin(&on_drive)?),
+        let pinned = match &store {
+            Some(store) if !on_drive.is_empty() => Some(Pinned::new(store, &on_drive)?),
             _ => None,
         };
         let expires = Instant::now() + lasts;
         reply.places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
         let (instance, has_places) = (request.instance.clone(), reply.places.is_some());
-        reply.lease = Some(inner.leases.grant(session, request.tag, instance, expires, shards, pins, has_places)?);
+        reply.lease = Some(inner.leases.grant(session, request.tag, instance, expires, shards, pinned, has_places)?);
     }
     inner.counters.lookup_hit_blocks.add(found as u64);
     Ok(reply)
@@ -93,13 +99,13 @@ fn places(inner: &Inner, shards: &HashMap<u16, Vec<Hit>>, shard_count: u16) -> O
 }
 
 /// The longest prefix of one shard: each block in DRAM or, failing that, on the drive.
-fn lookup_shard(inner: &Inner, place: RecordId, keys: &[BlockKey]) -> Vec<Hit> {
+fn lookup_shard(inner: &Inner, store: Option<&Store>, place: RecordId, keys: &[BlockKey]) -> Vec<Hit> {
     let mut resident = Vec::with_capacity(keys.len());
     inner.residency.get_many(keys.iter().map(|key| place.with_key(*key)), &mut resident);
     let missing: Vec<RecordId> =
         resident.iter().zip(keys).filter(|(hit, _)| hit.is_none()).map(|(_, key)| place.with_key(*key)).collect();
     let mut located = Vec::new();
-    if let Some(store) = inner.store.as_ref().filter(|_| !missing.is_empty()) {
+    if let Some(store) = store.filter(|_| !missing.is_empty()) {
         located.reserve(missing.len());
         store.locate_prefix(&missing, &mut located);
     }

@@ -39,11 +39,12 @@ pub(crate) fn put(inner: &Arc<Inner>, name: &[u8], bytes: &[u8]) -> Result<()> {
     let (content, padding) = slot.payload_mut().split_at_mut(bytes.len());
     content.copy_from_slice(bytes);
     padding.fill(0);
-    let object = Resident::new(id(name), BlockKey::ROOT, Arc::new(slot), bytes.len() as u64, inner.store.is_some());
+    let has_store = inner.drive.is_configured();
+    let object = Resident::new(id(name), (BlockKey::ROOT, 0), Arc::new(slot), bytes.len() as u64, has_store);
     // One object after the other from here on: the store must see versions in the order in which readers do.
     let _order = inner.object_order.lock();
     drop(inner.residency.insert(Arc::clone(&object), true));
-    spill(inner, &object, RecordKind::Object, 0);
+    spill(inner, &object, RecordKind::Object);
     Ok(())
 }
 
@@ -54,9 +55,8 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
         inner.residency.touch_chain(std::iter::once((&id, slot_bytes)));
         return Ok(Some(ObjectBytes::new(&resident)));
     }
-    let Some((store, location)) = inner.store.as_ref().and_then(|store| Some((store, store.locate(&id)?))) else {
-        return Ok(None);
-    };
+    let Some(store) = inner.drive.store() else { return Ok(None) };
+    let Some(location) = store.locate(&id) else { return Ok(None) };
     if inner.residency.is_removed(&id) {
         return Ok(None);
     }
@@ -66,13 +66,12 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
     let busy = || Error::new(ErrorKind::Busy, "all of DRAM is in use; drop objects or give more dram");
     let slot = Arc::new(inner.residency.alloc_until(payload_bytes, false, deadline).ok_or_else(busy)?);
     let (sender, receiver) = bounded(1);
-    store.read(
-        id,
-        location,
-        Arc::clone(&slot),
-        IoPriority::Demand,
-        Box::new(move |result| drop(sender.try_send(result))),
-    )?;
+    let done = Box::new(move |result| drop(sender.try_send(result)));
+    match store.read(id, location, Arc::clone(&slot), IoPriority::Demand, done) {
+        // The store went out of use meanwhile: nothing is there.
+        Err(error) if error.kind() == ErrorKind::Closed && !inner.is_closed() => return Ok(None),
+        started => started?,
+    }
     let verified = match receiver.recv_deadline(deadline) {
         Ok(Ok(verified)) => verified,
         Ok(Err(error)) => {
@@ -81,13 +80,14 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
         }
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "the drive did not answer in time")),
     };
-    let object = Resident::new(id, verified.parent, slot, verified.payload_bytes, false);
+    let object = Resident::new(id, (verified.parent, verified.depth), slot, verified.payload_bytes, false);
     let _order = inner.object_order.lock();
     // It may have been replaced or removed in the meantime: then what was read is over.
     if let Some(newer) = inner.residency.get(&id) {
         return Ok(Some(ObjectBytes::new(&newer)));
     }
-    if inner.residency.is_removed(&id) || store.locate(&id) != Some(location) {
+    let is_over = !inner.drive.is_current(&store) || store.locate(&id) != Some(location);
+    if inner.residency.is_removed(&id) || is_over {
         return Ok(Some(ObjectBytes::new(&object)));
     }
     Ok(Some(ObjectBytes::new(&inner.residency.insert(object, false))))
@@ -105,7 +105,11 @@ pub(crate) fn remove(inner: &Arc<Inner>, name: &[u8]) -> Result<bool> {
         // Whether or not its write has ended: nobody waits for its room any more.
         inner.residency.mark_clean(taken);
     }
-    let Some(store) = &inner.store else {
+    let Some(store) = inner.drive.store() else {
+        if inner.drive.is_configured() {
+            // Hidden for as long as this engine runs, and removed when the store is back.
+            return Ok(true);
+        }
         inner.residency.end_removal(&id, removal);
         return Ok(true);
     };
@@ -135,5 +139,5 @@ pub(crate) fn contains(inner: &Inner, name: &[u8]) -> bool {
 
 fn contains_id(inner: &Inner, id: &RecordId) -> bool {
     inner.residency.contains(id)
-        || (inner.store.as_ref().is_some_and(|store| store.locate(id).is_some()) && !inner.residency.is_removed(id))
+        || (inner.drive.store().is_some_and(|store| store.locate(id).is_some()) && !inner.residency.is_removed(id))
 }

@@ -9,7 +9,7 @@ pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::placed::PlacedLoads;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
-    CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, GroupGeometry, HostMemory, KEY_CHAIN_VERSION,
-    KeyChain, KvCache, LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, RangeFragment,
-    Result, Slot,
+    CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport,
+    GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout,
+    NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck,
 };

@@ -142,6 +142,13 @@ impl Registry {
         instance.workers.entry(spec.shard).or_default().insert(session);
     }
 
+    /// A namespace has another number from now on.
+    pub(crate) fn move_namespace(&self, from: NamespaceHandle, to: NamespaceHandle) {
+        let mut state = self.state.write();
+        let affected = state.instances.values_mut().filter(|instance| instance.namespace == from);
+        affected.for_each(|instance| instance.namespace = to);
+    }
+
     /// What is registered under a name, for one group.
     ///
     /// # Errors

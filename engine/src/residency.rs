@@ -27,14 +27,22 @@ pub(crate) struct Resident {
     pub(crate) parent: BlockKey,
     pub(crate) slot: Arc<Slot>,
     pub(crate) payload_bytes: u64,
+    /// Blocks before it in its chain.
+    pub(crate) depth: u32,
     dirty: AtomicBool,
     children: AtomicU32,
 }
 
 impl Resident {
-    pub(crate) fn new(id: RecordId, parent: BlockKey, slot: Arc<Slot>, payload_bytes: u64, dirty: bool) -> Arc<Self> {
+    pub(crate) fn new(
+        id: RecordId,
+        (parent, depth): (BlockKey, u32),
+        slot: Arc<Slot>,
+        payload_bytes: u64,
+        dirty: bool,
+    ) -> Arc<Self> {
         let children = AtomicU32::new(0);
-        Arc::new(Self { id, parent, slot, payload_bytes, dirty: AtomicBool::new(dirty), children })
+        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty: AtomicBool::new(dirty), children })
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -85,7 +93,8 @@ struct State {
     by_chunk: BTreeSet<(u32, RecordId)>,
     /// By slot size: who leaves next, with the tick of the last use.
     order: BTreeMap<usize, LruCache<RecordId, u64, Build>>,
-    /// Named objects whose removal is not durable yet, by the number of the removal: the store may still know them.
+    /// Named objects of which the store may know what is over: their removal is not durable yet, or their newest version
+    /// could not be written. By the number of the removal.
     removed: HashMap<RecordId, u64, Build>,
     removals: u64,
     tick: u64,
@@ -254,6 +263,35 @@ impl Residency {
         }
     }
 
+    /// The store could not take this version of an object: what it has is older, and is hidden until
+    /// [`Residency::end_hiding`] or [`Residency::end_removal`].
+    pub(crate) fn hide(&self, object: &Arc<Resident>) {
+        let mut state = self.state.lock();
+        if state.blocks.get(&object.id).is_some_and(|newest| Arc::ptr_eq(newest, object)) {
+            state.removals += 1;
+            let removal = state.removals;
+            state.removed.insert(object.id, removal);
+        }
+    }
+
+    /// The store has this version of an object; if it is the newest, nothing has to be hidden.
+    pub(crate) fn end_hiding(&self, object: &Arc<Resident>) {
+        let mut state = self.state.lock();
+        if state.blocks.get(&object.id).is_some_and(|newest| Arc::ptr_eq(newest, object)) {
+            state.removed.remove(&object.id);
+        }
+    }
+
+    /// The objects of which the store may know what is over, with the numbers for [`Residency::end_removal`].
+    pub(crate) fn removed(&self) -> Vec<(RecordId, u64)> {
+        self.state.lock().removed.iter().map(|(id, removal)| (*id, *removal)).collect()
+    }
+
+    /// All that are here.
+    pub(crate) fn ids(&self) -> Vec<RecordId> {
+        self.state.lock().blocks.keys().copied().collect()
+    }
+
     pub(crate) fn is_removed(&self, id: &RecordId) -> bool {
         self.state.lock().removed.contains_key(id)
     }
@@ -383,7 +421,7 @@ mod tests {
             let key = keys.next(&[first, depth], b"");
             let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
             let Some(slot) = residency.alloc(payload) else { break };
-            drop(residency.insert(Resident::new(id, parent, Arc::new(slot), payload as u64, dirty), false));
+            drop(residency.insert(Resident::new(id, (parent, depth), Arc::new(slot), payload as u64, dirty), false));
             ids.push(id);
         }
         ids
@@ -431,7 +469,7 @@ mod tests {
         while let Some(slot) = residency.alloc_dirty(BLOCK) {
             let key = BlockKey::from_name(&[accepted]);
             let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
-            residency.insert(Resident::new(id, BlockKey::ROOT, Arc::new(slot), 1, true), false);
+            residency.insert(Resident::new(id, (BlockKey::ROOT, 0), Arc::new(slot), 1, true), false);
             accepted += 1;
         }
         assert!((40..64).contains(&accepted), "{accepted}");

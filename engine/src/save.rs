@@ -135,15 +135,15 @@ impl SaveJob {
             tracing::warn!(%error, blocks = batch.len(), "copying blocks out of the device failed; they are not saved");
             return;
         }
-        let has_store = self.inner.store.is_some();
+        let has_store = self.inner.drive.is_configured();
         for Prepared { block, slot } in batch {
             let bytes = self.view.geometry.block_bytes;
-            let fresh = Resident::new(self.id(block.key), block.parent, slot, bytes, has_store);
+            let fresh = Resident::new(self.id(block.key), (block.parent, block.depth), slot, bytes, has_store);
             let visible = self.inner.residency.insert(Arc::clone(&fresh), false);
             if Arc::ptr_eq(&visible, &fresh) {
                 self.outcome.saved += 1;
                 drop(visible);
-                spill(&self.inner, &fresh, RecordKind::Kv, block.depth);
+                spill(&self.inner, &fresh, RecordKind::Kv);
             } else {
                 self.outcome.present += 1;
             }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use pegaflow_engine::Stats;
+use pegaflow_engine::{PoisonReason, Stats};
 
 /// The counters and gauges of one server as Prometheus text.
 #[derive(Clone)]
@@ -106,6 +106,11 @@ table! {
         "pegaflow_write_failed_records_total", write_failed_records, "Records whose write failed.";
         "pegaflow_quarantined_records_total", quarantined_records, "Records that failed their checks when read.";
         "pegaflow_reclaimed_regions_total", reclaimed_regions, "Regions reclaimed.";
+        "pegaflow_nvme_reopens_total", nvme_reopens, "Times that the store was opened again after it had failed.";
+        "pegaflow_nvme_failed_reopens_total", nvme_failed_reopens, "Attempts to open the store again that failed.";
+        "pegaflow_scrubbed_bytes_total", scrubbed_bytes, "Bytes that scrubs have read.";
+        "pegaflow_scrub_bad_records_total", scrub_bad_records, "Records that scrubs have found damaged.";
+        "pegaflow_scrub_passes_total", scrub_passes, "Scrubs that have seen every record.";
         "pegaflow_nvme_written_raw_bytes_total", nvme_written_raw_bytes, "Bytes of payloads that became durable.";
         "pegaflow_nvme_written_stored_bytes_total", nvme_written_stored_bytes, "Bytes of these as they were stored.";
         "pegaflow_nvme_read_raw_bytes_total", nvme_read_raw_bytes, "Bytes of payloads that were read and verified.";
@@ -125,6 +130,15 @@ fn describe() {
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
     metrics::describe_gauge!("pegaflow_nvme_poisoned", "1 if the store takes no more writes after a failure, else 0.");
+    metrics::describe_gauge!("pegaflow_nvme_direct_io", "1 if records go past the page cache, else 0.");
+    metrics::describe_gauge!(
+        "pegaflow_nvme_degraded",
+        "1 for the reason why blocks live in DRAM only, 0 for all others."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_scrub_last_pass_timestamp_seconds",
+        "When the last scrub that saw all ended; 0: never."
+    );
     metrics::describe_gauge!("pegaflow_index_full", "1 if the in-memory index has every record, else 0.");
     metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
 }
@@ -144,6 +158,13 @@ fn record(stats: &Stats, server: ServerGauges) {
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
     metrics::gauge!("pegaflow_nvme_poisoned").set(f64::from(u8::from(stats.nvme_poisoned)));
+    metrics::gauge!("pegaflow_nvme_direct_io").set(f64::from(u8::from(stats.nvme_is_direct)));
+    let last_scrub = stats.scrub_last_pass_unix_ms as f64 / 1000.0;
+    metrics::gauge!("pegaflow_scrub_last_pass_timestamp_seconds").set(last_scrub);
+    for reason in PoisonReason::ALL {
+        let is_so = f64::from(u8::from(stats.nvme_degraded == Some(reason)));
+        metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);
+    }
     metrics::gauge!("pegaflow_index_full").set(f64::from(u8::from(stats.index_full)));
     let io_engine = stats.io_engine.clone();
     metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
@@ -156,7 +177,13 @@ mod tests {
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
         let metrics = Metrics::new();
-        let stats = Stats { saved_blocks: 7, dram_blocks: 3, io_engine: "psync".into(), ..Stats::default() };
+        let stats = Stats {
+            saved_blocks: 7,
+            dram_blocks: 3,
+            nvme_degraded: Some(PoisonReason::NoSpace),
+            io_engine: "psync".into(),
+            ..Stats::default()
+        };
         let text = metrics.render(&stats, ServerGauges { sessions: 2, ..ServerGauges::default() });
         for line in [
             "# HELP pegaflow_saved_blocks_total Blocks saved.",
@@ -165,6 +192,8 @@ mod tests {
             "# TYPE pegaflow_dram_blocks gauge",
             "pegaflow_dram_blocks 3",
             "pegaflow_loaded_blocks_total{tier=\"nvme\"} 0",
+            "pegaflow_nvme_degraded{reason=\"no_space\"} 1",
+            "pegaflow_nvme_degraded{reason=\"device_gone\"} 0",
             "pegaflow_sessions 2",
             "pegaflow_ready 0",
         ] {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures::Stream;
 use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
 use crate::limits::{BLOCKS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
@@ -29,6 +29,14 @@ pub(crate) struct Service {
 impl Service {
     pub(crate) fn new(sessions: Arc<Sessions>) -> Self {
         Self { sessions, flushes: Arc::new(Semaphore::new(FLUSHES_MAX)), started: Instant::now() }
+    }
+
+    /// One of the few places for requests that wait for the drive.
+    fn place_to_wait(&self) -> Result<OwnedSemaphorePermit, Status> {
+        Arc::clone(&self.flushes).try_acquire_owned().map_err(|_| {
+            let message = format!("{FLUSHES_MAX} flushes are waiting, which is the limit; try again");
+            to_status(&Error::new(ErrorKind::Busy, message))
+        })
     }
 }
 
@@ -202,15 +210,27 @@ impl PegaFlow for Service {
 
     async fn flush(&self, request: Request<proto::FlushRequest>) -> Result<Response<proto::FlushReply>, Status> {
         let timeout = wire::flush_timeout(request.into_inner().timeout_ms).map_err(|error| to_status(&error))?;
-        let place = Arc::clone(&self.flushes).try_acquire_owned().map_err(|_| {
-            let message = format!("{FLUSHES_MAX} flushes are waiting, which is the limit; try again");
-            to_status(&Error::new(ErrorKind::Busy, message))
-        })?;
+        let place = self.place_to_wait()?;
         let engine = self.sessions.engine().clone();
         blocking(move || {
             let _place = place;
             engine.flush(Instant::now() + timeout)?;
             Ok(proto::FlushReply {})
+        })
+        .await
+    }
+
+    async fn reopen_store(
+        &self,
+        request: Request<proto::ReopenStoreRequest>,
+    ) -> Result<Response<proto::ReopenStoreReply>, Status> {
+        let timeout = wire::flush_timeout(request.into_inner().timeout_ms).map_err(|error| to_status(&error))?;
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            engine.reopen_store(Instant::now() + timeout)?;
+            Ok(proto::ReopenStoreReply {})
         })
         .await
     }

@@ -110,6 +110,11 @@ impl Error {
         self.kind
     }
 
+    /// The system's error number, if the failure came from a system call.
+    pub fn os_code(&self) -> Option<i32> {
+        self.source.as_ref()?.downcast_ref::<std::io::Error>()?.raw_os_error()
+    }
+
     /// The sentence for people.
     pub fn message(&self) -> &str {
         &self.message

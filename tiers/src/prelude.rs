@@ -13,9 +13,10 @@ pub use crate::gpu::{
 };
 pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, DriveConfig, FileId, IndexFill, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind,
-    IoPriority, IoRequest, Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store,
-    StoreConfig, StoreStats, Verified, VerifyProgress, VerifyReport, open_direct, open_engine,
+    Append, AppendDone, BlockIo, DriveConfig, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexFill,
+    IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook,
+    PoisonReason, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, ScrubPace, Store,
+    StoreConfig, StorePaths, StoreStats, Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

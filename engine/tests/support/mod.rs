@@ -48,7 +48,10 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn new(config: EngineConfig) -> Self {
-        let engine = Engine::open(config).expect("opens");
+        Self::of(Engine::open(config).expect("opens"))
+    }
+
+    pub(crate) fn of(engine: Engine) -> Self {
         let session = engine.start_session();
         let instance = InstanceId("test".into());
         engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("registered");

@@ -47,6 +47,9 @@ struct Options {
     /// How the store reads and writes.
     #[arg(long, env = "PEGAFLOW_IO_ENGINE", value_enum, default_value_t = IoEngine::Auto)]
     io_engine: IoEngine,
+    /// Bytes a second at which records are checked while the drive is idle; 0: never.
+    #[arg(long, env = "PEGAFLOW_SCRUB", value_name = "SIZE", default_value = "8MiB")]
+    scrub: ByteSize,
     /// Whether blocks are compressed on the drive, without loss.
     #[arg(long, env = "PEGAFLOW_CODEC", value_enum, default_value_t = CodecOption::Auto)]
     codec: CodecOption,
@@ -111,6 +114,7 @@ impl Options {
     fn engine(&self) -> EngineConfig {
         let nvme = self.path.as_ref().map(|path| NvmeConfig {
             region: self.region,
+            scrub: self.scrub,
             more_drives: self.drives.clone(),
             io_engine: match self.io_engine {
                 IoEngine::Auto => IoEngineChoice::Auto,

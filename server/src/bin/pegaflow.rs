@@ -1,20 +1,22 @@
-//! The command line of operators: asks a running server over its socket.
+//! The command line of operators: asks a running server over its socket, and checks stores that no server has open.
 #![deny(unsafe_code)]
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, Result, StorePaths, fsck};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::Value;
 
-/// Asks a running pegaflow-server.
+/// Asks a running pegaflow-server, or checks a store that none has open.
 ///
-/// Exit status: 0 done, 1 no server or no answer, 2 invalid command line, 5 permission denied, 7 input/output error.
+/// Exit status: 0 done, 1 no server, no answer, or `verify` has found problems that it did not repair, 2 invalid command
+/// line, 3 the store is in use, 4 foreign or newer store format, 5 permission denied, 6 no space, 7 input/output error.
 #[derive(Debug, Parser)]
 #[command(name = "pegaflow", version)]
 struct Options {
@@ -48,12 +50,36 @@ enum Command {
     },
     /// Says whether the server answers, and how fast.
     Ping,
+    /// Checks stores that no server has open: every row of the index against its record, every record against its row.
+    ///
+    /// Exit status 0 if nothing disagrees (any more), 1 if something does.
+    Verify {
+        /// Directories of stores: homes, and the drives that belong to them.
+        #[arg(value_name = "PATH", required = true)]
+        paths: Vec<PathBuf>,
+        /// Drops rows that disagree, puts missing ones back, removes an index that can not be used.
+        #[arg(long)]
+        repair: bool,
+        /// Prints one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tries now to open a store again that went out of use, instead of at the server's next attempt.
+    Reopen {
+        /// The longest wait, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=600))]
+        timeout: u64,
+    },
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match run(&options) {
-        Ok(()) => ExitStatus::Ok.into(),
+    let outcome = match &options.command {
+        Command::Verify { paths, repair, json } => verify(paths, *repair, *json),
+        _ => run(&options).map(|()| ExitStatus::Ok),
+    };
+    match outcome {
+        Ok(status) => status.into(),
         Err(error) => {
             eprintln!("pegaflow: {error:#}");
             ExitStatus::from(error.kind()).into()
@@ -77,6 +103,12 @@ fn run(options: &Options) -> Result<()> {
             client.flush(Duration::from_secs(timeout))?;
             println!("flushed");
         }
+        Command::Reopen { timeout } => {
+            client.reopen_store(Duration::from_secs(timeout))?;
+            println!("the store is in use");
+        }
+        // Needs no server.
+        Command::Verify { .. } => {}
         Command::Ping => {
             let started = Instant::now();
             let stats = client.stats()?;
@@ -86,6 +118,74 @@ fn run(options: &Options) -> Result<()> {
     }
     client.close(Duration::from_secs(1));
     Ok(())
+}
+
+/// Checks each store, and prints what was found.
+fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
+    let mut reports = Vec::new();
+    let stores = StorePaths::group(paths)?;
+    for store in &stores {
+        let report = verify_one(store, repair).map_err(|error| error.with("path", store.home.display()))?;
+        if !json {
+            print_report(&store.home, &report);
+        }
+        reports.push(report);
+    }
+    let is_good = reports.iter().all(FsckReport::is_good);
+    if json {
+        let sum = |of: fn(&FsckReport) -> u64| reports.iter().map(of).sum::<u64>();
+        let (problems, repaired) = (sum(|report| report.problems), sum(|report| report.repaired));
+        let stores: Vec<Value> = stores
+            .iter()
+            .zip(&reports)
+            .map(|(store, report)| serde_json::json!({ "path": store.home, "report": report }))
+            .collect();
+        println!(
+            "{}",
+            serde_json::json!({ "is_good": is_good, "problems": problems, "repaired": repaired, "stores": stores })
+        );
+    }
+    Ok(if is_good { ExitStatus::Ok } else { ExitStatus::Other })
+}
+
+fn verify_one(store: &StorePaths, repair: bool) -> Result<FsckReport> {
+    // Drawn on standard error, and only if that is a terminal.
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} regions, {eta} left") {
+        bar.set_style(style);
+    }
+    let report = fsck(store, repair, &mut |progress| {
+        bar.set_length(progress.regions_total.into());
+        bar.set_position(progress.regions.into());
+    });
+    bar.finish_and_clear();
+    report
+}
+
+fn print_report(path: &Path, report: &FsckReport) {
+    println!(
+        "{}: {} records in {} of {} regions, {} rows, {} problems, {} repaired",
+        path.display(),
+        report.records,
+        report.regions_in_use,
+        report.regions,
+        report.rows,
+        report.problems,
+        report.repaired
+    );
+    for finding in &report.findings {
+        let place = match (finding.region, finding.page) {
+            (Some(region), Some(page)) => format!(" region {region} page {page}:"),
+            _ => String::new(),
+        };
+        println!("  {:?}:{place} {}", finding.problem, finding.what);
+    }
+    if !report.is_clean {
+        println!(
+            "  the store was not closed in order: {} records and {} rows are left to the next open",
+            report.unindexed_records, report.stale_rows
+        );
+    }
 }
 
 /// A person waits: say at once that no server is there, instead of waiting for one to come.

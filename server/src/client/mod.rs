@@ -30,7 +30,7 @@ pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
 pub use config::{ClientConfig, Endpoint};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
-use crate::proto::{FlushRequest, StatsReply, StatsRequest};
+use crate::proto::{FlushRequest, ReopenStoreRequest, StatsReply, StatsRequest};
 use crate::status::from_status;
 use crate::wire;
 use config::Registration;
@@ -284,11 +284,25 @@ impl Client {
     /// `Closed` at once without a server, `Timeout`, and what the engine gives.
     pub fn flush(&self, timeout: Duration) -> Result<()> {
         let (mut rpc, _) = self.inner.shared.session()?;
-        let timeout = timeout.clamp(Duration::from_millis(1), FLUSH_TIMEOUT_MAX);
-        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
-        // The server keeps to the timeout itself; the answer still has to travel.
-        let patience = timeout + self.inner.config.rpc_timeout;
+        let (timeout_ms, patience) = self.patience(timeout);
         self.call(patience, async move { rpc.flush(FlushRequest { timeout_ms }).await }).map(drop)
+    }
+
+    /// Tries now to open the server's store again, if it went out of use.
+    ///
+    /// # Errors
+    /// Why it can not be opened; `Closed` at once without a server, `Timeout`.
+    pub fn reopen_store(&self, timeout: Duration) -> Result<()> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let (timeout_ms, patience) = self.patience(timeout);
+        self.call(patience, async move { rpc.reopen_store(ReopenStoreRequest { timeout_ms }).await }).map(drop)
+    }
+
+    /// A timeout that the server keeps to itself, in milliseconds, and how long its answer is waited for: it still has to
+    /// travel.
+    fn patience(&self, timeout: Duration) -> (u32, Duration) {
+        let timeout = timeout.clamp(Duration::from_millis(1), FLUSH_TIMEOUT_MAX);
+        (u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX), timeout + self.inner.config.rpc_timeout)
     }
 
     /// The server's counters and gauges: the engine's under `engine`, the server's own beside it.

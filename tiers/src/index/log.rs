@@ -68,6 +68,20 @@ impl IndexLog {
         Ok(log)
     }
 
+    /// Opens the log to be read only: nothing on the drive changes. It must not be open elsewhere.
+    ///
+    /// # Errors
+    /// As [`IndexLog::open`].
+    pub fn open_read_only(path: &Path) -> Result<Self> {
+        let generations = Generations::default();
+        let database = database::open_read_only(path, &generations)?;
+        let log = Self { database, generations };
+        for mark in log.marks()? {
+            log.generations.raise(mark.region, mark.generation);
+        }
+        Ok(log)
+    }
+
     /// Applies all changes and marks or none. They survive the end of the process; they survive a power loss only after
     /// [`IndexLog::sync`]. A mark with a larger generation ends all rows of its region with a smaller one: they are no
     /// longer returned, and are dropped from disk in time.

@@ -20,6 +20,10 @@ const SUPERBLOCK: &str = "superblock";
 pub(super) const REGIONS: &str = "regions.0";
 const NAMESPACES: &str = "namespaces";
 const INDEX: &str = "index";
+/// Taken and given back to see whether there is room; see [`check_writable`].
+const PROBE: &str = "probe";
+/// What RocksDB takes at once for a log, so that what passes the probe can be opened.
+const PROBE_BYTES: u64 = 48 << 20;
 /// Says whose drive a directory is, in directories besides the home.
 pub(super) const IDENTITY: &str = "drive";
 /// Not ours, and harmless: the root of an ext4 file system has it.
@@ -75,6 +79,27 @@ impl Directory {
             directory.start_over()?;
         }
         Ok(directory)
+    }
+
+    /// Locks the directory of a store that is there; changes nothing else.
+    ///
+    /// # Errors
+    /// `InvalidInput` if there is none, otherwise as [`Directory::open`].
+    pub(super) fn open_existing(path: &Path) -> Result<Self> {
+        if !Self::is_store(path) {
+            return Err(super::fsck::no_store(path));
+        }
+        Self::open(path)
+    }
+
+    /// Whether a directory is the home of a store.
+    pub(super) fn is_store(path: &Path) -> bool {
+        path.join(VERSION).is_file()
+    }
+
+    /// The file of superblocks of the store in `path`.
+    pub(super) fn superblock_of(path: &Path) -> PathBuf {
+        path.join(SUPERBLOCK)
     }
 
     /// Whether the store has yet to be made.
@@ -272,6 +297,29 @@ fn content(path: &Path) -> Result<Content> {
         }
     }
     Ok(Content::Nothing)
+}
+
+/// Whether files in a store's directory can be made and written, with room for what an open needs. Leaves nothing.
+///
+/// # Errors
+/// `InvalidInput` if there is no store, `NoSpace`, `PermissionDenied`, `Io`.
+pub(super) fn check_writable(path: &Path) -> Result<()> {
+    // Where its file system is not mounted an open would make a new one.
+    if !Directory::is_store(path) {
+        return Err(super::fsck::no_store(path));
+    }
+    let probe = path.join(PROBE);
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe);
+    let written = opened.and_then(|mut file| {
+        match fallocate(&file, FallocateFlags::empty(), 0, PROBE_BYTES) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error.into()),
+        }
+        file.write_all(&[0; 4096])?;
+        file.sync_all()
+    });
+    let _ = fs::remove_file(&probe);
+    written.map_err(|source| Error::from_io(format!("writing into {}", path.display()), source))
 }
 
 /// Makes a file of `bytes` bytes, or grows it to them, all taken from the file system now.

@@ -95,6 +95,13 @@ impl Drive {
         self.transfer(region, page, IoKind::Write, one_page(bytes)).map(drop)
     }
 
+    /// Whether the drive of a region answers: its first page is read.
+    pub(super) fn is_alive(&self, region: u32) -> bool {
+        let Some(place) = self.place(region) else { return false };
+        let buffer = IoBuffer::Pages(Pages::new(PAGE_BYTES));
+        transfer_blocking(&*self.io, Self::file(place.drive), IoKind::Read, 0, buffer, DRIVE_TIMEOUT).is_ok()
+    }
+
     /// Makes durable what was written to regions of a drive and completed before.
     ///
     /// # Errors

@@ -49,6 +49,17 @@ impl DriveDirectory {
         Ok(Self { path: path.to_owned(), _lock: lock, identity, is_begun: false })
     }
 
+    /// Locks the directory of a drive that is one; changes nothing else.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is none, otherwise as [`DriveDirectory::open`].
+    pub(super) fn open_existing(path: &Path) -> Result<Self> {
+        if !path.join(IDENTITY).is_file() {
+            return Err(super::fsck::no_store(path));
+        }
+        Self::open(path)
+    }
+
     /// The file of regions.
     pub(super) fn regions(&self) -> PathBuf {
         self.path.join(REGIONS)

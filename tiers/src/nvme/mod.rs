@@ -13,11 +13,13 @@ mod drive_identity;
 mod drive_table;
 mod encoding;
 mod fill;
+mod fsck;
 mod inbox;
 mod io;
 mod membership;
 mod namespaces;
 mod page;
+mod poison;
 mod policy;
 mod read;
 mod record_header;
@@ -43,16 +45,18 @@ fn cores() -> usize {
 pub use append::{Append, AppendDone};
 pub use config::{DriveConfig, StoreConfig};
 pub use fill::IndexFill;
+pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck};
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
     open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use io::{Fault, FaultAction, FaultPlan, Faulty};
+pub use poison::{PoisonHook, PoisonReason};
 pub use policy::{ReclaimPolicy, RegionInfo, RegionState};
 pub use read::{ReadDone, Verified};
 pub use recovery::RecoveryReport;
 pub use regions::RegionPins;
 pub use stats::StoreStats;
 pub use store::Store;
-pub use verify::{VerifyProgress, VerifyReport};
+pub use verify::{ScrubPace, VerifyProgress, VerifyReport};

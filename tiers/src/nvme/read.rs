@@ -213,9 +213,18 @@ fn verify(shared: &Shared, reading: Reading) {
     add(&shared.counts.reads, 1);
     match &outcome {
         Ok(verified) => {
+            shared.poison.note_good_read();
             add(&shared.counts.read_bytes, verified.payload_bytes);
             let pages_bytes = (location.pages as usize - 1) * PAGE_BYTES;
             add(&shared.counts.read_stored_bytes, verified.payload_bytes.min(pages_bytes as u64));
+        }
+        Err(error) if error.kind() == ErrorKind::Io && is_drive_gone(shared, &location, error) => {
+            tracing::debug!(
+                ?id,
+                ?location,
+                error = format!("{error:#}"),
+                "the drive is gone; the record is not to blame"
+            );
         }
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) => {
             add(&shared.counts.bad_reads, 1);
@@ -227,6 +236,11 @@ fn verify(shared: &Shared, reading: Reading) {
     }
     drop((_pins, in_flight));
     done.call(outcome);
+}
+
+/// Whether a read failed because of the whole drive.
+pub(super) fn is_drive_gone(shared: &Shared, location: &Location, error: &Error) -> bool {
+    shared.poison.note_failed_read(error, || shared.drive.is_alive(location.region))
 }
 
 /// Everything that must hold before bytes from a drive are believed: `payload` starts after the header page. What is encoded

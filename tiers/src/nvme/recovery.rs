@@ -26,7 +26,7 @@ use crate::index::{IndexChange, IndexLog, IndexRow, Location, RegionMark};
 /// Changes that go into the index at once.
 const BATCH: usize = 4096;
 /// The name in the index under which the store's identity stands once it is complete.
-const STORE_NAME: &str = "store";
+pub(super) const STORE_NAME: &str = "store";
 /// The name under which the number of the store's open stands that used the index last.
 const OPENS_NAME: &str = "opens";
 

@@ -4,19 +4,18 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
-
 use super::drive::Drive;
 use super::encoding::Spares;
 use super::fill::{Fill, FillPlan};
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
+use super::poison::{Poison, PoisonReason};
 use super::policy::ReclaimPolicy;
 use super::regions::Regions;
 use super::stats::Counts;
 use super::version::StoreUuid;
 use crate::block::{BlockKey, RecordId};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::index::{IndexChange, IndexLog, Location, Table};
 
 /// The parts of an open store.
@@ -35,8 +34,8 @@ pub(super) struct Shared {
     decode_speed: AtomicU64,
     drive_speed: AtomicU64,
     pub(super) policy: Arc<dyn ReclaimPolicy>,
-    /// Why the store takes no more writes.
-    poison: Mutex<Option<Error>>,
+    /// Whether the store takes writes.
+    pub(super) poison: Poison,
 }
 
 impl Shared {
@@ -62,23 +61,18 @@ impl Shared {
             decode_speed: AtomicU64::new(0),
             drive_speed: AtomicU64::new(0),
             policy,
-            poison: Mutex::new(None),
+            poison: Poison::default(),
         }
     }
 
     /// Why the store takes no more writes, if so.
     pub(super) fn poisoned(&self) -> Option<Error> {
-        self.poison.lock().clone()
+        self.poison.get().map(|(_, error)| error)
     }
 
     /// Ends all writing until the store is opened again; the first reason stays. Reads go on.
     pub(super) fn poison(&self, why: &str, cause: &Error) {
-        let mut poison = self.poison.lock();
-        if poison.is_none() {
-            tracing::error!(cause = format!("{cause:#}"), "{why}: the store takes no more writes");
-            let message = format!("{why} ({cause}); the store takes no more writes until it is opened again");
-            *poison = Some(Error::new(ErrorKind::Poisoned, message));
-        }
+        self.poison.set(PoisonReason::of(cause), why, cause);
     }
 
     /// Notes how many bytes of payload per second the verifiers decode.

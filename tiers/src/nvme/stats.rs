@@ -11,6 +11,8 @@ use crate::codec::Skip;
 pub struct StoreStats {
     /// The I/O engine: `io_uring` or `psync`.
     pub io_engine: &'static str,
+    /// Whether records go past the page cache.
+    pub is_direct: bool,
     /// Bytes of all regions.
     pub capacity_bytes: u64,
     /// Bytes of a region.
@@ -76,6 +78,14 @@ pub struct StoreStats {
     pub reclaimed_records: u64,
     /// Tombstones that were written again so that a region could be reclaimed.
     pub kept_tombstones: u64,
+    /// Bytes that scrubs have read.
+    pub scrubbed_bytes: u64,
+    /// Records that scrubs have found damaged; they are among the bad reads.
+    pub scrub_bad_records: u64,
+    /// Scrubs that have seen everything.
+    pub scrub_passes: u64,
+    /// When the last of them ended, in milliseconds since 1970; 0 for never. Kept across opens.
+    pub scrub_last_pass_unix_ms: u64,
 }
 
 /// The counters behind [`StoreStats`].
@@ -102,6 +112,10 @@ pub(super) struct Counts {
     pub(super) reclaimed_regions: AtomicU64,
     pub(super) reclaimed_records: AtomicU64,
     pub(super) kept_tombstones: AtomicU64,
+    pub(super) scrubbed_bytes: AtomicU64,
+    pub(super) scrub_bad_records: AtomicU64,
+    pub(super) scrub_passes: AtomicU64,
+    pub(super) scrub_last_pass_unix_ms: AtomicU64,
 }
 
 /// Adds to a counter.
@@ -145,6 +159,10 @@ impl Counts {
             reclaimed_regions: get(&self.reclaimed_regions),
             reclaimed_records: get(&self.reclaimed_records),
             kept_tombstones: get(&self.kept_tombstones),
+            scrubbed_bytes: get(&self.scrubbed_bytes),
+            scrub_bad_records: get(&self.scrub_bad_records),
+            scrub_passes: get(&self.scrub_passes),
+            scrub_last_pass_unix_ms: get(&self.scrub_last_pass_unix_ms),
             ..StoreStats::default()
         }
     }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, Form, QueuedRecord};
 use super::config::StoreConfig;
-use super::directory::{Directory, preallocate, truncate};
+use super::directory::{Directory, check_writable, preallocate, truncate};
 use super::drive::Drive;
 use super::drive_directory::DriveDirectory;
 use super::drive_identity::{DriveIdentity, Membership};
@@ -24,6 +25,7 @@ use super::io::{BlockIo, IoPriority, open_direct, open_engine};
 use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
+use super::poison::{PoisonHook, PoisonReason};
 use super::policy::{ReclaimPolicy, RegionInfo, RegionState};
 use super::read::{ReadDone, Verifiers, measure_decoding};
 use super::recovery::{RecoveryReport, recover};
@@ -32,7 +34,7 @@ use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
 use super::stats::StoreStats;
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
-use super::verify::{VerifyProgress, VerifyReport, verify};
+use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
@@ -50,6 +52,7 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Store {
     shared: Arc<Shared>,
     region_bytes: u64,
+    is_direct: bool,
     verifiers: RwLock<Option<Verifiers>>,
     encoders: RwLock<Option<Encoders>>,
     running: Mutex<Option<Running>>,
@@ -87,6 +90,20 @@ impl Store {
         Self::open_through(config, &arena, policy, |io| io)
     }
 
+    /// As [`Store::open`], with a wrapper around the I/O engine: for tests of what stands above.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub fn open_wrapped(
+        config: StoreConfig,
+        arena: &Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+        wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
+        Self::open_through(config, arena, policy, wrap)
+    }
+
     /// As [`Store::open`], with a wrapper around the I/O engine.
     pub(super) fn open_through(
         config: StoreConfig,
@@ -114,7 +131,7 @@ impl Store {
                 directory.abandon();
             }
         });
-        let Prepared { io, superblock, plan } = prepared?;
+        let Prepared { io, superblock, plan, is_direct } = prepared?;
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let inbox = Arc::new(Inbox::new(config.write_queue_bytes));
         let places = plan.places();
@@ -140,7 +157,8 @@ impl Store {
         }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
-        let store = Self::start(shared, &config, writer, index, directory, more_drives)?;
+        let mut store = Self::start(shared, &config, writer, index, directory, more_drives)?;
+        store.is_direct = is_direct;
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
@@ -181,6 +199,7 @@ impl Store {
         Ok(Self {
             shared,
             region_bytes,
+            is_direct: true,
             verifiers: RwLock::new(Some(verifiers)),
             encoders: RwLock::new(Some(encoders)),
             running: Mutex::new(Some(running)),
@@ -199,11 +218,15 @@ impl Store {
         for geometry in groups {
             self.pages_of_record(geometry.block_bytes)?;
         }
-        let (handle, row) = self.shared.namespaces.register(descriptor, groups)?;
-        if let Some(row) = row {
-            index.put_namespace(&row)?;
-        }
-        Ok(handle)
+        let known = self.shared.namespaces.register(descriptor, groups).and_then(|(handle, row)| {
+            row.map_or(Ok(()), |row| index.put_namespace(&row))?;
+            Ok(handle)
+        });
+        known.inspect_err(|error| {
+            if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::PermissionDenied | ErrorKind::Io) {
+                self.shared.poison("a namespace could not be written", error);
+            }
+        })
     }
 
     /// Accepts a record for the log; its `done` runs exactly once, when it is durable and found, or has failed. A failed
@@ -304,6 +327,12 @@ impl Store {
         })
     }
 
+    /// Lets nobody find the record at `location` again; durable with the next flush.
+    pub(super) fn quarantine(&self, id: RecordId, location: Location) {
+        self.shared.forget_at(&id, &location);
+        self.shared.inbox.push_bad_record(id, location);
+    }
+
     /// Makes everything accepted before durable. Not to be called from a callback of the store.
     ///
     /// # Errors
@@ -387,12 +416,44 @@ impl Store {
     /// # Errors
     /// `Closed`, and `Io` if a region file can not be opened again. Damage is no error: it is in the report.
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        let (index, paths) = self.long_job()?;
+        verify(&self.shared, &index, &paths, None, progress)
+    }
+
+    /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces, from
+    /// the region on in which the last one was stopped, also before a restart. `pace` is called after every piece: it
+    /// returns when the next one may be read, or false to stop. Must have ended before the store is closed.
+    ///
+    /// # Errors
+    /// As [`Store::verify`].
+    pub fn scrub(&self, pace: &ScrubPace) -> Result<VerifyReport> {
+        let (index, paths) = self.long_job()?;
+        scrub(&self.shared, &index, &paths, pace)
+    }
+
+    /// When the last scrub that saw everything ended, in milliseconds since 1970; 0 for never.
+    ///
+    /// # Errors
+    /// `Closed`, and what the index reports.
+    pub fn last_scrub_unix_ms(&self) -> Result<u64> {
+        let (_, ended) = scrub_state(&self.long_job()?.0)?;
+        self.shared.counts.scrub_last_pass_unix_ms.store(ended, Ordering::Relaxed);
+        Ok(ended)
+    }
+
+    /// Rises with everything that readers and writers have asked of the drive: unchanged, it is idle.
+    pub fn activity(&self) -> u64 {
+        let counts = &self.shared.counts;
+        let read = counts.reads.load(Ordering::Relaxed);
+        read + counts.appended_records.load(Ordering::Relaxed)
+    }
+
+    /// What a long job beside the data plane works on.
+    fn long_job(&self) -> Result<(Arc<IndexLog>, Vec<PathBuf>)> {
         let running = self.running.lock();
         let of_running =
             |running: &Running| (Arc::clone(&running.index), region_files(&running.directory, &running.more_drives));
-        let (index, paths) = running.as_ref().map(of_running).ok_or_else(closed)?;
-        drop(running);
-        verify(&self.shared, &index, &paths, progress)
+        running.as_ref().map(of_running).ok_or_else(closed)
     }
 
     /// Tells how many bytes per second the drives read at their best, all together. Blocks are only encoded as long as the
@@ -411,6 +472,7 @@ impl Store {
         let regions = self.regions();
         StoreStats {
             io_engine: self.shared.drive.io().name(),
+            is_direct: self.is_direct,
             capacity_bytes: regions.len() as u64 * self.region_bytes,
             region_bytes: self.region_bytes,
             regions: regions.len() as u64,
@@ -429,6 +491,31 @@ impl Store {
     /// Why the store takes no more writes, if so. Reads go on.
     pub fn poisoned(&self) -> Option<Error> {
         self.shared.poisoned()
+    }
+
+    /// The same as [`Store::poisoned`], to match on.
+    pub fn poison_reason(&self) -> Option<PoisonReason> {
+        self.shared.poison.get().map(|(reason, _)| reason)
+    }
+
+    /// Has `hook` called once when the store stops to take writes; at once if it has stopped. Replaces an earlier hook.
+    pub fn on_poison(&self, hook: PoisonHook) {
+        self.shared.poison.on_set(hook);
+    }
+
+    /// The random identity of the store: the same in every open of it, another in every other store.
+    pub fn uuid(&self) -> [u8; 16] {
+        *self.shared.uuid.as_bytes()
+    }
+
+    /// Whether a store at `path` could be opened for writing now: takes a little space, writes, syncs, and gives it back.
+    /// The store may be open meanwhile.
+    ///
+    /// # Errors
+    /// `InvalidInput` if there is no store (its file system may not be mounted), `NoSpace`, `PermissionDenied` (also for a
+    /// file system that is read-only), `Io`.
+    pub fn check_writable(path: &Path) -> Result<()> {
+        check_writable(path)
     }
 
     /// Makes everything accepted durable, ends all threads and gives up the lock. Later calls get `Closed`. Not to be
@@ -528,6 +615,8 @@ struct Prepared {
     /// As it will be written next: with this open counted, and everything that is or joins in its table.
     superblock: Superblock,
     plan: Plan,
+    /// Whether all of its regions are read and written past the page cache.
+    is_direct: bool,
 }
 
 /// Opens the files of all drives, decides which drives the store has, and takes the space for what is new.
@@ -547,8 +636,11 @@ fn prepare(
     }
     more_drives.iter_mut().try_for_each(DriveDirectory::begin)?;
     let mut files = vec![open_file(&directory.superblock())?];
+    let mut is_direct = true;
     for path in region_files(directory, more_drives) {
-        files.push(open_file(&path)?);
+        let (file, _, is_this_direct) = open_direct(&path)?;
+        is_direct &= is_this_direct;
+        files.push(file);
     }
     let io = wrap(open_engine(config.io, &files, arena, config.depth_of_all())?);
     let known = if directory.is_new() { first_superblock(config)? } else { Drive::read_superblock(&*io)? };
@@ -569,7 +661,7 @@ fn prepare(
     }
     let superblock = Superblock { table: plan.during.clone(), opens: known.opens + 1, ..known };
     join(more_drives, superblock.store, superblock.opens, &plan, Membership::Joining)?;
-    Ok(Prepared { io, superblock, plan })
+    Ok(Prepared { io, superblock, plan, is_direct })
 }
 
 /// Writes whose each drive is. One that is a member stays one; the others become `membership`.

@@ -7,6 +7,7 @@ mod drives;
 mod encoded;
 mod faults;
 mod filling;
+mod fsck;
 mod reclaiming;
 
 use std::path::{Path, PathBuf};

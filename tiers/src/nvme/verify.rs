@@ -7,12 +7,14 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Sender, bounded};
 
 use super::io::open_direct;
-use super::page::PAGE_BYTES;
-use super::read::check;
+use super::page::{PAGE_BYTES, get_u32, get_u64, put};
+use super::read::{check, is_drive_gone};
 use super::shared::Shared;
 use super::stats::add;
 use crate::block::RecordId;
@@ -21,8 +23,16 @@ use crate::index::{IndexLog, Location};
 
 /// Records whose places are held in memory at once; a larger store is gone through in several passes.
 const RECORDS_AT_ONCE: u64 = 1 << 20;
+/// The same for a scrub, which may hold them for hours.
+const SCRUB_RECORDS_AT_ONCE: u64 = 1 << 16;
 /// Bytes read at once, unless one record is larger.
 const READ_BYTES: u64 = 4 << 20;
+/// The same for a scrub: a reader who comes meanwhile waits for one of these at most.
+const SCRUB_READ_BYTES: u64 = 1 << 20;
+/// The name in the index under which stands where a scrub is (region, u32) and when the last one ended (ms since 1970, u64).
+const SCRUB_NAME: &str = "scrub";
+/// How often that is written at most.
+const SCRUB_NOTE_INTERVAL: Duration = Duration::from_secs(60);
 /// How many progress reports may wait for whoever listens.
 const PROGRESS_MAX: usize = 16;
 
@@ -35,6 +45,8 @@ pub struct VerifyReport {
     pub bytes: u64,
     /// Records that failed; they are out of the index now.
     pub corrupt: u64,
+    /// Whether it was stopped before it had seen everything.
+    pub is_stopped: bool,
     /// What read: `tokio_uring` or `blocking`.
     pub engine: &'static str,
 }
@@ -47,6 +59,9 @@ pub struct VerifyProgress {
     /// Records there were when it began.
     pub records_total: u64,
 }
+
+/// Called by a scrub after each piece, with its bytes: returns when the next one may be read, or false to stop.
+pub type ScrubPace = Arc<dyn Fn(u64) -> bool + Send + Sync>;
 
 /// Reads the region files in large pieces.
 trait Reader {
@@ -64,6 +79,8 @@ struct Job {
     /// The regions, by drive.
     files: Vec<File>,
     progress: Sender<VerifyProgress>,
+    /// For a scrub: how fast.
+    pace: Option<ScrubPace>,
 }
 
 /// Verifies; see [`super::store::Store::verify`].
@@ -71,6 +88,7 @@ pub(super) fn verify(
     shared: &Arc<Shared>,
     index: &Arc<IndexLog>,
     paths: &[PathBuf],
+    pace: Option<&ScrubPace>,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
     // What is not in the table could not be taken out of it.
@@ -80,7 +98,8 @@ pub(super) fn verify(
     for attempt in attempts.into_iter().flatten() {
         let (sender, receiver) = bounded(PROGRESS_MAX);
         let files = paths.iter().map(|path| open_direct(path).map(|(file, ..)| file)).collect::<Result<_>>()?;
-        let job = Job { shared: Arc::clone(shared), index: Arc::clone(index), files, progress: sender };
+        let (shared, index, pace) = (Arc::clone(shared), Arc::clone(index), pace.cloned());
+        let job = Job { shared, index, files, progress: sender, pace };
         let started = std::thread::Builder::new().name("pega-verify-store".into()).spawn(move || attempt(&job));
         let thread = started.map_err(|source| Error::from_io("starting the verification", source))?;
         receiver.iter().for_each(&mut *progress);
@@ -91,6 +110,36 @@ pub(super) fn verify(
         }
     }
     Err(last)
+}
+
+/// Goes on with a scrub from where the last one was stopped; see [`super::store::Store::scrub`].
+pub(super) fn scrub(
+    shared: &Arc<Shared>,
+    index: &Arc<IndexLog>,
+    paths: &[PathBuf],
+    pace: &ScrubPace,
+) -> Result<VerifyReport> {
+    let report = verify(shared, index, paths, Some(pace), &mut drop)?;
+    if !report.is_stopped {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        note_scrub(index, 0, now)?;
+        add(&shared.counts.scrub_passes, 1);
+        shared.counts.scrub_last_pass_unix_ms.store(now, Ordering::Relaxed);
+    }
+    Ok(report)
+}
+
+/// The region where a scrub goes on, and when the last one ended, in ms since 1970; 0 for never.
+pub(super) fn scrub_state(index: &IndexLog) -> Result<(u32, u64)> {
+    let value = index.meta_get(SCRUB_NAME)?.filter(|value| value.len() == 12);
+    Ok(value.map_or((0, 0), |value| (get_u32(&value, 0), get_u64(&value, 4))))
+}
+
+fn note_scrub(index: &IndexLog, region: u32, last_pass_unix_ms: u64) -> Result<()> {
+    let mut value = [0; 12];
+    put(&mut value, 0, &region.to_le_bytes());
+    put(&mut value, 4, &last_pass_unix_ms.to_le_bytes());
+    index.meta_put(SCRUB_NAME, &value)
 }
 
 fn on_blocking_reads(job: &Job) -> Result<VerifyReport> {
@@ -154,13 +203,30 @@ fn on_tokio_uring() -> Option<Attempt> {
 impl Job {
     fn run(&self, engine: &'static str, reader: &mut dyn Reader) -> Result<VerifyReport> {
         let total = self.shared.table.len() as u64;
-        let passes = u32::try_from(total / RECORDS_AT_ONCE + 1).unwrap_or(u32::MAX);
         let mut report = VerifyReport { engine, ..VerifyReport::default() };
-        for pass in 0..passes {
-            let mut places = self.places(|region| region % passes == pass)?;
+        let regions = self.shared.regions.count();
+        let at_once = if self.pace.is_some() { SCRUB_RECORDS_AT_ONCE } else { RECORDS_AT_ONCE };
+        let step = (u64::from(regions) / (total / at_once + 1)).max(1) as u32;
+        let mut next = if self.pace.is_some() { scrub_state(&self.index)?.0 } else { 0 };
+        next = if next < regions { next } else { 0 };
+        let mut noted = Instant::now();
+        while next < regions {
+            let end = next.saturating_add(step).min(regions);
+            let mut places = self.places(|region| (next..end).contains(&region))?;
             places.sort_unstable_by_key(|(location, _)| (location.region, location.page));
+            next = end;
             for of_one_region in places.chunk_by(|(a, _), (b, _)| a.region == b.region) {
-                self.check_region(reader, of_one_region, &mut report);
+                if !self.check_region(reader, of_one_region, &mut report) {
+                    report.is_stopped = true;
+                    return Ok(report);
+                }
+                if let Some((location, _)) = of_one_region.first()
+                    && self.pace.is_some()
+                    && noted.elapsed() >= SCRUB_NOTE_INTERVAL
+                {
+                    noted = Instant::now();
+                    note_scrub(&self.index, location.region + 1, scrub_state(&self.index)?.1)?;
+                }
                 let progress = VerifyProgress { records: report.records, records_total: total };
                 // Whoever listens slowly misses some.
                 let _ = self.progress.try_send(progress);
@@ -181,20 +247,38 @@ impl Job {
         Ok(places)
     }
 
-    /// Checks the records of a region, given in the order of their pages; nothing if it was reclaimed meanwhile.
-    fn check_region(&self, reader: &mut dyn Reader, places: &[(Location, RecordId)], report: &mut VerifyReport) {
-        let Some((first, _)) = places.first() else { return };
-        let Ok(_pins) = self.shared.regions.pin(&[*first]) else { return };
+    /// Checks the records of a region, given in the order of their pages; nothing if it was reclaimed meanwhile. Whether to
+    /// go on.
+    fn check_region(
+        &self,
+        reader: &mut dyn Reader,
+        places: &[(Location, RecordId)],
+        report: &mut VerifyReport,
+    ) -> bool {
+        let piece_bytes = if self.pace.is_some() { SCRUB_READ_BYTES } else { READ_BYTES };
+        let Some((first, _)) = places.first() else { return true };
         let mut rest = places;
         while let Some((start, _)) = rest.first() {
             let end_of = |location: &Location| location.page + location.pages;
-            let fits = |location: &Location| u64::from(end_of(location) - start.page) * PAGE_BYTES as u64 <= READ_BYTES;
+            let bytes_to = |location: &Location| u64::from(end_of(location) - start.page) * PAGE_BYTES as u64;
+            let fits = |location: &Location| bytes_to(location) <= piece_bytes;
             let count = rest.iter().take_while(|(location, _)| fits(location)).count().max(1);
             let (now, later) = rest.split_at(count);
             rest = later;
             let pages = now.last().map_or(0, |(last, _)| end_of(last) - start.page);
+            // Pinned piece by piece: a scrub takes its time, and the region may be wanted.
+            let Ok(pins) = self.shared.regions.pin(&[*first]) else { return true };
             self.check_piece(reader, *start, pages, now, report);
+            drop(pins);
+            if let Some(pace) = &self.pace {
+                let bytes = u64::from(pages) * PAGE_BYTES as u64;
+                add(&self.shared.counts.scrubbed_bytes, bytes);
+                if !pace(bytes) {
+                    return false;
+                }
+            }
         }
+        true
     }
 
     fn check_piece(
@@ -214,7 +298,16 @@ impl Job {
         }
         // What can not be read at once may be readable one by one.
         for (location, id) in places {
-            self.check_record(id, location, self.read(reader, location, length_of(location)).ok(), report);
+            match self.read(reader, location, length_of(location)) {
+                Ok(bytes) => self.check_record(id, location, Some(bytes), report),
+                Err(source) => {
+                    let error = Error::from_io("reading a record", source);
+                    // Of a drive that is gone no record is to blame.
+                    if !is_drive_gone(&self.shared, location, &error) {
+                        self.check_record(id, location, None, report);
+                    }
+                }
+            }
         }
     }
 
@@ -234,6 +327,7 @@ impl Job {
         if checked.is_none() && self.shared.forget_at(id, location) {
             report.corrupt += 1;
             add(&self.shared.counts.bad_reads, 1);
+            add(&self.shared.counts.scrub_bad_records, u64::from(self.pace.is_some()));
             tracing::warn!(?id, ?location, "a record is damaged; it is quarantined");
             self.shared.inbox.push_bad_record(*id, *location);
         }

@@ -272,8 +272,12 @@ impl Writer {
             drop(head.take());
         }
         *write = match result {
-            Ok(()) => Write::Written,
+            Ok(()) => {
+                self.shared.poison.note_write(None);
+                Write::Written
+            }
             Err(error) => {
+                self.shared.poison.note_write(Some(&error));
                 tracing::warn!(sequence, error = format!("{error:#}"), "a write to the store failed");
                 self.has_failed_write = true;
                 Write::Failed(error)

@@ -11,9 +11,8 @@ use rocksdb::{
 use super::reclaimed::{Generations, ReclaimedFilterFactory};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Blocks, indexes and filters of tables that were read. Lookups never come here, so this only has to carry compactions
-/// and the few single reads.
-/// Ten million rows have 20 MiB of filters and indexes.
+/// Blocks of tables that were read. Lookups come here only while the table in memory is filled, so this only has to carry
+/// those, compactions and the few single reads.
 const CACHE_BYTES: usize = 64 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
@@ -99,6 +98,24 @@ pub(super) fn open(path: &Path, generations: &Generations) -> Result<DB> {
     } else {
         check_format(&database)?
     }
+    Ok(database)
+}
+
+/// Opens the database at `path` so that nothing in it changes.
+pub(super) fn open_read_only(path: &Path, generations: &Generations) -> Result<DB> {
+    if is_absent_or_empty(path)? {
+        return Err(
+            Error::new(ErrorKind::Corrupt, "the index is empty; it must be rebuilt").with("path", path.display())
+        );
+    }
+    let options = database_options(false)?;
+    check_families(path, &options)?;
+    let cache = Cache::new_lru_cache(CACHE_BYTES);
+    let families = Family::ALL
+        .map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, generations)));
+    let database = DB::open_cf_descriptors_read_only(&options, path, families, false)
+        .map_err(|error| translate(error, Moment::Open, "opening the index").with("path", path.display()))?;
+    check_format(&database)?;
     Ok(database)
 }
 
@@ -192,8 +209,9 @@ fn family_options(family: Family, cache: &Cache, generations: &Generations) -> O
     tables.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
     tables.set_whole_key_filtering(true);
     tables.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
-    tables.set_cache_index_and_filter_blocks(true);
-    tables.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    // Two bytes a record (20 MiB for ten million), kept with the open table and gone with it. In the cache, those of tables that compactions have
+    // replaced would stay until it is full.
+    tables.set_cache_index_and_filter_blocks(false);
 
     let mut options = Options::default();
     options.set_block_based_table_factory(&tables);

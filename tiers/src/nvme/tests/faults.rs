@@ -306,6 +306,40 @@ fn a_verification_reads_everything_and_finds_every_damage() {
     assert_eq!(place.open().0.verify(&mut drop).expect("verified").records, 197);
 }
 
+/// A scrub reads everything piece by piece, goes on where it was stopped, and finds damage within one pass.
+#[test]
+fn a_scrub_goes_on_where_it_was_and_finds_every_damage() {
+    let place = Place::new(IoChoice::Auto, 60);
+    let (store, _) = place.open();
+    put(&place, &store, (0..300).map(|name| (name, 1, 1 + (name as usize * 379) % 60_000)));
+    assert_eq!(store.last_scrub_unix_ms().expect("read"), 0);
+    for name in [3, 150, 299] {
+        let location = store.locate(&object_id(name)).expect("there");
+        place.overwrite(place.offset_of(&location) + u64::from(location.pages - 1) * 4096, &[0xee; 16]);
+    }
+    let pieces = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let after = |most: u64| -> ScrubPace {
+        let pieces = Arc::clone(&pieces);
+        Arc::new(move |bytes| {
+            assert!(bytes <= (1 << 20), "small pieces");
+            pieces.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 < most
+        })
+    };
+    let first = store.scrub(&after(5)).expect("stopped");
+    assert!(first.is_stopped && first.records < 300 && store.stats().scrub_passes == 0);
+    let report = store.scrub(&after(u64::MAX)).expect("scrubbed");
+    let stats = store.stats();
+    assert!(!report.is_stopped && stats.scrub_bad_records == 3 && stats.scrub_passes == 1, "{report:?} {stats:?}");
+    assert!(stats.scrubbed_bytes > 0 && stats.scrub_last_pass_unix_ms > 0);
+    for name in 0..300 {
+        assert_eq!(store.locate(&object_id(name)).is_none(), [3, 150, 299].contains(&name));
+    }
+    let ended = stats.scrub_last_pass_unix_ms;
+    close(store);
+    let (store, _) = place.open();
+    assert_eq!(store.last_scrub_unix_ms().expect("read"), ended, "kept across opens");
+}
+
 /// A region whose header could not be read once is free for good: with it, what was removed meanwhile would come back.
 #[test]
 fn a_region_that_could_not_be_read_once_does_not_come_back() {

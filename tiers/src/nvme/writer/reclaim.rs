@@ -58,7 +58,8 @@ impl Writer {
         let other = (current + 1) % HEADER_SLOTS;
         let page = header.encode();
         // The slot with the current header stays as it is, so that a torn write leaves that one.
-        self.shared.drive.write(region, other, &page)?;
+        let written = self.shared.drive.write(region, other, &page);
+        written.inspect_err(|error| self.shared.poison.note_write(Some(error)))?;
         let synced = self.shared.drive.sync_regions([region]);
         synced.inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
         self.header_slots[region as usize] = other;

@@ -1,0 +1,91 @@
+//! The namespaces that an engine knows: which number stands for which identity, as long as the engine lives. Without a
+//! store it gives the numbers itself. Beside a store the store gives them; while that is out of use, numbers are given
+//! here that no store gives, so that two namespaces never share one. Says yes and no to the same registrations as a
+//! store does.
+
+use std::collections::HashMap;
+
+use parking_lot::Mutex;
+use pegaflow_tiers::{Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, Result};
+
+/// The most namespaces, as of a store.
+const NAMESPACES_MAX: usize = 65_536;
+/// Above all numbers of a store.
+pub(crate) const BESIDE_STORE: u32 = 1 << 31;
+
+/// One namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    pub(crate) descriptor: NamespaceDescriptor,
+    /// Sorted.
+    pub(crate) groups: Vec<GroupGeometry>,
+    pub(crate) handle: NamespaceHandle,
+    /// Whether the number is the store's.
+    pub(crate) is_of_store: bool,
+}
+
+/// See the module. The number 0 is for objects.
+pub(crate) struct KnownNamespaces {
+    base: u32,
+    known: Mutex<HashMap<NamespaceId, Known>>,
+}
+
+impl KnownNamespaces {
+    /// Of an engine that has no store.
+    pub(crate) fn without_store() -> Self {
+        Self { base: 0, known: Mutex::default() }
+    }
+
+    /// Of an engine whose store may be out of use.
+    pub(crate) fn beside_store() -> Self {
+        Self { base: BESIDE_STORE, known: Mutex::default() }
+    }
+
+    /// The number of a namespace, which is known afterwards. The groups have been checked.
+    ///
+    /// # Errors
+    /// `GeometryMismatch` if it is known with other groups, `Busy` when there are 65,536 already.
+    pub(crate) fn register(
+        &self,
+        descriptor: &NamespaceDescriptor,
+        groups: &[GroupGeometry],
+    ) -> Result<NamespaceHandle> {
+        let id = descriptor.id();
+        let groups = sorted(groups);
+        let mut known = self.known.lock();
+        if let Some(found) = known.get(&id) {
+            let is_same = found.groups == groups;
+            return if is_same { Ok(found.handle) } else { Err(GroupGeometry::mismatch(id, &found.groups, &groups)) };
+        }
+        if known.len() >= NAMESPACES_MAX {
+            let message = format!("the engine has {NAMESPACES_MAX} namespaces, the limit; restart it");
+            return Err(Error::new(ErrorKind::Busy, message));
+        }
+        // None is ever removed.
+        let handle = NamespaceHandle(self.base + known.len() as u32 + 1);
+        known.insert(id, Known { descriptor: descriptor.clone(), groups, handle, is_of_store: false });
+        Ok(handle)
+    }
+
+    /// The store has given a namespace this number.
+    pub(crate) fn note(&self, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry], handle: NamespaceHandle) {
+        let noted = Known { descriptor: descriptor.clone(), groups: sorted(groups), handle, is_of_store: true };
+        self.known.lock().insert(descriptor.id(), noted);
+    }
+
+    /// The number that a namespace has now.
+    pub(crate) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
+        self.known.lock().get(id).map(|known| known.handle)
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> Vec<Known> {
+        self.known.lock().values().cloned().collect()
+    }
+}
+
+fn sorted(groups: &[GroupGeometry]) -> Vec<GroupGeometry> {
+    let mut groups = groups.to_vec();
+    groups.sort_by_key(|geometry| geometry.group);
+    groups
+}

@@ -1,0 +1,61 @@
+"""Runs a command with less than it would like: limits, forbidden system calls, capabilities taken away.
+
+usage: limited.py [--memlock BYTES] [--no-io-uring] -- COMMAND [ARGUMENT]...
+"""
+
+import ctypes
+import os
+import resource
+import struct
+import sys
+
+PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER = 425, 426, 427
+LOAD_NUMBER, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+ALLOW, FAIL_EPERM = 0x7FFF0000, 0x00050001
+
+
+def prctl(*arguments: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(*(ctypes.c_ulong(argument) for argument in arguments)) != 0:
+        sys.exit(f"prctl{arguments}: {os.strerror(ctypes.get_errno())}")
+
+
+def limit_memlock(size: int) -> None:
+    """Whoever may lock any memory is not held to the limit: root loses that right."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))
+    if os.geteuid() == 0:
+        prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK)
+
+
+def forbid_io_uring() -> None:
+    """As container runtimes do by default: the three system calls fail with EPERM."""
+    instruction = struct.Struct("HBBI").pack
+    program = [
+        instruction(LOAD_NUMBER, 0, 0, 0),
+        instruction(JUMP_IF_EQUAL, 3, 0, IO_URING_SETUP),
+        instruction(JUMP_IF_EQUAL, 2, 0, IO_URING_ENTER),
+        instruction(JUMP_IF_EQUAL, 1, 0, IO_URING_REGISTER),
+        instruction(RETURN, 0, 0, ALLOW),
+        instruction(RETURN, 0, 0, FAIL_EPERM),
+    ]
+    code = ctypes.create_string_buffer(b"".join(program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(header))
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    while arguments and (option := arguments.pop(0)) != "--":
+        if option == "--memlock":
+            limit_memlock(int(arguments.pop(0)))
+        elif option == "--no-io-uring":
+            forbid_io_uring()
+        else:
+            sys.exit(f"unknown option {option}\n{__doc__}")
+    os.execvp(arguments[0], arguments)
+
+
+main()
