@@ -11,6 +11,7 @@ use pegaflow_tiers::{
     StoreConfig,
 };
 
+use crate::admission::{Admission, SeenBefore, SystemClock};
 use crate::api::{
     InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest, OperationId, SaveOutcome,
     SaveRequest, SessionId, Stats,
@@ -21,10 +22,11 @@ use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::operations::Operations;
-use crate::reclaim::LeastRecentlyUsed;
+use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
+use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::volatile_namespaces::VolatileNamespaces;
 use crate::{lookup, objects};
 
@@ -52,19 +54,27 @@ impl Engine {
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
+        let residency = Arc::new(Residency::new(Arc::clone(&arena)));
         let mut recovered_records = 0;
         let store = match &config.nvme {
             None => None,
             Some(nvme) => {
-                let (store, report) =
-                    Store::open(store_config(&config, nvme, &arena), Arc::clone(&arena), Arc::new(LeastRecentlyUsed))?;
+                let regions = nvme.capacity_bytes() / nvme.region_bytes().max(1);
+                let policy = Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency))));
+                let (store, report) = Store::open(store_config(&config, nvme, &arena), Arc::clone(&arena), policy)?;
                 tracing::info!(?report, path = %nvme.path.display(), "the store is open");
                 recovered_records = report.recovered_records;
                 Some(store)
             }
         };
+        let admission = match (&store, &config.nvme) {
+            (Some(store), Some(nvme)) => Some(admission(store, nvme)?),
+            _ => None,
+        };
         let inner = Arc::new(Inner {
-            residency: Residency::new(Arc::clone(&arena)),
+            admission,
+            wear: Arc::default(),
+            residency,
             arena,
             store,
             leases: Leases::new(),
@@ -161,7 +171,13 @@ impl Engine {
                 Hit::Nvme(..) => 0,
             };
             let used: Vec<_> = taken.hits.iter().map(|hit| (hit.id(), slot_bytes(hit))).collect();
+            let in_dram = taken.hits.iter().filter_map(|hit| match hit {
+                Hit::Dram(resident) => Some(resident),
+                Hit::Nvme(..) => None,
+            });
+            offer_again(inner, in_dram);
             drop(taken);
+            inner.note_uses(used.iter().map(|(id, _)| *id));
             if let Some((_, bytes)) = used.first() {
                 inner.residency.touch_chain(used.iter().map(|(id, _)| (id, *bytes)));
             }
@@ -268,10 +284,19 @@ impl Engine {
             dram_evicted_blocks,
             write_failed_records: counters.write_failed_records.get(),
             recovered_records: inner.recovered_records,
+            drives: inner.wear.drives(),
             ..Stats::default()
         };
         if let Some(store) = &inner.store {
             add_store(&mut stats, store);
+        }
+        if let (Some(store), Some(admission)) = (&inner.store, &inner.admission) {
+            let budget = admission.status(store.write_volume());
+            stats.write_budget_day_bytes = budget.bytes_per_day;
+            stats.written_day_bytes = budget.spent_day_bytes;
+            stats.refused_budget_blocks = admission.refused_budget.get();
+            stats.refused_unproven_blocks = admission.refused_unproven.get();
+            stats.refused_ancestor_blocks = admission.refused_ancestor.get();
         }
         stats
     }
@@ -312,12 +337,21 @@ impl Shared {
         inner.operations.cancel_all();
         let threads = self.workers.write().stop();
         inner.leases.close();
+        inner.wear.close();
         inner.operations.wait_ended(None, deadline)?;
         for thread in threads {
             // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
             let _ = thread.join();
         }
-        inner.store.as_ref().map_or(Ok(()), |store| store.close(deadline))
+        let Some(store) = &inner.store else { return Ok(()) };
+        if let Some(error) = inner
+            .admission
+            .as_ref()
+            .and_then(|admission| store.put_note(BUDGET_NOTE, &admission.last_note(store.write_volume())).err())
+        {
+            tracing::debug!(%error, "the ledger of the write budget stays as it was noted last");
+        }
+        store.close(deadline)
     }
 }
 
@@ -351,7 +385,15 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
         // DRAM bounds what can be waiting: see the share of dirty bytes in `residency`.
         write_queue_bytes: arena.capacity_bytes(),
         codec: nvme.codec,
+        reinsert_percent: nvme.reinsert_percent,
     }
+}
+
+/// The way to the drive, with what earlier runs have spent.
+fn admission(store: &Store, nvme: &NvmeConfig) -> Result<Admission> {
+    let note = store.note(BUDGET_NOTE)?;
+    let (policy, clock) = (Box::new(SeenBefore::new()), Box::new(SystemClock));
+    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), policy, clock))
 }
 
 fn add_store(stats: &mut Stats, store: &Store) {
@@ -365,6 +407,10 @@ fn add_store(stats: &mut Stats, store: &Store) {
     stats.io_engine = of_store.io_engine.into();
     stats.nvme_poisoned = store.poisoned().is_some();
     stats.durable_records = of_store.appended_records;
+    stats.appended_bytes = of_store.appended_bytes;
+    stats.reinserted_records = of_store.reinserted_records;
+    stats.reinserted_bytes = of_store.reinserted_bytes;
+    stats.cut_reinsertions = of_store.cut_reinsertions;
     stats.quarantined_records = of_store.bad_reads;
     stats.reclaimed_regions = of_store.reclaimed_regions;
     stats.nvme_written_raw_bytes = of_store.appended_payload_bytes;

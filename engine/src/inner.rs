@@ -9,6 +9,7 @@ use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
 use pegaflow_tiers::{Arena, CopyBatch, Error, ErrorKind, RecordId, Result, Store};
 
+use crate::admission::Admission;
 use crate::api::SessionId;
 use crate::config::EngineConfig;
 use crate::counters::Counters;
@@ -20,6 +21,7 @@ use crate::residency::Residency;
 use crate::save::SaveJob;
 use crate::spares;
 use crate::volatile_namespaces::VolatileNamespaces;
+use crate::wear::Wear;
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -31,8 +33,11 @@ const COPY_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
-    pub(crate) residency: Residency,
+    pub(crate) residency: Arc<Residency>,
     pub(crate) store: Option<Arc<Store>>,
+    /// Which blocks go to the store, if there is one.
+    pub(crate) admission: Option<Admission>,
+    pub(crate) wear: Arc<Wear>,
     pub(crate) leases: Leases,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
@@ -52,6 +57,13 @@ impl Inner {
     /// Whether a record is in DRAM or in the store.
     pub(crate) fn is_present(&self, id: &RecordId) -> bool {
         self.residency.contains(id) || self.store.as_ref().is_some_and(|store| store.locate(id).is_some())
+    }
+
+    /// Counts a use of blocks that were found in DRAM, for the store's own decisions.
+    pub(crate) fn note_uses(&self, ids: impl IntoIterator<Item = RecordId>) {
+        if let Some(store) = &self.store {
+            store.note_uses(ids);
+        }
     }
 
     pub(crate) fn object_bytes_max(&self) -> u64 {
@@ -105,6 +117,10 @@ impl Workers {
         }
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        if let Some(nvme) = inner.config.nvme.as_ref().filter(|nvme| nvme.health_interval_s > 0) {
+            let interval = Duration::from_secs(nvme.health_interval_s);
+            workers.threads.extend(inner.wear.watch(&nvme.paths(), interval)?);
+        }
         Ok(workers)
     }
 

@@ -3,6 +3,7 @@
 //! The same [`Engine`] runs embedded in vLLM's process and behind the server.
 #![deny(unsafe_code)]
 
+mod admission;
 mod api;
 mod config;
 mod counters;
@@ -22,5 +23,7 @@ mod save;
 mod spares;
 mod spill;
 mod volatile_namespaces;
+mod wear;
+mod write_budget;
 
 pub use prelude::*;

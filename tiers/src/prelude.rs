@@ -11,11 +11,12 @@ pub use crate::gpu::{
     BlockCopy, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory, Fence, HostMemory, KvCache,
     LocalKvCache, PlacedCopy, RangeFragment, gpu_count,
 };
-pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
+pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table, TableEntry, Uses};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, DriveConfig, FileId, IndexFill, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind,
-    IoPriority, IoRequest, Pages, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, Store,
-    StoreConfig, StoreStats, Verified, VerifyProgress, VerifyReport, open_direct, open_engine,
+    Append, AppendDone, BlockIo, DriveConfig, DriveHealth, FileId, HealthReader, IndexFill, IoBuffer, IoChoice,
+    IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport,
+    RegionInfo, RegionPins, RegionState, ResidentBlock, Store, StoreConfig, StoreStats, Verified, VerifyProgress,
+    VerifyReport, WriteVolume, controllers_of, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

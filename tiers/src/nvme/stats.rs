@@ -76,6 +76,22 @@ pub struct StoreStats {
     pub reclaimed_records: u64,
     /// Tombstones that were written again so that a region could be reclaimed.
     pub kept_tombstones: u64,
+    /// Records that were written again because they were worth more than their region; also among the appended ones.
+    pub reinserted_records: u64,
+    /// Bytes of these. `appended_bytes / (appended_bytes - reinserted_bytes)` is the write amplification of the log.
+    pub reinserted_bytes: u64,
+    /// How often writing records again was cut short because the next region was needed.
+    pub cut_reinsertions: u64,
+}
+
+/// How much goes to the drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteVolume {
+    /// Bytes of records that became durable since the store was opened: all of them, tombstones and what was written again
+    /// included. Region headers and the index come to about a thousandth more.
+    pub written_bytes: u64,
+    /// Bytes of records that were accepted and are not durable.
+    pub queued_bytes: u64,
 }
 
 /// The counters behind [`StoreStats`].
@@ -102,6 +118,9 @@ pub(super) struct Counts {
     pub(super) reclaimed_regions: AtomicU64,
     pub(super) reclaimed_records: AtomicU64,
     pub(super) kept_tombstones: AtomicU64,
+    pub(super) reinserted_records: AtomicU64,
+    pub(super) reinserted_bytes: AtomicU64,
+    pub(super) cut_reinsertions: AtomicU64,
 }
 
 /// Adds to a counter.
@@ -145,6 +164,9 @@ impl Counts {
             reclaimed_regions: get(&self.reclaimed_regions),
             reclaimed_records: get(&self.reclaimed_records),
             kept_tombstones: get(&self.kept_tombstones),
+            reinserted_records: get(&self.reinserted_records),
+            reinserted_bytes: get(&self.reinserted_bytes),
+            cut_reinsertions: get(&self.cut_reinsertions),
             ..StoreStats::default()
         }
     }

@@ -8,6 +8,7 @@ mod encoded;
 mod faults;
 mod filling;
 mod reclaiming;
+mod reinserting;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
