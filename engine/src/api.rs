@@ -176,6 +176,23 @@ pub struct SaveOutcome {
     pub dropped: u32,
 }
 
+/// What a drive under the store says of its own health.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct DriveWear {
+    /// The controller: `nvme0`.
+    pub drive: String,
+    /// How much of its rated life is used, in percent; goes on above 100.
+    pub used_percent: u8,
+    /// Spare capacity that is left, in percent.
+    pub spare_percent: u8,
+    /// Bits of what is wrong, as NVMe defines them; 0: nothing.
+    pub critical_warning: u8,
+    /// Bytes that were ever written to it, by everybody.
+    pub written_bytes: u64,
+    /// Times that it found data that it could not correct.
+    pub media_errors: u64,
+}
+
 /// A snapshot of counters and gauges. Counters are since open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
@@ -283,6 +300,26 @@ pub struct Stats {
     pub codec_skipped_queue: u64,
     /// Blocks that were stored as they are because the drive reads faster than this machine decodes.
     pub codec_skipped_speed: u64,
+    /// Bytes made durable in the log of the store: with headers, tombstones and what was written again.
+    pub appended_bytes: u64,
+    /// Records written again because they were worth more than their region.
+    pub reinserted_records: u64,
+    /// Bytes of these. `appended_bytes / (appended_bytes - reinserted_bytes)` is the write amplification of the log.
+    pub reinserted_bytes: u64,
+    /// How often writing records again was cut short because the next region was needed.
+    pub cut_reinsertions: u64,
+    /// Bytes a day that may be written to the drive; 0 without a bound.
+    pub write_budget_day_bytes: u64,
+    /// Bytes of records written in the last 23 to 24 hours, restarts included.
+    pub written_day_bytes: u64,
+    /// Blocks that were not written because the budget was used up.
+    pub refused_budget_blocks: u64,
+    /// Blocks that were not written because the budget was short and they had not been seen often enough.
+    pub refused_unproven_blocks: u64,
+    /// Blocks that were not written because the block before them is not on the drive.
+    pub refused_ancestor_blocks: u64,
+    /// The health of the drives under the store; those that do not tell are not in it.
+    pub drives: Vec<DriveWear>,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::write_budget::WriteBudget;
 use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -14,6 +15,9 @@ pub struct ByteSize(pub u64);
 
 /// Drives of a store besides its home at most.
 const MORE_DRIVES_MAX: usize = 31;
+
+/// What a write budget is at least: one group commit.
+const WRITE_BUDGET_MIN: u64 = 64 * MIB;
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -175,6 +179,26 @@ pub struct NvmeConfig {
     /// Whether blocks are compressed on the drive, without loss: `auto` or `none`. Default: auto.
     #[serde(default)]
     pub codec: CodecChoice,
+    /// What may be written to the drive, on average: `500GiB/day`, or `1.5dwpd`, drive writes per day, where the drive
+    /// counts as large as the capacity of the store, all drives together. An hour's worth may be saved up. Blocks that are not worth their bytes then stay in
+    /// DRAM only; named objects are written whatever it says, and count. Default: none, no bound. Minimum: 64 MiB a day.
+    #[serde(default)]
+    pub write_budget: Option<WriteBudget>,
+    /// How much of a region may be written again elsewhere before it is reclaimed, in percent: its most used blocks.
+    /// 0: nothing. Default: 25. Limit: 50.
+    #[serde(default = "default_reinsert_percent")]
+    pub reinsert_percent: u32,
+    /// How often the drive is asked for its health, in seconds. 0: never. Default: 600. Limits: 10 to 86,400.
+    #[serde(default = "default_health_interval_s")]
+    pub health_interval_s: u64,
+}
+
+fn default_health_interval_s() -> u64 {
+    600
+}
+
+fn default_reinsert_percent() -> u32 {
+    25
 }
 
 fn default_nvme_capacity() -> ByteSize {
@@ -201,7 +225,25 @@ impl NvmeConfig {
             queue_depth: default_queue_depth(),
             scrub: default_scrub(),
             codec: CodecChoice::Auto,
+            write_budget: None,
+            reinsert_percent: default_reinsert_percent(),
+            health_interval_s: default_health_interval_s(),
         }
+    }
+
+    /// The directories of all drives, the home first.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        std::iter::once(&self.path).chain(self.more_drives.iter().map(|drive| &drive.path)).cloned().collect()
+    }
+
+    /// Bytes of the store, all drives together.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.more_drives.iter().fold(self.capacity.0, |sum, drive| sum.saturating_add(drive.capacity.0))
+    }
+
+    /// What may be written a day, if that is bounded.
+    pub fn write_bytes_per_day(&self) -> Option<u64> {
+        self.write_budget.map(|budget| budget.bytes_per_day(self.capacity_bytes()))
     }
 
     /// The region size of a store that is made: the one given, or the default for the capacity.
@@ -346,6 +388,21 @@ impl EngineConfig {
             }
             let (ok, problem) = within("nvme.queue_depth", nvme.queue_depth.into(), 1, 1024);
             check(ok, problem);
+            let (ok, problem) = within("nvme.reinsert_percent", nvme.reinsert_percent.into(), 0, 50);
+            check(ok, problem);
+            let every = nvme.health_interval_s;
+            let (ok, problem) = within("nvme.health_interval_s", every, 10, 86_400);
+            check(ok || every == 0, format!("{problem}, or 0 for never"));
+            if let (Some(budget), Some(bytes)) = (nvme.write_budget, nvme.write_bytes_per_day()) {
+                check(
+                    bytes >= WRITE_BUDGET_MIN,
+                    format!(
+                        "nvme.write_budget is {budget}, {} a day; give at least {}",
+                        ByteSize(bytes),
+                        ByteSize(WRITE_BUDGET_MIN)
+                    ),
+                );
+            }
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
     }
@@ -389,6 +446,9 @@ mod tests {
                     "/a=1".parse().expect("a drive"),
                     NvmeDrive { path: "".into(), capacity: ByteSize::gib(1) },
                 ],
+                write_budget: Some(WriteBudget::MilliDriveWritesPerDay(1)),
+                reinsert_percent: 51,
+                health_interval_s: 9,
                 ..NvmeConfig::new("", ByteSize(1))
             }),
             ..EngineConfig::default()
@@ -400,6 +460,9 @@ mod tests {
             "nvme.path",
             "nvme.region",
             "nvme.capacity",
+            "nvme.write_budget",
+            "nvme.reinsert_percent",
+            "nvme.health_interval_s",
             "more_drives[1].capacity",
             "/a, which is listed already",
             "more_drives[2].path is empty",

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, RwLock};
 use pegaflow_tiers::{
     Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, PoisonReason, RecoveryReport,
-    Result, Store,
+    Result, Store, WriteVolume,
 };
 
 use crate::known_namespaces::KnownNamespaces;
@@ -115,6 +115,13 @@ impl DriveTier {
         let state = self.state.lock();
         let totals = current.map_or(state.past, |stats| state.past.plus(&stats));
         (totals, state.epoch - u64::from(state.epoch > 0), state.failed_attempts)
+    }
+
+    /// What went to the drive since the engine was opened, through all stores that it has had.
+    pub(crate) fn write_volume(&self) -> WriteVolume {
+        let current = self.store().map(|store| store.write_volume()).unwrap_or_default();
+        let past = self.state.lock().past.appended_bytes;
+        WriteVolume { written_bytes: past + current.written_bytes, ..current }
     }
 
     /// The number of a namespace: the store's, or while it is out of use one that no store gives.

@@ -11,6 +11,7 @@ use pegaflow_tiers::{
     StoreConfig,
 };
 
+use crate::admission::{Admission, SeenBefore, SystemClock};
 use crate::api::{
     InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest, OperationId, SaveOutcome,
     SaveRequest, SessionId, Stats,
@@ -22,10 +23,11 @@ use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::operations::Operations;
-use crate::reclaim::LeastRecentlyUsed;
+use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
+use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::{lookup, objects};
 
 /// A group commit happens at the latest after this many bytes.
@@ -60,24 +62,26 @@ impl Engine {
         config: EngineConfig,
         wrap: impl Fn(Arc<dyn pegaflow_tiers::BlockIo>) -> Arc<dyn pegaflow_tiers::BlockIo> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::open_with(config, |config, arena| {
+        Self::open_with(config, |config, arena, residency| {
             let nvme = config.nvme.as_ref()?;
-            let (path, config, arena) = (nvme.path.clone(), store_config(config, nvme, arena), Arc::clone(arena));
-            let open = move || Store::open_wrapped(config.clone(), &arena, Arc::new(LeastRecentlyUsed), &wrap);
+            let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+            let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
+            let open = move || Store::open_wrapped(config.clone(), &arena, policy(), &wrap);
             Some(Source { path, open: Box::new(open) })
         })
     }
 
     fn open_with(
         config: EngineConfig,
-        source: impl FnOnce(&EngineConfig, &Arc<Arena>) -> Option<Source>,
+        source: impl FnOnce(&EngineConfig, &Arc<Arena>, &Arc<Residency>) -> Option<Source>,
     ) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
+        let residency = Arc::new(Residency::new(Arc::clone(&arena)));
         let mut recovered_records = 0;
-        let drive = match source(&config, &arena) {
+        let drive = match source(&config, &arena, &residency) {
             None => DriveTier::none(),
             Some(source) => {
                 let (drive, report) = DriveTier::open(source)?;
@@ -85,8 +89,14 @@ impl Engine {
                 drive
             }
         };
+        let admission = match (drive.store(), &config.nvme) {
+            (Some(store), Some(nvme)) => Some(admission(&store, nvme)?),
+            _ => None,
+        };
         let inner = Arc::new(Inner {
-            residency: Residency::new(Arc::clone(&arena)),
+            admission,
+            wear: Arc::default(),
+            residency,
             arena,
             drive,
             leases: Leases::new(),
@@ -183,7 +193,13 @@ impl Engine {
                 Hit::Nvme(..) => 0,
             };
             let used: Vec<_> = taken.hits.iter().map(|hit| (hit.id(), slot_bytes(hit))).collect();
+            let in_dram = taken.hits.iter().filter_map(|hit| match hit {
+                Hit::Dram(resident) => Some(resident),
+                Hit::Nvme(..) => None,
+            });
+            offer_again(inner, in_dram);
             drop(taken);
+            inner.note_uses(used.iter().map(|(id, _)| *id));
             if let Some((_, bytes)) = used.first() {
                 inner.residency.touch_chain(used.iter().map(|(id, _)| (id, *bytes)));
             }
@@ -294,9 +310,18 @@ impl Engine {
             dram_evicted_blocks,
             write_failed_records: counters.write_failed_records.get(),
             recovered_records: inner.recovered_records,
+            drives: inner.wear.drives(),
             ..Stats::default()
         };
         add_drive(&mut stats, &inner.drive);
+        if let Some(admission) = &inner.admission {
+            let budget = admission.status(inner.drive.write_volume());
+            stats.write_budget_day_bytes = budget.bytes_per_day;
+            stats.written_day_bytes = budget.spent_day_bytes;
+            stats.refused_budget_blocks = admission.refused_budget.get();
+            stats.refused_unproven_blocks = admission.refused_unproven.get();
+            stats.refused_ancestor_blocks = admission.refused_ancestor.get();
+        }
         stats
     }
 
@@ -349,10 +374,16 @@ impl Shared {
         inner.operations.cancel_all();
         let threads = self.workers.write().stop();
         inner.leases.close();
+        inner.wear.close();
         inner.operations.wait_ended(None, deadline)?;
         for thread in threads {
             // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
             let _ = thread.join();
+        }
+        if let (Some(admission), Some(store)) = (&inner.admission, inner.drive.store())
+            && let Err(error) = store.put_note(BUDGET_NOTE, &admission.last_note(inner.drive.write_volume()))
+        {
+            tracing::debug!(%error, "the ledger of the write budget stays as it was noted last");
         }
         inner.drive.close(deadline)
     }
@@ -388,15 +419,30 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
         // DRAM bounds what can be waiting: see the share of dirty bytes in `residency`.
         write_queue_bytes: arena.capacity_bytes(),
         codec: nvme.codec,
+        reinsert_percent: nvme.reinsert_percent,
     }
 }
 
 /// How the store is opened, now and whenever it has to be opened again.
-fn source(config: &EngineConfig, arena: &Arc<Arena>) -> Option<Source> {
+fn source(config: &EngineConfig, arena: &Arc<Arena>, residency: &Arc<Residency>) -> Option<Source> {
     let nvme = config.nvme.as_ref()?;
-    let (path, config, arena) = (nvme.path.clone(), store_config(config, nvme, arena), Arc::clone(arena));
-    let open = move || Store::open(config.clone(), Arc::clone(&arena), Arc::new(LeastRecentlyUsed));
+    let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+    let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
+    let open = move || Store::open(config.clone(), Arc::clone(&arena), policy());
     Some(Source { path, open: Box::new(open) })
+}
+
+/// Makes the policy that a store asks, anew for each store.
+fn policy(nvme: &NvmeConfig, residency: &Arc<Residency>) -> impl Fn() -> Arc<CostBenefit> + use<> {
+    let (regions, residency) = (nvme.capacity_bytes() / nvme.region_bytes().max(1), Arc::clone(residency));
+    move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency))))
+}
+
+/// The way to the drive, with what earlier runs have spent.
+fn admission(store: &Store, nvme: &NvmeConfig) -> Result<Admission> {
+    let note = store.note(BUDGET_NOTE)?;
+    let (policy, clock) = (Box::new(SeenBefore::new()), Box::new(SystemClock));
+    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), policy, clock))
 }
 
 fn add_drive(stats: &mut Stats, drive: &DriveTier) {
@@ -406,6 +452,10 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     let (totals, reopens, failed_attempts) = drive.totals();
     (stats.nvme_reopens, stats.nvme_failed_reopens) = (reopens, failed_attempts);
     stats.durable_records = totals.appended_records;
+    stats.appended_bytes = totals.appended_bytes;
+    stats.reinserted_records = totals.reinserted_records;
+    stats.reinserted_bytes = totals.reinserted_bytes;
+    stats.cut_reinsertions = totals.cut_reinsertions;
     stats.quarantined_records = totals.bad_reads;
     stats.reclaimed_regions = totals.reclaimed_regions;
     stats.scrubbed_bytes = totals.scrubbed_bytes;

@@ -9,6 +9,7 @@ use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
 use pegaflow_tiers::{Arena, CopyBatch, Error, ErrorKind, RecordId, Result};
 
+use crate::admission::Admission;
 use crate::api::SessionId;
 use crate::config::EngineConfig;
 use crate::counters::Counters;
@@ -19,6 +20,7 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
+use crate::wear::Wear;
 use crate::{scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
@@ -31,9 +33,12 @@ const COPY_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
-    pub(crate) residency: Residency,
+    pub(crate) residency: Arc<Residency>,
     /// The store, if there is one at the moment.
     pub(crate) drive: Arc<DriveTier>,
+    /// Which blocks go to the store, if there is one.
+    pub(crate) admission: Option<Admission>,
+    pub(crate) wear: Arc<Wear>,
     pub(crate) leases: Leases,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
@@ -51,6 +56,13 @@ impl Inner {
     /// Whether a record is in DRAM or in the store.
     pub(crate) fn is_present(&self, id: &RecordId) -> bool {
         self.residency.contains(id) || self.drive.store().is_some_and(|store| store.locate(id).is_some())
+    }
+
+    /// Counts a use of blocks that were found in DRAM, for the store's own decisions.
+    pub(crate) fn note_uses(&self, ids: impl IntoIterator<Item = RecordId>) {
+        if let Some(store) = self.drive.store() {
+            store.note_uses(ids);
+        }
     }
 
     pub(crate) fn object_bytes_max(&self) -> u64 {
@@ -112,6 +124,10 @@ impl Workers {
                 let scrubber = Arc::clone(inner);
                 inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber, rate))?;
             }
+        }
+        if let Some(nvme) = inner.config.nvme.as_ref().filter(|nvme| nvme.health_interval_s > 0) {
+            let interval = Duration::from_secs(nvme.health_interval_s);
+            workers.threads.extend(inner.wear.watch(&nvme.paths(), interval)?);
         }
         Ok(workers)
     }

@@ -3,6 +3,7 @@
 //! The same [`Engine`] runs embedded in vLLM's process and behind the server.
 #![deny(unsafe_code)]
 
+mod admission;
 mod api;
 mod config;
 mod counters;
@@ -26,5 +27,7 @@ mod spares;
 mod spill;
 mod store_keeper;
 mod store_totals;
+mod wear;
+mod write_budget;
 
 pub use prelude::*;

@@ -15,6 +15,7 @@ use crate::inner::{Inner, wait_copies};
 use crate::lease::{Hit, ShardLease};
 use crate::operations::Operation;
 use crate::residency::Resident;
+use crate::spill::offer_again;
 
 /// How many reads of one load are in flight at the most.
 const READS_MAX: usize = 64;
@@ -106,6 +107,9 @@ impl LoadJob {
         let (sender, receiver) = bounded(window);
         let mut waiting = on_drive.into_iter();
         let mut running = self.start_reads(&mut waiting, window, &sender, deadline);
+        // What is read counts by itself.
+        self.inner.note_uses(in_dram.iter().map(|(_, resident)| resident.id));
+        offer_again(&self.inner, in_dram.iter().map(|(_, resident)| resident));
         self.outcome.loaded_dram += self.copy(&in_dram);
         drop(in_dram);
         while running > 0 {

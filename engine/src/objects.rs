@@ -53,6 +53,7 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
     if let Some(resident) = inner.residency.get(&id) {
         let slot_bytes = resident.slot.bytes();
         inner.residency.touch_chain(std::iter::once((&id, slot_bytes)));
+        inner.note_uses([id]);
         return Ok(Some(ObjectBytes::new(&resident)));
     }
     let Some(store) = inner.drive.store() else { return Ok(None) };

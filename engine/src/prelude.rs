@@ -1,12 +1,13 @@
 //! The whole public API of the crate, on one screen.
 
 pub use crate::api::{
-    BlockSave, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
+    BlockSave, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
     LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::placed::PlacedLoads;
+pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
     CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport,

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
-use pegaflow_tiers::{Arena, BlockKey, RecordId, Slot};
+use pegaflow_tiers::{Arena, BlockKey, NamespaceHandle, RecordId, ResidentBlock, Slot};
 
 /// How many blocks one search for a victim looks at before it takes the oldest that may leave.
 const VICTIM_TRIES: usize = 1024;
@@ -31,6 +31,8 @@ pub(crate) struct Resident {
     pub(crate) depth: u32,
     dirty: AtomicBool,
     children: AtomicU32,
+    /// Whether it was not admitted to the drive.
+    is_refused: AtomicBool,
 }
 
 impl Resident {
@@ -42,7 +44,18 @@ impl Resident {
         dirty: bool,
     ) -> Arc<Self> {
         let children = AtomicU32::new(0);
-        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty: AtomicBool::new(dirty), children })
+        let (dirty, is_refused) = (AtomicBool::new(dirty), AtomicBool::new(false));
+        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused })
+    }
+
+    /// Notes that the block was not admitted to the drive.
+    pub(crate) fn refuse(&self) {
+        self.is_refused.store(true, Ordering::Release);
+    }
+
+    /// Whether the block was not admitted; true for one caller only, who asks again.
+    pub(crate) fn take_refused(&self) -> bool {
+        self.is_refused.swap(false, Ordering::AcqRel)
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -89,6 +102,8 @@ type Build = BuildHasherDefault<KeyHasher>;
 #[derive(Default)]
 struct State {
     blocks: HashMap<RecordId, Arc<Resident>, Build>,
+    /// The same by fingerprint, for the store, which knows no more of most records.
+    by_fingerprint: HashMap<u64, RecordId, Build>,
     /// Who lies in which chunk of the arena.
     by_chunk: BTreeSet<(u32, RecordId)>,
     /// By slot size: who leaves next, with the tick of the last use.
@@ -145,6 +160,14 @@ impl Residency {
     /// The block, if it is here. Does not count as a use.
     pub(crate) fn get(&self, id: &RecordId) -> Option<Arc<Resident>> {
         self.state.lock().blocks.get(id).cloned()
+    }
+
+    /// The block with this fingerprint as the store has it: not an object, whose bytes here may be newer ones.
+    pub(crate) fn stored_block(&self, fingerprint: u64) -> Option<ResidentBlock> {
+        let state = self.state.lock();
+        let id = state.by_fingerprint.get(&fingerprint).filter(|id| id.namespace != NamespaceHandle(0))?;
+        let block = state.blocks.get(id).filter(|block| !block.is_dirty())?;
+        Some(ResidentBlock { id: *id, slot: Arc::clone(&block.slot) })
     }
 
     pub(crate) fn contains(&self, id: &RecordId) -> bool {
@@ -228,6 +251,7 @@ impl Residency {
         }
         let (id, slot_bytes) = (block.id, block.slot.bytes());
         state.by_chunk.insert((block.slot.chunk(), id));
+        state.by_fingerprint.insert(id.fingerprint(), id);
         state.blocks.insert(id, Arc::clone(&block));
         state.touch(&id, slot_bytes);
         block
@@ -238,6 +262,13 @@ impl Residency {
         if block.dirty.swap(false, Ordering::AcqRel) {
             self.state.lock().dirty_bytes -= block.slot.bytes() as u64;
             self.room.announce();
+        }
+    }
+
+    /// A clean block is to go to the store after all: it may not leave before.
+    pub(crate) fn mark_dirty(&self, block: &Resident) {
+        if !block.dirty.swap(true, Ordering::AcqRel) {
+            self.state.lock().dirty_bytes += block.slot.bytes() as u64;
         }
     }
 
@@ -319,6 +350,9 @@ impl State {
         let block = self.blocks.remove(id)?;
         let slot_bytes = block.slot.bytes();
         self.by_chunk.remove(&(block.slot.chunk(), *id));
+        if self.by_fingerprint.get(&id.fingerprint()) == Some(id) {
+            self.by_fingerprint.remove(&id.fingerprint());
+        }
         if let Some(order) = self.order.get_mut(&slot_bytes) {
             order.pop(id);
             if order.is_empty() {

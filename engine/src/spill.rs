@@ -1,9 +1,11 @@
-//! From DRAM to the store: hands dirty blocks over, and marks them clean when they are durable.
+//! From DRAM to the store: hands dirty blocks over, and marks them clean when they are durable. Blocks of a KV cache pass
+//! admission first; what is refused is clean at once, and asked about again when it is used.
 
 use std::sync::Arc;
 
-use pegaflow_tiers::{Append, RecordKind};
+use pegaflow_tiers::{Append, RecordKind, Store};
 
+use crate::admission::{Offer, Refusal};
 use crate::inner::Inner;
 use crate::residency::Resident;
 
@@ -18,6 +20,11 @@ pub(crate) fn spill(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind)
         }
         return;
     };
+    if kind == RecordKind::Kv && admit(inner, &store, block).is_err() {
+        block.refuse();
+        inner.residency.mark_clean(block);
+        return;
+    }
     // Holding the slot, not the block: "held" blocks count the users of a block, and the store is none.
     let weak_inner = Arc::downgrade(inner);
     let written = Arc::clone(block);
@@ -53,4 +60,31 @@ fn failed(inner: &Inner, block: &Arc<Resident>, kind: RecordKind) {
         inner.residency.hide(block);
     }
     inner.residency.mark_clean(block);
+}
+
+/// The name of the ledger of the write budget in the store.
+pub(crate) const BUDGET_NOTE: &str = "write-budget";
+
+/// Whether a block is worth a drive write, now.
+fn admit(inner: &Inner, store: &Store, block: &Resident) -> Result<(), Refusal> {
+    let Some(admission) = &inner.admission else { return Ok(()) };
+    let parent = block.id.with_key(block.parent);
+    let is_on_its_way = || inner.residency.get(&parent).is_some_and(|parent| parent.is_dirty());
+    let has_parent = block.parent.is_root() || store.locate(&parent).is_some() || is_on_its_way();
+    let offer = Offer { fingerprint: block.id.fingerprint(), has_parent };
+    let (verdict, note) = admission.offer(&offer, inner.drive.write_volume());
+    if let Some(error) = note.and_then(|note| store.put_note(BUDGET_NOTE, &note).err()) {
+        tracing::warn!(%error, "the ledger of the write budget could not be kept; a crash would forget what was spent");
+    }
+    verdict
+}
+
+/// Blocks were used, ancestors first: those of them that were refused may be worth a write by now.
+pub(crate) fn offer_again<'a>(inner: &Arc<Inner>, used: impl Iterator<Item = &'a Arc<Resident>>) {
+    for block in used {
+        if block.take_refused() {
+            inner.residency.mark_dirty(block);
+            spill(inner, block, RecordKind::Kv);
+        }
+    }
 }

@@ -191,3 +191,77 @@ fn a_block_damaged_on_the_drive_is_a_miss_and_is_quarantined() {
     assert_eq!(worker.lookup(&chain).hit_blocks, 5);
     assert_eq!(worker.engine.stats().quarantined_records, 1);
 }
+
+/// Blocks that are used outlive the regions that they were written to.
+#[test]
+fn what_is_used_is_still_there_after_everything_was_written_over() {
+    let directory = directory();
+    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    let (used, unused) = (keys(BLOCKS, 1000), keys(BLOCKS, 1001));
+    for chain in [&used, &unused] {
+        write(&mut worker, chain);
+        assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS);
+    }
+    worker.engine.flush(soon()).expect("durable");
+    for seed in 0..60 {
+        assert_eq!(read(&mut worker, &used).2, 0);
+        let chain = keys(BLOCKS, seed);
+        write(&mut worker, &chain);
+        worker.save(&chain, BlockKey::ROOT);
+        worker.engine.flush(soon()).expect("durable");
+        while worker.engine.stats().nvme_used_bytes == 16 * MIB {
+            std::thread::yield_now();
+        }
+    }
+    let stats = worker.engine.stats();
+    assert!(stats.reclaimed_regions >= 8 && stats.reinserted_records >= u64::from(BLOCKS), "{stats:?}");
+    assert!(stats.reinserted_bytes * 4 <= stats.appended_bytes, "{stats:?}");
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    assert_eq!(read(&mut worker, &unused), (0, 0, 0));
+    assert_eq!(read(&mut worker, &used), (0, BLOCKS, 0));
+}
+
+/// A budget of 64 MiB a day, all of which may be saved up, and 90 MiB of blocks.
+#[test]
+fn the_write_budget_holds_and_goes_to_what_is_used_again() {
+    let directory = directory();
+    let mut config = config(directory.path(), 256, IoEngineChoice::Auto);
+    if let Some(nvme) = &mut config.nvme {
+        nvme.write_budget = Some("64MiB/day".parse().expect("a budget"));
+    }
+    let mut worker = Worker::new(config.clone());
+    let chains: Vec<Vec<BlockKey>> = (0..120).map(|seed| keys(BLOCKS, seed)).collect();
+    for chain in &chains {
+        write(&mut worker, chain);
+        assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS, "saved in DRAM, whatever the budget");
+        worker.engine.flush(soon()).expect("durable");
+    }
+    let stats = worker.engine.stats();
+    assert_eq!((stats.write_budget_day_bytes, stats.dram_dirty_bytes), (64 * MIB, 0), "{stats:?}");
+    assert!((31 * MIB..33 * MIB).contains(&stats.written_day_bytes), "half of it to what is new: {stats:?}");
+    assert!(stats.refused_unproven_blocks > 0 && stats.refused_ancestor_blocks > 0, "{stats:?}");
+    assert_eq!(
+        stats.durable_records + stats.refused_unproven_blocks + stats.refused_ancestor_blocks,
+        120 * u64::from(BLOCKS)
+    );
+    // A refused chain that is used has been seen twice. One that is not stays unwritten.
+    let (used, unused) = (&chains[119], &chains[118]);
+    assert_eq!(read(&mut worker, used), (BLOCKS, 0, 0));
+    worker.engine.flush(soon()).expect("durable");
+    assert_eq!(worker.engine.stats().durable_records, stats.durable_records + u64::from(BLOCKS));
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    let mut worker = Worker::new(config);
+    let reopened = worker.engine.stats();
+    assert!(reopened.written_day_bytes > stats.written_day_bytes, "what was written before the restart counts");
+    assert_eq!(read(&mut worker, unused), (0, 0, 0));
+    assert_eq!(read(&mut worker, used), (0, BLOCKS, 0));
+    // And nothing was filled up.
+    let fresh = keys(BLOCKS, 1000);
+    write(&mut worker, &fresh);
+    worker.save(&fresh, BlockKey::ROOT);
+    let stats = worker.engine.stats();
+    assert_eq!((stats.refused_unproven_blocks, stats.refused_ancestor_blocks), (1, u64::from(BLOCKS) - 1), "{stats:?}");
+}

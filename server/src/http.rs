@@ -1,14 +1,14 @@
-//! HTTP for operators: `/health` (the process is alive), `/ready` (it is fit to serve, or 503 with the reason) and
-//! `/metrics` (Prometheus text). Up before the store is recovered, so that probes see progress. Reads only.
+//! HTTP for operators: `/health` (the process is alive), `/ready` (it is fit to serve, or 503 with the reason), `/metrics`
+//! (Prometheus text) and `/status` (the engine's counters and gauges as JSON). Up before the store is recovered, so that probes see progress. Reads only.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
 use pegaflow_engine::{Error, ErrorKind, Result};
 use tokio::net::TcpListener;
 
@@ -83,6 +83,7 @@ impl HttpServer {
             .route("/health", get(|| async { "ok\n" }))
             .route("/ready", get(ready))
             .route("/metrics", get(metrics_text))
+            .route("/status", get(status))
             .with_state(readiness);
         let task = tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
@@ -110,6 +111,15 @@ async fn ready(State(readiness): State<Readiness>) -> Response {
         Err(error) => {
             (StatusCode::SERVICE_UNAVAILABLE, format!("{}: {error:#}\n", error.kind().as_str())).into_response()
         }
+    }
+}
+
+async fn status(State(readiness): State<Readiness>) -> Response {
+    let stats = tokio::task::spawn_blocking(move || readiness.sessions.get().map(|sessions| sessions.engine().stats()));
+    match stats.await {
+        Ok(Some(stats)) => Json(stats).into_response(),
+        Ok(None) => (StatusCode::SERVICE_UNAVAILABLE, "closed: starting\n").into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
 

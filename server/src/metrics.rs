@@ -84,6 +84,8 @@ table! {
         "pegaflow_nvme_used_bytes", nvme_used_bytes, "Bytes of regions in use.";
         "pegaflow_nvme_records", nvme_records, "Records that lookups find.";
         "pegaflow_index_bytes", index_bytes, "Bytes of memory that the in-memory index takes.";
+        "pegaflow_write_budget_day_bytes", write_budget_day_bytes, "Bytes a day that may be written; 0 without a bound.";
+        "pegaflow_written_day_bytes", written_day_bytes, "Bytes of records written in the last 23 to 24 hours.";
         "pegaflow_index_log_bytes", index_log_bytes, "Bytes of memory that RocksDB, the log of the index, takes.";
         "pegaflow_index_filled_rows", index_filled_rows, "Rows that the in-memory index was filled with since open.";
         "pegaflow_index_rows", index_rows, "Rows that the in-memory index is to be filled with; an estimate until it is full.";
@@ -111,6 +113,10 @@ table! {
         "pegaflow_scrubbed_bytes_total", scrubbed_bytes, "Bytes that scrubs have read.";
         "pegaflow_scrub_bad_records_total", scrub_bad_records, "Records that scrubs have found damaged.";
         "pegaflow_scrub_passes_total", scrub_passes, "Scrubs that have seen every record.";
+        "pegaflow_appended_bytes_total", appended_bytes, "Bytes made durable in the log of the store.";
+        "pegaflow_reinserted_records_total", reinserted_records, "Records written again before their region was reclaimed.";
+        "pegaflow_reinserted_bytes_total", reinserted_bytes, "Bytes of these, also among the appended ones.";
+        "pegaflow_cut_reinsertions_total", cut_reinsertions, "Times that there was no time to write all of them again.";
         "pegaflow_nvme_written_raw_bytes_total", nvme_written_raw_bytes, "Bytes of payloads that became durable.";
         "pegaflow_nvme_written_stored_bytes_total", nvme_written_stored_bytes, "Bytes of these as they were stored.";
         "pegaflow_nvme_read_raw_bytes_total", nvme_read_raw_bytes, "Bytes of payloads that were read and verified.";
@@ -126,6 +132,15 @@ fn describe() {
     describe_engine();
     metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
     metrics::describe_counter!("pegaflow_codec_skipped_blocks_total", "Blocks stored as they are, by the reason.");
+    metrics::describe_counter!("pegaflow_refused_blocks_total", "Blocks not written to the drive, by the reason.");
+    metrics::describe_gauge!("pegaflow_drive_used_percent", "How much of the drive's rated life is used.");
+    metrics::describe_gauge!("pegaflow_drive_spare_percent", "Spare capacity that the drive has left.");
+    metrics::describe_gauge!("pegaflow_drive_critical_warning", "Bits of what is wrong with the drive; 0: nothing.");
+    metrics::describe_gauge!("pegaflow_drive_written_bytes", "Bytes ever written to the drive, by everybody.");
+    metrics::describe_gauge!(
+        "pegaflow_drive_media_errors",
+        "Times that the drive found data that it could not correct."
+    );
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -154,6 +169,21 @@ fn record(stats: &Stats, server: ServerGauges) {
     ] {
         metrics::counter!("pegaflow_codec_skipped_blocks_total", "reason" => reason).absolute(blocks);
     }
+    for (reason, blocks) in [
+        ("budget", stats.refused_budget_blocks),
+        ("unproven", stats.refused_unproven_blocks),
+        ("ancestor", stats.refused_ancestor_blocks),
+    ] {
+        metrics::counter!("pegaflow_refused_blocks_total", "reason" => reason).absolute(blocks);
+    }
+    for wear in &stats.drives {
+        let gauge = |name: &'static str, value: f64| metrics::gauge!(name, "drive" => wear.drive.clone()).set(value);
+        gauge("pegaflow_drive_used_percent", wear.used_percent.into());
+        gauge("pegaflow_drive_spare_percent", wear.spare_percent.into());
+        gauge("pegaflow_drive_critical_warning", wear.critical_warning.into());
+        gauge("pegaflow_drive_written_bytes", wear.written_bytes as f64);
+        gauge("pegaflow_drive_media_errors", wear.media_errors as f64);
+    }
     metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
@@ -173,15 +203,19 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pegaflow_engine::DriveWear;
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
         let metrics = Metrics::new();
+        let drives = vec![DriveWear { drive: "nvme0".into(), used_percent: 12, ..DriveWear::default() }];
         let stats = Stats {
             saved_blocks: 7,
             dram_blocks: 3,
             nvme_degraded: Some(PoisonReason::NoSpace),
             io_engine: "psync".into(),
+            refused_unproven_blocks: 5,
+            drives,
             ..Stats::default()
         };
         let text = metrics.render(&stats, ServerGauges { sessions: 2, ..ServerGauges::default() });
@@ -194,6 +228,8 @@ mod tests {
             "pegaflow_loaded_blocks_total{tier=\"nvme\"} 0",
             "pegaflow_nvme_degraded{reason=\"no_space\"} 1",
             "pegaflow_nvme_degraded{reason=\"device_gone\"} 0",
+            "pegaflow_refused_blocks_total{reason=\"unproven\"} 5",
+            "pegaflow_drive_used_percent{drive=\"nvme0\"} 12",
             "pegaflow_sessions 2",
             "pegaflow_ready 0",
         ] {

@@ -40,6 +40,9 @@ fn readiness_says_why_and_metrics_have_the_numbers() {
     for line in ["pegaflow_saved_blocks_total 5", "pegaflow_sessions 1", "pegaflow_ready 1"] {
         assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
     }
+    let (status, text) = get(http.address(), "/status");
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((status, &json["saved_blocks"], &json["write_budget_day_bytes"]), (200, &5.into(), &0.into()), "{text}");
     local.stop().expect("stops");
     let (status, why) = get(http.address(), "/ready");
     assert!(status == 503 && why.starts_with("closed"), "{status} {why}");
@@ -53,5 +56,6 @@ fn a_server_that_is_still_starting_is_alive_and_not_ready() {
     assert_eq!(get(http.address(), "/health").0, 200);
     let (status, why) = get(http.address(), "/ready");
     assert!(status == 503 && why.contains("starting"), "{status} {why}");
+    assert_eq!(get(http.address(), "/status").0, 503);
     assert!(get(http.address(), "/metrics").1.contains("pegaflow_ready 0"));
 }

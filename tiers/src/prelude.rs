@@ -11,12 +11,13 @@ pub use crate::gpu::{
     BlockCopy, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory, Fence, HostMemory, KvCache,
     LocalKvCache, PlacedCopy, RangeFragment, gpu_count,
 };
-pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table};
+pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table, TableEntry, Uses};
 pub use crate::nvme::{
-    Append, AppendDone, BlockIo, DriveConfig, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexFill,
-    IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook,
-    PoisonReason, ReadDone, ReclaimPolicy, RecoveryReport, RegionInfo, RegionPins, RegionState, ScrubPace, Store,
-    StoreConfig, StorePaths, StoreStats, Verified, VerifyProgress, VerifyReport, fsck, open_direct, open_engine,
+    Append, AppendDone, BlockIo, DriveConfig, DriveHealth, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport,
+    HealthReader, IndexFill, IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest,
+    Pages, PoisonHook, PoisonReason, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport, RegionInfo, RegionPins,
+    RegionState, ResidentBlock, ScrubPace, Store, StoreConfig, StorePaths, StoreStats, Verified, VerifyProgress,
+    VerifyReport, WriteVolume, controllers_of, fsck, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, ValueEnum};
 use pegaflow_engine::{
     ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, NvmeDrive, Result,
+    WriteBudget,
 };
 use pegaflow_server::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
@@ -38,6 +39,16 @@ struct Options {
     /// Bytes of one region, fixed when the store is made. Default: what the store has, for a new one 1/64 of the capacity, within 16 MiB to 256 MiB.
     #[arg(long, env = "PEGAFLOW_REGION", value_name = "SIZE")]
     region: Option<ByteSize>,
+    /// What may be written to the drive, on average: 500GiB/day, or 1.5dwpd (drive writes per day; the drive counts as
+    /// large as the store). Default: no bound.
+    #[arg(long, env = "PEGAFLOW_WRITE_BUDGET", value_name = "BUDGET")]
+    write_budget: Option<WriteBudget>,
+    /// How much of a region may be written again before it is reclaimed, in percent: its most used blocks. At most 50.
+    #[arg(long, env = "PEGAFLOW_REINSERT_PERCENT", value_name = "PERCENT", default_value_t = 25)]
+    reinsert_percent: u32,
+    /// How often the drive is asked for its health, in seconds, 10 to 86400; 0 for never.
+    #[arg(long, env = "PEGAFLOW_HEALTH_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
+    health_interval: u64,
     /// Bytes of DRAM for blocks, taken at start.
     #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
     dram: ByteSize,
@@ -125,6 +136,9 @@ impl Options {
                 CodecOption::Auto => CodecChoice::Auto,
                 CodecOption::None => CodecChoice::None,
             },
+            write_budget: self.write_budget,
+            reinsert_percent: self.reinsert_percent,
+            health_interval_s: self.health_interval,
             ..NvmeConfig::new(path, self.capacity)
         });
         EngineConfig {
@@ -145,6 +159,9 @@ impl Options {
         }
         if self.path.is_none() && !self.drives.is_empty() {
             problems.push("--drive is given without a store; give --path DIR for its home".into());
+        }
+        if self.path.is_none() && self.write_budget.is_some() {
+            problems.push("--write-budget is given without a store; give --path DIR".into());
         }
         if let Some(address) = self.tcp.filter(|address| !address.ip().is_loopback()) {
             problems.push(format!("--tcp {address} is not loopback; give 127.0.0.1:PORT, or use the Unix socket"));

@@ -13,4 +13,4 @@ pub use location::Location;
 pub(crate) use log::spoil_row;
 pub use log::{IndexChange, IndexLog};
 pub use row::{IndexRow, NamespaceRow, RegionMark};
-pub use table::Table;
+pub use table::{Table, TableEntry, Uses};

@@ -5,10 +5,12 @@
 //! copies itself meanwhile, that is a 256th of the table.
 
 mod shard;
+mod uses;
 
 use parking_lot::{RwLock, RwLockReadGuard};
 
 use self::shard::{Entry, Shard, spread};
+pub use self::uses::Uses;
 use super::Location;
 
 const SHARDS: usize = 256;
@@ -17,6 +19,26 @@ const SHARDS: usize = 256;
 const FIRST_WINDOW: usize = 16;
 const WINDOW_GROWTH: usize = 4;
 const LARGEST_WINDOW: usize = 512;
+
+/// What the table knows of a record, without its identity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TableEntry {
+    /// The record's fingerprint.
+    pub fingerprint: u64,
+    /// The low half of its parent's fingerprint, 0 for none.
+    pub parent: u32,
+    /// Where it lies; of the generation the low 16 bits.
+    pub location: Location,
+    /// How often and when it was used.
+    pub uses: Uses,
+}
+
+impl From<&Entry> for TableEntry {
+    fn from(entry: &Entry) -> Self {
+        let (location, uses) = (entry.location(), entry.uses());
+        Self { fingerprint: entry.fingerprint(), parent: entry.parent(), location, uses }
+    }
+}
 
 /// Where every record of a store lies, by fingerprint. Shared by reference; every method may be called from any thread.
 pub struct Table {
@@ -52,6 +74,34 @@ impl Table {
     pub fn parent(&self, fingerprint: u64) -> Option<u32> {
         let spread = spread(fingerprint);
         self.shard(spread).read().get(fingerprint, spread).map(Entry::parent)
+    }
+
+    /// Counts a use of a record in this epoch (see [`Uses`]); the record as it was before, if it is known.
+    pub fn note_use(&self, fingerprint: u64, epoch: u16) -> Option<TableEntry> {
+        let spread = spread(fingerprint);
+        let mut shard = self.shard(spread).write();
+        let before = shard.get(fingerprint, spread).map(TableEntry::from);
+        shard.change_uses(fingerprint, spread, |uses| uses.noted(epoch));
+        before
+    }
+
+    /// Halves how often a record was used, so that past use counts for less each time it is asked about.
+    pub fn age_uses(&self, fingerprint: u64) {
+        let spread = spread(fingerprint);
+        self.shard(spread).write().change_uses(fingerprint, spread, Uses::aged);
+    }
+
+    /// Every record that lies in a region of that generation (compared by its low 16 bits), in the order of their pages.
+    /// Goes through the whole table, a shard at a time: for what happens once in the life of a region.
+    pub fn in_region(&self, region: u32, generation: u64) -> Vec<TableEntry> {
+        let mut found = Vec::new();
+        for shard in &*self.shards {
+            let shard = shard.read();
+            let here = shard.iter().filter(|entry| entry.is_in(region, generation as u16));
+            found.extend(here.map(TableEntry::from));
+        }
+        found.sort_unstable_by_key(|entry| entry.location.page);
+        found
     }
 
     /// Clears `out` and fills it with the locations of the longest run of known fingerprints, from the first on.

@@ -4,8 +4,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::encoding::{Encoding, Image, ImageHead};
+use super::io::Pages;
 use super::page::{PAGE_BYTES, pages_of};
-use super::record_header::{DiskIdentity, HeaderKind};
+use super::record_header::{DiskIdentity, HeaderKind, RecordHeader};
+use super::writer::Reinsert;
 use crate::block::{BlockKey, RecordId, RecordKind};
 use crate::dram::Slot;
 use crate::error::{Error, ErrorKind, Result};
@@ -80,6 +82,8 @@ pub(super) enum Form {
     Encoding(Arc<Encoding>),
     /// Out of this buffer.
     Encoded(Image),
+    /// A copy of a stored record: its image, and what its header says.
+    Copied(Pages, Box<RecordHeader>),
     /// The buffer was handed to the drive; until it comes back it counts for the encoders' bound.
     Sent(Option<ImageHead>),
 }
@@ -105,6 +109,8 @@ pub(super) struct QueuedRecord {
     pub(super) is_retry: bool,
     /// Whether a region waits to be reclaimed until it is durable.
     pub(super) is_for_reclaim: bool,
+    /// What it is a copy of, if its region is about to go.
+    pub(super) reinsert: Option<Box<Reinsert>>,
     pub(super) done: Done<Location>,
 }
 
@@ -126,6 +132,7 @@ impl QueuedRecord {
             charged_bytes: 0,
             is_retry: false,
             is_for_reclaim,
+            reinsert: None,
             done: Done::new(Box::new(drop)),
         }
     }

@@ -15,6 +15,8 @@ const REGIONS_MIN: u64 = 4;
 const REGION_BYTES_MIN: u64 = 64 << 10;
 const REGION_BYTES_MAX: u64 = 8 << 30;
 const QUEUE_DEPTH_MAX: usize = 4096;
+/// More would leave too little of each region for what is new.
+const REINSERT_PERCENT_MAX: u32 = 50;
 
 /// A drive besides the home: a directory on it, and how much of it the store takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +58,9 @@ pub struct StoreConfig {
     /// Whether blocks are compressed. Encoded copies take at most 256 MiB of memory until they are written, and 64 MiB of
     /// buffers are kept. Default: [`CodecChoice::Auto`].
     pub codec: CodecChoice,
+    /// How much of a region may be written again elsewhere before it is given up, in percent of its size: what its most
+    /// used records take. 0: nothing. Default: 25. Limit: 50.
+    pub reinsert_percent: u32,
 }
 
 impl StoreConfig {
@@ -73,6 +78,7 @@ impl StoreConfig {
             commit_bytes: 64 << 20,
             write_queue_bytes: 256 << 20,
             codec: CodecChoice::Auto,
+            reinsert_percent: 25,
         }
     }
 
@@ -136,6 +142,10 @@ impl StoreConfig {
         }
         if self.queue_depth == 0 || self.queue_depth > QUEUE_DEPTH_MAX {
             return bad(format!("a queue depth of {}; give 1 to {QUEUE_DEPTH_MAX}", self.queue_depth));
+        }
+        if self.reinsert_percent > REINSERT_PERCENT_MAX {
+            let percent = self.reinsert_percent;
+            return bad(format!("a reinsert_percent of {percent}; give 0 to {REINSERT_PERCENT_MAX}"));
         }
         if self.commit_interval.is_zero() || self.commit_bytes == 0 || self.write_queue_bytes == 0 {
             return bad("commit_interval, commit_bytes and write_queue_bytes must be above zero".into());

@@ -30,6 +30,15 @@ pub(super) enum Ending {
     Abandon,
 }
 
+/// All that is worth it of a region has been handed over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Copied {
+    pub(super) region: u32,
+    pub(super) generation: u64,
+    /// How many records.
+    pub(super) copies: u64,
+}
+
 /// What has happened since the writer last looked.
 #[derive(Default)]
 pub(super) struct News {
@@ -39,6 +48,10 @@ pub(super) struct News {
     /// Syncs that ended, of one drive each.
     pub(super) synced: Vec<Result<()>>,
     pub(super) bad_records: Vec<(RecordId, Location)>,
+    /// Records to write again before their region goes; before all others, since the region is about to be needed.
+    pub(super) copies: VecDeque<Box<QueuedRecord>>,
+    /// The region of which no more copies come.
+    pub(super) copied: Option<Copied>,
     pub(super) ending: Option<Ending>,
 }
 
@@ -117,6 +130,24 @@ impl Inbox {
             state.news.bad_records.push((id, location));
             self.announce(state);
         }
+    }
+
+    /// Accepts a record that is to be written again; whether it did. Whoever pushes bounds how many those are.
+    pub(super) fn push_copy(&self, record: Box<QueuedRecord>) -> bool {
+        let mut state = self.state.lock();
+        if state.is_closed {
+            return false;
+        }
+        state.news.copies.push_back(record);
+        self.announce(state);
+        true
+    }
+
+    /// No more copies of a region come.
+    pub(super) fn push_copied(&self, copied: Copied) {
+        let mut state = self.state.lock();
+        state.news.copied = Some(copied);
+        self.announce(state);
     }
 
     /// Ends the store; a second call can only make the first more urgent.

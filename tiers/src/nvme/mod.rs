@@ -35,6 +35,7 @@ mod superblock;
 mod tests;
 mod verify;
 mod version;
+mod wear;
 mod writer;
 
 /// Cores that this process may use.
@@ -53,10 +54,11 @@ pub use io::{
 #[cfg(any(test, feature = "fault-injection"))]
 pub use io::{Fault, FaultAction, FaultPlan, Faulty};
 pub use poison::{PoisonHook, PoisonReason};
-pub use policy::{ReclaimPolicy, RegionInfo, RegionState};
+pub use policy::{ReclaimPolicy, RecordInfo, RegionInfo, RegionState, ResidentBlock};
 pub use read::{ReadDone, Verified};
 pub use recovery::RecoveryReport;
 pub use regions::RegionPins;
-pub use stats::StoreStats;
+pub use stats::{StoreStats, WriteVolume};
 pub use store::Store;
 pub use verify::{ScrubPace, VerifyProgress, VerifyReport};
+pub use wear::{DriveHealth, HealthReader, controllers_of};

@@ -161,6 +161,7 @@ impl Verifiers {
         })?;
         let pins = shared.regions.pin(&[location])?;
         shared.regions.touch(location.region, shared.regions.next_tick());
+        shared.note_use(&id);
         let in_flight = self.enter()?;
         let sender = self.sender.clone();
         let at_end = id.namespace != NamespaceHandle(0) && bytes < slot.bytes();

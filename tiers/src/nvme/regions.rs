@@ -13,11 +13,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::index::Location;
 
 /// The lookup side of a region.
+#[derive(Default)]
 struct Gate {
     /// The generation whose records may be found; 0: none.
     generation: AtomicU64,
     last_access: AtomicU64,
+    used_records: AtomicU64,
+    /// The clock at the last use of a record.
+    last_use: AtomicU64,
 }
+
+/// Epochs that pass while as many bytes are written as the store holds; see [`crate::index::Uses`].
+const EPOCHS_PER_TURN: u64 = 16;
 
 /// The rest of a region, behind the lock.
 #[derive(Clone)]
@@ -49,6 +56,8 @@ pub(super) struct Regions {
     gates: Vec<Gate>,
     regions: Mutex<Vec<Region>>,
     tick: AtomicU64,
+    /// The highest generation of a region with records: it rises by two with every region that is opened.
+    clock: AtomicU64,
     /// Set while the writer waits for pins to go.
     is_writer_starving: AtomicBool,
     inbox: Arc<Inbox>,
@@ -70,11 +79,11 @@ impl Regions {
             is_settled: false,
         };
         let regions: Vec<Region> = drives.into_iter().map(free).collect();
-        let gate = |_: &Region| Gate { generation: AtomicU64::new(0), last_access: AtomicU64::new(0) };
         Self {
-            gates: regions.iter().map(gate).collect(),
+            gates: regions.iter().map(|_| Gate::default()).collect(),
             regions: Mutex::new(regions),
             tick: AtomicU64::new(1),
+            clock: AtomicU64::new(0),
             is_writer_starving: AtomicBool::new(false),
             inbox,
         }
@@ -110,6 +119,20 @@ impl Regions {
     pub(super) fn touch(&self, region: u32, tick: u64) {
         if let Some(gate) = self.gates.get(region as usize) {
             gate.last_access.fetch_max(tick, Ordering::Relaxed);
+        }
+    }
+
+    /// The epoch in which a use falls.
+    pub(super) fn epoch(&self) -> u16 {
+        // Modulo 2^16, which is what epochs are compared by.
+        (self.clock.load(Ordering::Relaxed) / 2 * EPOCHS_PER_TURN / self.gates.len().max(1) as u64) as u16
+    }
+
+    /// Notes that a record of a region was used, and whether for the first time.
+    pub(super) fn note_use(&self, region: u32, is_first: bool) {
+        if let Some(gate) = self.gates.get(region as usize) {
+            gate.used_records.fetch_add(u64::from(is_first), Ordering::Relaxed);
+            gate.last_use.fetch_max(self.clock.load(Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 
@@ -168,7 +191,15 @@ impl Regions {
             is_settled: false,
             ..region.clone()
         };
+        self.begin_life(number, generation);
         self.publish(number, generation);
+    }
+
+    fn begin_life(&self, number: u32, generation: u64) {
+        let gate = &self.gates[number as usize];
+        gate.used_records.store(0, Ordering::Relaxed);
+        gate.last_use.store(0, Ordering::Relaxed);
+        self.clock.fetch_max(generation, Ordering::Relaxed);
     }
 
     /// Takes up a region as recovery found it.
@@ -187,6 +218,7 @@ impl Regions {
             pins: 0,
             is_settled: true,
         };
+        self.begin_life(number, generation);
         self.publish(number, generation);
     }
 
@@ -332,6 +364,8 @@ impl Regions {
     }
 
     fn info(&self, number: u32, region: &Region) -> RegionInfo {
+        let gate = &self.gates[number as usize];
+        let opened_since = |clock: u64| self.clock.load(Ordering::Relaxed).saturating_sub(clock) / 2;
         RegionInfo {
             region: number,
             drive: region.drive.unwrap_or(0) as u32,
@@ -341,8 +375,11 @@ impl Regions {
             live_bytes: region.live_bytes,
             used_bytes: u64::from(region.used_pages) * PAGE_BYTES as u64,
             first_sequence: region.first_sequence,
-            last_access: self.gates[number as usize].last_access.load(Ordering::Relaxed),
+            last_access: gate.last_access.load(Ordering::Relaxed),
             pins: region.pins,
+            used_records: gate.used_records.load(Ordering::Relaxed),
+            age: opened_since(region.generation),
+            idle: opened_since(region.generation.max(gate.last_use.load(Ordering::Relaxed))),
         }
     }
 

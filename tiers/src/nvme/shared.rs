@@ -97,6 +97,13 @@ impl Shared {
         decode == 0 || decode >= drive
     }
 
+    /// Counts a use of a record, if the table knows it.
+    pub(super) fn note_use(&self, id: &RecordId) {
+        if let Some(before) = self.table.note_use(id.fingerprint(), self.regions.epoch()) {
+            self.regions.note_use(before.location.region, before.uses.count() == 0);
+        }
+    }
+
     /// Brings the table up to date with changes that `index` has taken; see [`Shared::commit`].
     ///
     /// # Errors

@@ -78,6 +78,12 @@ pub struct StoreStats {
     pub reclaimed_records: u64,
     /// Tombstones that were written again so that a region could be reclaimed.
     pub kept_tombstones: u64,
+    /// Records that were written again because they were worth more than their region; also among the appended ones.
+    pub reinserted_records: u64,
+    /// Bytes of these. `appended_bytes / (appended_bytes - reinserted_bytes)` is the write amplification of the log.
+    pub reinserted_bytes: u64,
+    /// How often writing records again was cut short because the next region was needed.
+    pub cut_reinsertions: u64,
     /// Bytes that scrubs have read.
     pub scrubbed_bytes: u64,
     /// Records that scrubs have found damaged; they are among the bad reads.
@@ -86,6 +92,16 @@ pub struct StoreStats {
     pub scrub_passes: u64,
     /// When the last of them ended, in milliseconds since 1970; 0 for never. Kept across opens.
     pub scrub_last_pass_unix_ms: u64,
+}
+
+/// How much goes to the drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteVolume {
+    /// Bytes of records that became durable since the store was opened: all of them, tombstones and what was written again
+    /// included. Region headers and the index come to about a thousandth more.
+    pub written_bytes: u64,
+    /// Bytes of records that were accepted and are not durable.
+    pub queued_bytes: u64,
 }
 
 /// The counters behind [`StoreStats`].
@@ -116,6 +132,9 @@ pub(super) struct Counts {
     pub(super) scrub_bad_records: AtomicU64,
     pub(super) scrub_passes: AtomicU64,
     pub(super) scrub_last_pass_unix_ms: AtomicU64,
+    pub(super) reinserted_records: AtomicU64,
+    pub(super) reinserted_bytes: AtomicU64,
+    pub(super) cut_reinsertions: AtomicU64,
 }
 
 /// Adds to a counter.
@@ -163,6 +182,9 @@ impl Counts {
             scrub_bad_records: get(&self.scrub_bad_records),
             scrub_passes: get(&self.scrub_passes),
             scrub_last_pass_unix_ms: get(&self.scrub_last_pass_unix_ms),
+            reinserted_records: get(&self.reinserted_records),
+            reinserted_bytes: get(&self.reinserted_bytes),
+            cut_reinsertions: get(&self.cut_reinsertions),
             ..StoreStats::default()
         }
     }

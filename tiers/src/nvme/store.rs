@@ -32,7 +32,7 @@ use super::recovery::{RecoveryReport, recover};
 use super::region_header::HEADER_SLOTS;
 use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
-use super::stats::StoreStats;
+use super::stats::{StoreStats, WriteVolume};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
 use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
@@ -65,7 +65,7 @@ pub struct Store {
 struct Running {
     writer: JoinHandle<()>,
     writer_ended: Receiver<Result<()>>,
-    /// Those that verify and those that encode.
+    /// Those that verify, the one that writes records again, and those that encode.
     helpers: Vec<JoinHandle<()>>,
     fill: Option<JoinHandle<()>>,
     index: Arc<IndexLog>,
@@ -166,7 +166,7 @@ impl Store {
     fn start(
         shared: Arc<Shared>,
         config: &StoreConfig,
-        writer: Writer,
+        mut writer: Writer,
         index: Arc<IndexLog>,
         directory: Directory,
         more_drives: Vec<DriveDirectory>,
@@ -175,6 +175,7 @@ impl Store {
         if config.codec == CodecChoice::Auto {
             shared.set_decode_speed(measure_decoding());
         }
+        helpers.push(writer.start_reinserter()?);
         let (encoders, encoder_threads) = Encoders::start(&shared, config.codec)?;
         helpers.extend(encoder_threads);
         let fill = fill::go_on(&shared)?;
@@ -214,7 +215,7 @@ impl Store {
     /// `GeometryMismatch` if it is known with other groups, `InvalidInput` for groups outside their limits or blocks
     /// larger than a region, `Closed`, `NoSpace`, `Io`.
     pub fn namespace(&self, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry]) -> Result<NamespaceHandle> {
-        let index = self.running.lock().as_ref().map(|running| Arc::clone(&running.index)).ok_or_else(closed)?;
+        let index = self.index()?;
         for geometry in groups {
             self.pages_of_record(geometry.block_bytes)?;
         }
@@ -262,6 +263,7 @@ impl Store {
             charged_bytes: u64::from(pages) * PAGE_BYTES as u64,
             is_retry: false,
             is_for_reclaim: false,
+            reinsert: None,
             done: Done::new(done),
         };
         let (record, push) = (Box::new(record), |record| self.shared.inbox.push_record(record));
@@ -391,6 +393,12 @@ impl Store {
         self.shared.regions.pin(locations)
     }
 
+    /// Counts a use of records that were found in memory while the store has them too, so that those which are used most
+    /// outlive their regions. A [`Store::read`] counts by itself.
+    pub fn note_uses(&self, ids: impl IntoIterator<Item = RecordId>) {
+        ids.into_iter().for_each(|id| self.shared.note_use(&id));
+    }
+
     /// Reads a record into `slot` and verifies it: header, identity, place, payload. Its region is pinned meanwhile. A
     /// record that fails is quarantined: it is out of the index, and the error is `Corrupt` (or `Io` if the drive could
     /// not read it); to the caller both are a miss. Until `done` has run nobody else may use the slot.
@@ -486,6 +494,33 @@ impl Store {
             decode_bytes_per_second: self.shared.decode_speed(),
             ..self.shared.counts.snapshot()
         }
+    }
+
+    /// How much goes to the drive. What becomes durable meanwhile may count twice, never not at all.
+    pub fn write_volume(&self) -> WriteVolume {
+        let queued_bytes = self.shared.inbox.held_bytes();
+        WriteVolume { written_bytes: self.shared.counts.appended_bytes.load(Ordering::Relaxed), queued_bytes }
+    }
+
+    /// Keeps a small named value of the user's beside the index; durable when it returns. It is lost with the index: for
+    /// what a store can do without.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a name above 250 bytes or a value above 1 MiB, `Closed`, `NoSpace`, `Io`.
+    pub fn put_note(&self, name: &str, value: &[u8]) -> Result<()> {
+        self.index()?.meta_put(&note_name(name), value)
+    }
+
+    /// The value kept under a name.
+    ///
+    /// # Errors
+    /// `Closed`, `Corrupt`, `Io`.
+    pub fn note(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.index()?.meta_get(&note_name(name))
+    }
+
+    fn index(&self) -> Result<Arc<IndexLog>> {
+        self.running.lock().as_ref().map(|running| Arc::clone(&running.index)).ok_or_else(closed)
     }
 
     /// Why the store takes no more writes, if so. Reads go on.
@@ -594,6 +629,11 @@ impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Store").field("uuid", &self.shared.uuid).finish_non_exhaustive()
     }
+}
+
+/// Apart from the store's own names.
+fn note_name(name: &str) -> String {
+    format!("note/{name}")
 }
 
 fn closed() -> Error {

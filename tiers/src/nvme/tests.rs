@@ -9,6 +9,7 @@ mod faults;
 mod filling;
 mod fsck;
 mod reclaiming;
+mod reinserting;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

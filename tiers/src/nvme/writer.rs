@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use xxhash_rust::xxh3::xxh3_64;
@@ -25,12 +26,16 @@ use super::stats::add;
 use crate::block::{KEY_CHAIN_VERSION, RecordId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location, RegionMark};
+use reinsert::CopyRoom;
 
 mod commit;
 mod lanes;
 mod reclaim;
+mod reinsert;
+mod reinserter;
 
 pub(super) use commit::hiding_name;
+pub(super) use reinsert::Reinsert;
 
 /// How long to wait before a request that met a full queue of the engine is offered again.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
@@ -42,6 +47,7 @@ pub(super) struct WriterConfig {
     pub(super) queue_depth: usize,
     pub(super) commit_interval: Duration,
     pub(super) commit_bytes: u64,
+    pub(super) reinsert_percent: u32,
 }
 
 impl WriterConfig {
@@ -51,6 +57,7 @@ impl WriterConfig {
             commit_interval: config.commit_interval,
             // Well before the bound on what is not durable makes appends fail.
             commit_bytes: config.commit_bytes.min(config.write_queue_bytes / 2).max(1),
+            reinsert_percent: config.reinsert_percent,
         }
     }
 }
@@ -161,8 +168,14 @@ pub(super) struct Writer {
     starving_since: Option<Instant>,
     busy_until: Option<Instant>,
     slots_in_flight: HashSet<usize>,
-    /// Objects that are queued behind this point in the log but not found by lookups yet, by fingerprint.
-    objects_pending: HashMap<u64, u32>,
+    /// Records to be written again before their region goes; they go before the queue.
+    copies: VecDeque<Box<QueuedRecord>>,
+    reinserter: Option<reinserter::Reinserter>,
+    reinsertion: Option<reinsert::Reinsertion>,
+    /// By drive: the region, with its generation, whose records were written again last.
+    reinserted_last: Vec<Option<(u32, u64)>>,
+    /// Objects and tombstones that have their place in the log and that lookups do not show yet, by fingerprint.
+    changes_pending: HashMap<u64, u32>,
     stale_records: u64,
     lives_since_sweep: u64,
     ending: Option<Ending>,
@@ -170,6 +183,7 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, config: WriterConfig, handover: Handover) -> Self {
+        let drives = handover.lanes.len();
         Self {
             shared,
             config,
@@ -196,7 +210,11 @@ impl Writer {
             starving_since: None,
             busy_until: None,
             slots_in_flight: HashSet::new(),
-            objects_pending: HashMap::new(),
+            copies: VecDeque::new(),
+            reinserter: None,
+            reinsertion: None,
+            reinserted_last: vec![None; drives],
+            changes_pending: HashMap::new(),
             stale_records: 0,
             lives_since_sweep: 0,
             ending: None,
@@ -243,6 +261,10 @@ impl Writer {
             self.note_written(sequence, result);
         }
         self.advance_written();
+        self.copies.extend(news.copies);
+        if let Some(copied) = news.copied {
+            self.note_copied(copied);
+        }
         for (id, location) in news.bad_records {
             self.quarantine(id, location);
         }
@@ -318,6 +340,16 @@ impl Writer {
     /// Submits what is queued, as far as the drive, the regions and the order allow.
     fn submit(&mut self) {
         while !self.has_failed_write && self.busy_until.is_none() {
+            // What a region that is being given up waits for comes first: for that there is room.
+            if !self.has_copies_queued()
+                && let Some(copy) = self.copies.pop_front()
+            {
+                if let Err(copy) = self.submit_record(copy) {
+                    self.copies.push_front(copy);
+                    break;
+                }
+                continue;
+            }
             match self.queue.pop_front() {
                 None => break,
                 Some(Entry::Flush(done)) => self.pending.push_back(Pending::new(What::Flush(done))),
@@ -357,7 +389,18 @@ impl Writer {
         if record.slot_address().is_some_and(|address| self.slots_in_flight.contains(&address)) {
             return Err(record);
         }
-        let Some((lane, open)) = self.room_for(&record) else { return Err(record) };
+        let room = match &record.reinsert {
+            None => self.room_for(&record),
+            Some(reinsert) => match self.room_for_copy(&record, reinsert) {
+                CopyRoom::Never => {
+                    self.drop_copy(record);
+                    return Ok(());
+                }
+                CopyRoom::Later => None,
+                CopyRoom::Here(lane, open) => Some((lane, open)),
+            },
+        };
+        let Some((lane, open)) = room else { return Err(record) };
         let sequence = match self.counters.next_sequence() {
             Ok(sequence) => sequence,
             Err(error) => {
@@ -371,6 +414,7 @@ impl Writer {
         let header = self.header(&record, location, sequence, replaces);
         let buffer = fill(&mut record, &header);
         let is_encoded = matches!(record.form, Form::Sent(_));
+        let permit = record.reinsert.as_mut().and_then(|reinsert| reinsert.permit.take());
         let shared = Arc::clone(&self.shared);
         let (file, offset) = self.shared.drive.locate(location.region, location.page);
         let request = IoRequest {
@@ -383,6 +427,8 @@ impl Writer {
                 if let Some(IoBuffer::Pages(pages)) = completion.buffer.filter(|_| is_encoded) {
                     shared.spares.put(pages);
                 }
+                // Its memory is free.
+                drop(permit);
                 shared.inbox.push_written(sequence, completion.result);
             }),
         };
@@ -390,6 +436,11 @@ impl Writer {
             Ok(()) => Write::InFlight,
             Err((request, error)) if error.kind() == ErrorKind::Busy => {
                 self.busy_until = Some(Instant::now() + BUSY_PAUSE);
+                if record.reinsert.is_some() {
+                    // Its image went with the request.
+                    self.drop_copy(record);
+                    return Ok(());
+                }
                 take_back(&mut record, request.buffer);
                 return Err(record);
             }
@@ -402,8 +453,8 @@ impl Writer {
             }
             _ => self.has_failed_write = true,
         }
-        if record.kind == HeaderKind::Object {
-            *self.objects_pending.entry(record.id.fingerprint()).or_default() += 1;
+        if changes_identity(record.kind) {
+            *self.changes_pending.entry(record.id.fingerprint()).or_default() += 1;
         }
         self.last_sequence = sequence;
         self.lanes[lane].open = Some(OpenRegion { next_page: open.next_page + record.pages, ..open });
@@ -414,12 +465,16 @@ impl Writer {
 
     /// Whether there is an older version. If the index can not say, there may be.
     fn is_known(&self, id: &RecordId) -> bool {
-        self.objects_pending.contains_key(&id.fingerprint())
+        self.changes_pending.contains_key(&id.fingerprint())
             || self.shared.try_locate(id).map_or(true, |found| found.is_some())
     }
 
     /// The header that a record gets at its place.
     fn header(&self, record: &QueuedRecord, location: Location, sequence: u64, replaces: bool) -> RecordHeader {
+        if let Form::Copied(_, header) = &record.form {
+            // Stored bytes are copied as they are, whatever they are encoded with.
+            return RecordHeader { location, sequence, replaces, created_unix_ms: unix_ms(), ..**header };
+        }
         let raw_bytes = record.payload_bytes;
         let (codec, stored_bytes, stored_xxh3, raw_xxh3) = match &record.form {
             Form::Encoded(Image { head, .. }) => {
@@ -478,6 +533,10 @@ impl Writer {
                 What::Record { record, write: Write::Failed(error), .. } if record.is_retry => {
                     self.resolve(record, Err(error));
                 }
+                // Its image went with its first write; the region that it was in still has it, or it is a miss.
+                What::Record { record, .. } if record.reinsert.is_some() => {
+                    self.resolve(record, Err(Error::new(ErrorKind::Io, "the write failed")));
+                }
                 What::Record { record, .. } => again.push_back(Entry::Record(self.prepare_retry(record))),
                 What::Flush(done) => again.push_back(Entry::Flush(done)),
                 What::Seal { .. } | What::Forget { .. } => self.pending.push_back(pending),
@@ -492,25 +551,25 @@ impl Writer {
         add(&self.shared.counts.retried_appends, 1);
         record.is_retry = true;
         record.store_plain();
-        self.forget_pending_object(&record);
+        self.forget_pending_change(&record);
         record
     }
 
-    fn forget_pending_object(&mut self, record: &QueuedRecord) {
+    fn forget_pending_change(&mut self, record: &QueuedRecord) {
         let fingerprint = record.id.fingerprint();
-        if record.kind == HeaderKind::Object
-            && let Some(count) = self.objects_pending.get_mut(&fingerprint)
+        if changes_identity(record.kind)
+            && let Some(count) = self.changes_pending.get_mut(&fingerprint)
         {
             *count -= 1;
             if *count == 0 {
-                self.objects_pending.remove(&fingerprint);
+                self.changes_pending.remove(&fingerprint);
             }
         }
     }
 
     /// Ends a record that was submitted.
     fn resolve(&mut self, record: Box<QueuedRecord>, result: Result<Location>) {
-        self.forget_pending_object(&record);
+        self.forget_pending_change(&record);
         self.end(record, result);
     }
 
@@ -518,6 +577,8 @@ impl Writer {
     fn end(&mut self, record: Box<QueuedRecord>, result: Result<Location>) {
         if record.is_for_reclaim {
             self.note_kept_tombstone(result.is_ok());
+        } else if let Some(reinsert) = &record.reinsert {
+            self.note_copy_ended(reinsert.from);
         } else if result.is_err() {
             add(&self.shared.counts.failed_appends, 1);
         }
@@ -530,6 +591,9 @@ impl Writer {
         let abandoned = || Error::new(ErrorKind::Closed, "the store was closed before this was durable");
         let abandoned = (self.ending == Some(Ending::Abandon)).then(abandoned);
         let Some(error) = self.shared.poisoned().or(abandoned) else { return };
+        for copy in std::mem::take(&mut self.copies) {
+            self.end(copy, Err(error.clone()));
+        }
         for entry in std::mem::take(&mut self.queue) {
             match entry {
                 Entry::Record(record) => self.end(record, Err(error.clone())),
@@ -557,6 +621,7 @@ impl Writer {
     fn is_finished(&self) -> bool {
         self.ending.is_some()
             && self.queue.is_empty()
+            && self.copies.is_empty()
             && self.pending.is_empty()
             && self.syncing.is_none()
             && self.in_flight == 0
@@ -581,6 +646,11 @@ impl Writer {
     }
 }
 
+/// Whether a record says something else of its identity than what came before, which must not come again behind it.
+fn changes_identity(kind: HeaderKind) -> bool {
+    matches!(kind, HeaderKind::Object | HeaderKind::Tombstone)
+}
+
 fn bytes_of(location: &Location) -> u64 {
     u64::from(location.pages) * PAGE_BYTES as u64
 }
@@ -592,6 +662,10 @@ fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> IoBuffer {
     match (std::mem::replace(&mut record.form, Form::Stored), &record.slot) {
         (Form::Encoded(Image { mut pages, head }), _) => {
             record.form = Form::Sent(Some(head));
+            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
+            IoBuffer::Pages(pages)
+        }
+        (Form::Copied(mut pages, _), _) => {
             pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
             IoBuffer::Pages(pages)
         }

@@ -2,6 +2,7 @@
 //! back, so that there are no tombstones. At least one entry is always empty, which ends every probe. Sized for
 //! memory: full at 13/16, resized to 10/16, in both directions. Knows nothing of locks and of other shards.
 
+use super::Uses;
 use crate::index::Location;
 
 /// What the table keeps of one record.
@@ -12,11 +13,11 @@ pub(super) struct Entry {
     packed: u64,
     parent: u32,
     generation: u16,
-    // Two bytes of padding are left for flags.
+    uses: Uses,
 }
 
 const EMPTY: u64 = 0;
-const VACANT: Entry = Entry { fingerprint: EMPTY, packed: 0, parent: 0, generation: 0 };
+const VACANT: Entry = Entry { fingerprint: EMPTY, packed: 0, parent: 0, generation: 0, uses: Uses::NONE };
 
 /// 48 bytes a key are promised; with 24-byte entries that leaves a load of at least one half.
 const _: () = assert!(size_of::<Entry>() == 24);
@@ -31,7 +32,8 @@ const DENSE_CAPACITY: usize = 32;
 impl Entry {
     pub(super) fn new(fingerprint: u64, parent: u32, location: &Location) -> Self {
         // The contract of the table: of a generation it keeps the low 16 bits.
-        Self { fingerprint, packed: location.pack(), parent, generation: location.generation as u16 }
+        let generation = location.generation as u16;
+        Self { fingerprint, packed: location.pack(), parent, generation, uses: Uses::NONE }
     }
 
     pub(super) fn location(&self) -> Location {
@@ -40,6 +42,19 @@ impl Entry {
 
     pub(super) fn parent(&self) -> u32 {
         self.parent
+    }
+
+    pub(super) fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    pub(super) fn uses(&self) -> Uses {
+        self.uses
+    }
+
+    /// The region that it says the record lies in, by number and low bits of the generation.
+    pub(super) fn is_in(&self, region: u32, generation: u16) -> bool {
+        !self.is_vacant() && self.generation == generation && self.location().region == region
     }
 
     /// Whether it says that the record lies there.
@@ -99,7 +114,20 @@ impl Shard {
         }
     }
 
-    /// Puts an entry, and returns the one of the same fingerprint that it replaces.
+    /// Changes how often a record was used; whether it is known.
+    pub(super) fn change_uses(&mut self, fingerprint: u64, spread: u64, change: impl FnOnce(Uses) -> Uses) -> bool {
+        let Probe::Found(slot) = self.probe(fingerprint, spread) else { return false };
+        let Some(entry) = self.entries.get_mut(slot) else { return false };
+        entry.uses = change(entry.uses);
+        true
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| !entry.is_vacant())
+    }
+
+    /// Puts an entry, and returns the one of the same fingerprint that it replaces. How often that one was used goes on
+    /// to count: it is the same record elsewhere, or the same name.
     pub(super) fn insert(&mut self, entry: Entry) -> Option<Entry> {
         debug_assert!(!entry.is_vacant(), "a fingerprint is never 0");
         let mut probe = self.probe(entry.fingerprint, spread(entry.fingerprint));
@@ -108,7 +136,9 @@ impl Shard {
             probe = self.probe(entry.fingerprint, spread(entry.fingerprint));
         }
         match probe {
-            Probe::Found(slot) => self.entries.get_mut(slot).map(|old| std::mem::replace(old, entry)),
+            Probe::Found(slot) => {
+                self.entries.get_mut(slot).map(|old| std::mem::replace(old, Entry { uses: old.uses, ..entry }))
+            }
             Probe::Vacant(slot) => {
                 if let Some(vacant) = self.entries.get_mut(slot) {
                     *vacant = entry;

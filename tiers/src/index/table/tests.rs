@@ -203,3 +203,27 @@ fn readers_and_writers_do_not_disturb_each_other() {
     });
     assert_eq!(table.len(), stable.len());
 }
+
+#[test]
+fn uses_stay_with_a_record_wherever_it_goes_and_a_region_lists_what_lies_in_it() {
+    let table = Table::new();
+    let at = |region, generation, page| Location { region, generation, page, pages: 2 };
+    for key in 1..=5000u64 {
+        table.insert(key, key as u32 / 2, at((key % 7) as u32, 0x1_0003, 10 + key as u32));
+    }
+    table.insert(9000, 0, at(3, 0x1_0004, 2));
+    assert_eq!(table.note_use(10, 4).map(|entry| entry.location), Some(at(3, 3, 20)));
+    table.note_use(10, 6);
+    assert_eq!(table.note_use(9999, 4), None);
+    let here = table.in_region(3, 0x5_0003);
+    assert!(here.is_sorted_by_key(|entry| entry.location.page));
+    let keys: Vec<u64> = here.iter().map(|entry| entry.fingerprint).collect();
+    assert_eq!(keys, (1..=5000).filter(|key| key % 7 == 3).collect::<Vec<u64>>());
+    let used = here.iter().find(|entry| entry.fingerprint == 10).expect("there");
+    assert_eq!((used.parent, used.uses.count(), used.uses.idle_epochs(8)), (5, 2, 2));
+    table.insert(10, 5, at(4, 0x1_0007, 9));
+    table.age_uses(10);
+    let moved = table.in_region(4, 7);
+    assert_eq!((moved.len(), moved[0].fingerprint, moved[0].uses.count()), (1, 10, 1));
+    assert_eq!(table.in_region(3, 3).len(), keys.len() - 1);
+}

@@ -66,14 +66,33 @@ fn nothing_old_comes_back_whatever_goes(io: IoChoice) {
     }
     let seed: u64 = rand::random();
     println!("seed {seed}");
-    let policies: [Arc<dyn ReclaimPolicy>; 3] =
-        [Arc::new(Newest), Arc::new(Random(parking_lot::Mutex::new(SmallRng::seed_from_u64(seed)))), Arc::new(Oldest)];
+    /// The same, and what was used is written again: copies of all ages among the originals.
+    struct Keeping<P>(P);
+    impl<P: ReclaimPolicy> ReclaimPolicy for Keeping<P> {
+        fn victim(&self, candidates: &[RegionInfo]) -> Option<u32> {
+            self.0.victim(candidates)
+        }
+        fn may_keep(&self, region: &RegionInfo) -> bool {
+            region.used_records > 0
+        }
+        fn keep(&self, records: &[RecordInfo], _budget_bytes: u64) -> Vec<usize> {
+            (0..records.len()).rev().collect()
+        }
+    }
+    let random = || Random(parking_lot::Mutex::new(SmallRng::seed_from_u64(seed)));
+    let policies: [Arc<dyn ReclaimPolicy>; 5] = [
+        Arc::new(Newest),
+        Arc::new(random()),
+        Arc::new(Oldest),
+        Arc::new(Keeping(random())),
+        Arc::new(Keeping(Oldest)),
+    ];
     for policy in policies {
         let mut rng = SmallRng::seed_from_u64(seed);
         let place = Place::with_policy(io, 6, policy);
         // The newest version of each name, and when it is none.
         let mut newest: HashMap<u64, Option<u64>> = HashMap::new();
-        let mut kept = 0;
+        let (mut kept, mut copied) = (0, 0);
         for round in 0..2u64 {
             let (store, _) = place.open();
             for version in round * 100..round * 100 + 25 {
@@ -87,12 +106,13 @@ fn nothing_old_comes_back_whatever_goes(io: IoChoice) {
             }
             assert!(store.stats().reclaimed_regions > 3, "{:?}", store.stats());
             kept += store.stats().kept_tombstones;
+            copied += store.stats().reinserted_records;
             let wiped = place.copy();
             wiped.wipe_index();
             assert_only_newest(&wiped, &wiped.open().0, &newest);
             close(store);
         }
-        println!("{kept} tombstones were kept");
+        println!("{kept} tombstones were kept, {copied} records written again");
     }
 }
 

@@ -57,7 +57,8 @@ impl Writer {
         let is_large = self.written_bytes >= self.config.commit_bytes;
         // A region can only be given up when all of it is durable.
         let is_starving = self.starving_since.is_some();
-        is_old || is_large || is_starving || self.is_written_urgent || self.ending.is_some()
+        let is_urgent = self.is_written_urgent || self.waits_for_copies();
+        is_old || is_large || is_starving || is_urgent || self.ending.is_some()
     }
 
     /// The drives that records of a group lie on; one if there are none, so that every group ends alike.
@@ -194,6 +195,7 @@ impl Writer {
 
     /// Tells whoever waits that it is durable.
     fn announce(&mut self, pending: Pending) {
+        self.count_reinserted(&pending);
         match pending.what {
             What::Record { record, location, .. } => {
                 add(&self.shared.counts.appended_records, 1);

@@ -97,14 +97,16 @@ impl Writer {
         self.sync_if_due();
     }
 
-    /// Starts to reclaim a region of a drive when its last free one was taken.
+    /// Starts to reclaim a region of a drive when its last free one was taken: as soon as what is worth it was written
+    /// again, and at the latest when another region is needed.
     pub(super) fn keep_a_spare_region(&mut self) {
         for number in 0..self.lanes.len() {
             let lane = &self.lanes[number];
             let is_too_soon = lane.reclaim_again_at.is_some_and(|at| Instant::now() < at);
             // A drive without any region is out of use; the others have the records.
             let is_in_use = lane.open.is_some() || self.lanes.len() > 1;
-            if lane.free.is_empty() && is_in_use && !is_too_soon {
+            let is_due = lane.free.is_empty() && is_in_use && !is_too_soon;
+            if is_due && !self.is_reinserting(number) {
                 self.try_reclaim(number);
             }
         }
@@ -125,8 +127,10 @@ impl Writer {
     }
 
     fn start_reclaim(&mut self, number: usize) -> bool {
+        let prepared = self.end_reinsertion(number);
         let candidates = self.shared.regions.candidates(number);
-        let chosen = self.shared.policy.victim(&candidates);
+        let prepared = prepared.filter(|region| candidates.iter().any(|info| info.region == *region));
+        let chosen = prepared.or_else(|| self.shared.policy.victim(&candidates));
         let chosen = chosen.and_then(|region| candidates.iter().find(|info| info.region == region));
         let Some(chosen) = chosen else { return false };
         let Some(oldest) = candidates.iter().min_by_key(|info| info.first_sequence) else { return false };
