@@ -430,9 +430,9 @@ fn put(id: RecordId, header: &RecordHeader) -> Option<IndexChange> {
 }
 
 /// The drives in the order of the store's table.
-fn in_order<'a>(
+fn in_order(
     superblock: &Superblock,
-    drives: Vec<(&'a PathBuf, DriveDirectory)>,
+    drives: Vec<(&PathBuf, DriveDirectory)>,
     report: &mut FsckReport,
 ) -> Result<Vec<(PathBuf, DriveDirectory)>> {
     let mut found: Vec<Option<(PathBuf, DriveDirectory)>> = superblock.table.more_drives.iter().map(|_| None).collect();
