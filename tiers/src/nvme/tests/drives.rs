@@ -333,6 +333,24 @@ fn a_drive_is_added_and_retired_and_comes_back_empty() {
     (0..20).for_each(|name| assert_object(&crashed, &store, name, 5, 10_000));
 }
 
+/// With nothing hidden anywhere the index may be made anew from all regions; what lay on the drive stays away.
+#[test]
+fn what_lay_on_a_retired_drive_is_not_found_by_a_rebuild() {
+    let mut place = Place::new(IoChoice::Psync, 20).with_drive(20);
+    let (store, _) = place.open();
+    put_each(&place, &store, (0..40).map(|name| (name, 1, 9000)));
+    let at_home: Vec<u64> = (0..40).filter(|name| drive_of(&store, *name) == Some(0)).collect();
+    close(store);
+    let listed = std::mem::take(&mut place.config.more_drives);
+    close(place.open().0);
+    place.config.more_drives = listed;
+    close(place.open().0);
+    place.wipe_index();
+    let (store, report) = place.open();
+    assert!(report.index_rebuilt);
+    assert_eq!(found(&store, 0..40), at_home);
+}
+
 #[test]
 fn drives_in_another_place_or_of_another_store_are_refused() {
     let mut place = Place::new(IoChoice::Psync, 4).with_drive(4).with_drive(8);
