@@ -64,6 +64,12 @@ impl Batch {
     }
 }
 
+/// Called with a key and its value.
+pub(super) type EachRow<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<()>;
+
+/// The same, until it breaks off.
+pub(super) type EachUntil<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>;
+
 /// What keeps the rows. Shared by reference; reading is possible from any thread, writing is done by one at a time.
 pub(super) trait Database: Send + Sync {
     /// The value under a key.
@@ -76,7 +82,7 @@ pub(super) trait Database: Send + Sync {
     ///
     /// # Errors
     /// The first error of `each`; `Corrupt` or `Io`.
-    fn for_each(&self, family: Family, each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()>;
+    fn for_each(&self, family: Family, each: EachRow<'_>) -> Result<()>;
 
     /// The values under many keys, in their order.
     ///
@@ -89,13 +95,7 @@ pub(super) trait Database: Send + Sync {
     ///
     /// # Errors
     /// The first error of `each`; `Corrupt` or `Io`.
-    fn for_some(
-        &self,
-        family: Family,
-        after: Option<&[u8]>,
-        about: usize,
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
-    ) -> Result<()>;
+    fn for_some(&self, family: Family, after: Option<&[u8]>, about: usize, each: EachUntil<'_>) -> Result<()>;
 
     /// How many rows a family has, about.
     fn rows_estimate(&self, family: Family) -> u64;

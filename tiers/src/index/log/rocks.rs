@@ -1,7 +1,6 @@
 //! RocksDB itself, behind [`Database`]: its files and families, its settings, what its errors mean to us. Everything that must change with a
 //! new version of RocksDB stands here.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use rocksdb::properties::{
@@ -12,7 +11,7 @@ use rocksdb::{
     DBRecoveryMode, DataBlockIndexType, Env, FlushOptions, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 
-use super::database::{Batch, Database, Durability, Family};
+use super::database::{Batch, Database, Durability, EachRow, EachUntil, Family};
 use super::reclaimed::{Generations, ReclaimedFilterFactory};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -116,7 +115,7 @@ impl Database for Rocks {
         copied.collect::<std::result::Result<_, _>>().map_err(failed("reading the index"))
     }
 
-    fn for_each(&self, family: Family, each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
+    fn for_each(&self, family: Family, each: EachRow<'_>) -> Result<()> {
         let mut rows = self.rows(family, SCAN_READAHEAD_BYTES);
         rows.seek_to_first();
         while let Some((key, value)) = rows.item() {
@@ -126,13 +125,7 @@ impl Database for Rocks {
         rows.status().map_err(failed("scanning the index"))
     }
 
-    fn for_some(
-        &self,
-        family: Family,
-        after: Option<&[u8]>,
-        about: usize,
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
-    ) -> Result<()> {
+    fn for_some(&self, family: Family, after: Option<&[u8]>, about: usize, each: EachUntil<'_>) -> Result<()> {
         let mut rows = self.rows(family, about.saturating_mul(ROW_BYTES).min(SCAN_READAHEAD_BYTES));
         match after {
             None => rows.seek_to_first(),

@@ -2,13 +2,13 @@
 //! of those, as RocksDB's write-ahead log does: what is left is the state after one of the batches.
 
 use std::collections::BTreeMap;
-use std::ops::{Bound, ControlFlow};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::IndexLog;
-use super::database::{Batch, Database, Durability, Family};
+use super::database::{Batch, Database, Durability, EachRow, EachUntil, Family};
 use super::reclaimed::Generations;
 use crate::error::Result;
 
@@ -103,7 +103,7 @@ impl Database for Open {
         Ok(self.twin.0.lock().live.get(&(family, key.to_vec())).cloned())
     }
 
-    fn for_each(&self, family: Family, each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
+    fn for_each(&self, family: Family, each: EachRow<'_>) -> Result<()> {
         self.events.before(false)?;
         let rows: Vec<(Vec<u8>, Vec<u8>)> = {
             let state = self.twin.0.lock();
@@ -117,13 +117,7 @@ impl Database for Open {
         keys.iter().map(|key| self.get(family, key)).collect()
     }
 
-    fn for_some(
-        &self,
-        family: Family,
-        after: Option<&[u8]>,
-        _about: usize,
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
-    ) -> Result<()> {
+    fn for_some(&self, family: Family, after: Option<&[u8]>, _about: usize, each: EachUntil<'_>) -> Result<()> {
         self.events.before(false)?;
         let from = match after {
             None => Bound::Included((family, Vec::new())),

@@ -282,11 +282,9 @@ impl History {
             6..8 => End::Kill,
             _ => End::Close,
         };
-        let is_cut_somewhere = match self.bias {
-            SimBias::Kills => self.random.random_bool(0.3),
-            _ => end != End::Close && self.random.random_bool(0.6),
-        };
-        if self.open(is_cut_somewhere)? {
+        let is_killed = self.bias == SimBias::Kills;
+        let is_cut_somewhere = !is_killed && end != End::Close && self.random.random_bool(0.6);
+        if self.open(is_killed || is_cut_somewhere)? {
             if is_cut_somewhere {
                 self.cut_somewhere();
             }

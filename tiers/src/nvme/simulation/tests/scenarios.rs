@@ -5,7 +5,7 @@ use super::super::model::{Fact, Seen};
 use super::super::{SimFailure, SimFailureKind};
 use crate::block::RecordKind;
 use crate::index::Location;
-use crate::nvme::io::FaultAction;
+use crate::nvme::io::{FaultAction, IoKind, SimOperation};
 
 const PAGE_BYTES: u64 = 4096;
 const REGIONS: &str = "regions.0";
@@ -155,9 +155,19 @@ pub(super) fn unreadable_region(history: &mut History) -> Step {
         put(history, name, 1, 40_000)?;
     }
     history.end(End::Close)?;
-    // Reads of an open after a close: one of the superblock, then one of each region's header.
-    history.world.disk().inject(history.world.disk().operations() + 2, FaultAction::Errno(libc::EIO));
-    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    // The first read of an open is of the superblock, the second of the first region's header. Which of all operations
+    // that is, another open tells.
+    let (saved, before) = (history.world.save(), history.world.disk().operations());
+    let refused = |error: crate::error::Error| (SimFailureKind::Refused, error.to_string());
+    history.world.open().map_err(refused)?;
+    history.end(End::Close)?;
+    let operations = history.world.disk().history();
+    let is_read = |(_, what): &(u64, &SimOperation)| **what == SimOperation::Drive(IoKind::Read);
+    let reads = (1..).zip(&operations[before as usize..]).filter(is_read);
+    let second = reads.map(|(number, _)| number).nth(1).unwrap_or(0);
+    history.world.load(&saved);
+    history.world.disk().inject(history.world.disk().operations() + second, FaultAction::Errno(libc::EIO));
+    history.world.open().map_err(refused)?;
     assert_gone(history, 0)?;
     remove(history, 0)?;
     rebuild(history)?;

@@ -13,7 +13,6 @@ enum By {
     /// Histories with more of something.
     Biased(SimBias),
     Flips,
-    Tears,
     Scenario(Scenario),
 }
 
@@ -25,7 +24,6 @@ fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
     match by {
         By::Histories | By::Biased(_) => (0..SEEDS_MAX).find_map(|seed| simulator.run(seed).err()),
         By::Flips => simulator.flips(8, 50).err(),
-        By::Tears => simulator.tears(64).err(),
         By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
     }
 }
@@ -85,7 +83,7 @@ noticed! {
     skip_first_sync: SkipFirstSync by By::Biased(SimBias::Kills);
     cover_failed_writes: CoverFailedWrites by By::Biased(SimBias::Faults);
     skip_reading_on: SkipReadingOn by By::Histories;
-    trust_torn_tail: TrustTornTail by By::Tears;
+    trust_torn_tail: TrustTornTail by By::Histories;
     stop_rebuild_at_damage: StopRebuildAtDamage by By::Scenario(scenarios::damage_before_a_removal);
     keep_unreadable_region: KeepUnreadableRegion by By::Scenario(scenarios::unreadable_region);
     skip_namespace_sync: SkipNamespaceSync by By::Histories;
