@@ -1,7 +1,7 @@
 //! Power losses and damage on a simulated drive, on all cores: histories by their seeds, the sweep of failing operations,
 //! flipped bits, torn logs. What is simulated is in `docs/reliability.md`.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ pub fn histories(first: u64, count: u64, progress: &ProgressBar, into: &mut Simu
     let directory = memory_directory()?;
     let (next, tally, failures) = (AtomicU64::new(0), Mutex::new(SimTally::default()), Mutex::new(Vec::new()));
     let started = Instant::now();
-    on_all_cores(&directory.path().to_owned(), |simulator, _, _| {
+    on_all_cores(directory.path(), |simulator, _, _| {
         let mut own = SimTally::default();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -82,7 +82,7 @@ pub fn histories(first: u64, count: u64, progress: &ProgressBar, into: &mut Simu
 pub fn damages(stride: usize, into: &mut Simulated) -> Result<()> {
     let directory = memory_directory()?;
     let found: Mutex<(SweepTally, DamageTally, Vec<SimFailure>)> = Mutex::default();
-    on_all_cores(&directory.path().to_owned(), |simulator, core, cores| {
+    on_all_cores(directory.path(), |simulator, core, cores| {
         let swept = simulator.sweep(core * stride, cores * stride);
         let damaged = match core {
             0 => simulator.flips(stride, PAYLOAD_FLIPS / stride),
@@ -121,7 +121,7 @@ impl Simulated {
 }
 
 /// Runs `work` once for each core, with a simulator of its own, its number and how many there are.
-fn on_all_cores(directory: &PathBuf, work: impl Fn(&Simulator, usize, usize) -> Result<()> + Sync) -> Result<()> {
+fn on_all_cores(directory: &Path, work: impl Fn(&Simulator, usize, usize) -> Result<()> + Sync) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..cores)
