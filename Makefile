@@ -15,9 +15,13 @@ DIR ?=
 FLIP ?=
 # 1: `run` restarts once more with flipped bytes and requires that they are seen.
 CHECK_FLIP ?=
-# Random kills, and simulated power losses, of `torture`.
-KILLS ?= 50
-SEEDS ?= 0
+# The full size of `torture`: random kills, simulated power losses, and every how manyth operation, byte and sector is
+# made to fail. CI runs a tenth of each.
+KILLS ?= 1000
+SEEDS ?= 100000
+STRIDE ?= 1
+# One simulated history to run again.
+SEED ?=
 # How long `soak` lasts.
 MINUTES ?= 30
 # What `bench-gpu` merges: a JSON file with tpot_median_rise and tpot_p99_rise.
@@ -89,11 +93,12 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 server: toolchain
 	@cargo build --release --quiet --locked -p pegaflow-server --bins
 
-torture: server ## Kill the server at random moments during saves, reopen, check every block. KILLS=50 SEEDS=0
-	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS)
+torture: server ## Kills, simulated power losses, failing operations, flipped bits. KILLS=1000 SEEDS=100000 STRIDE=1, SEED=n again
+	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS) --stride $(STRIDE) \
+	    $(if $(SEED),--seed $(SEED))
 
 kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 DEVICE=host, or cuda:0
-	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 50,$(KILLS)),18) --device $(DEVICE)
+	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 1000,$(KILLS)),18) --device $(DEVICE)
 
 stress: server ## 64 clients for 60 s on one server: no leak, no wrong byte
 	@cargo run --release --quiet -p pegaflow-tests --bin stress

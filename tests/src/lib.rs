@@ -2,6 +2,7 @@
 //! that saves and loads through the socket as a CPU engine of vLLM does. Nothing here knows the engine's insides.
 
 mod oracle;
+pub mod power_loss;
 mod server_process;
 mod worker;
 

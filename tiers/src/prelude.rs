@@ -20,4 +20,7 @@ pub use crate::nvme::{
     VerifyReport, WriteVolume, controllers_of, fsck, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
-pub use crate::nvme::{Fault, FaultAction, FaultPlan, Faulty};
+pub use crate::nvme::{
+    DamageTally, Fault, FaultAction, FaultPlan, Faulty, Sabotage, SavedImages, SimBias, SimCrash, SimDisk, SimFailure,
+    SimFailureKind, SimIo, SimOperation, SimOptions, SimTally, Simulator, SweepTally,
+};

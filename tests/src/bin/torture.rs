@@ -1,18 +1,24 @@
 //! Kills a server with SIGKILL at random moments, over and over, and checks after each start that every block that can
-//! be read is bit-exact and that every block whose save was acknowledged as durable is there.
+//! be read is bit-exact and that every block whose save was acknowledged as durable is there. Then, on a simulated drive:
+//! power losses, every single operation failing, flipped bits, torn logs.
 //!
 //! Two stores in turn: one large enough to keep everything (nothing acknowledged may be missing), one so small that
-//! regions are reclaimed all the time (blocks may be missing, never wrong). One kill in ten hits the server while it
-//! opens its store. Prints one JSON object as its last line; exit code 0 only if nothing was wrong.
+//! regions are reclaimed all the time (blocks may be missing, never wrong). Kills aim at the open with its recovery, the
+//! rebuild of a lost index, saves, flushes, the compactions of RocksDB after an open, and the close; what each one hit is
+//! counted. Prints one JSON object as its last line; exit code 0 only if nothing was wrong.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use pegaflow_tests::power_loss::{self, Simulated};
 use pegaflow_tests::{Chain, KvDevice, ServerOptions, ServerProcess, TestWorker, WorkerOptions};
+use pegaflow_tiers::SimFailureKind;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -21,6 +27,10 @@ const KILL_AFTER_MS_MAX: u64 = 300;
 /// How long a start may take before it counts as a hang.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const CHAIN_BLOCKS_MAX: usize = 24;
+/// How long an open is taken to last before one was seen.
+const OPEN_TIME: Duration = Duration::from_millis(60);
+/// Tables in the index from which RocksDB merges them.
+const COMPACTION_TABLES: usize = 4;
 
 #[derive(Parser)]
 #[command(about = "Kills the server at random moments and checks what is left")]
@@ -28,20 +38,49 @@ struct Arguments {
     /// How often to kill.
     #[arg(long, default_value_t = 50)]
     kills: u64,
-    /// Power-loss seeds; these come with the issue on the store.
+    /// Histories with power losses on a simulated drive.
     #[arg(long, default_value_t = 0)]
     seeds: u64,
-    /// Replays a run: the seed that it printed.
+    /// The first of their seeds.
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
+    /// Runs one history and tells it on standard error; nothing else is run.
     #[arg(long)]
     seed: Option<u64>,
+    /// Of the sweep of failing operations, the flipped bits and the torn logs every so many; 0: none of them.
+    #[arg(long, default_value_t = 1)]
+    stride: usize,
+    /// Replays the kills of a run: the seed that it printed.
+    #[arg(long)]
+    kill_seed: Option<u64>,
     /// Keeps the stores here instead of in a temporary directory.
     #[arg(long)]
     directory: Option<PathBuf>,
 }
 
+/// What a kill hit.
+#[derive(Default, serde::Serialize)]
+struct Hits {
+    /// The open, which recovers what the kill before left.
+    open: u64,
+    /// An open without an index, which is made anew.
+    rebuild: u64,
+    /// Saves.
+    save: u64,
+    /// Of these, with regions being reclaimed.
+    reclaim: u64,
+    /// A flush that was waited for.
+    flush: u64,
+    /// The moments after an open with several tables in the index, when RocksDB merges them.
+    compaction: u64,
+    /// The close.
+    close: u64,
+}
+
 #[derive(Default)]
 struct Tally {
     kills: u64,
+    hits: Hits,
     wrong_bytes: usize,
     lost_durable: usize,
     hangs: usize,
@@ -55,6 +94,71 @@ struct Scenario {
     keeps_all: bool,
     durable: Vec<Chain>,
     other: Vec<Chain>,
+    /// How long an open takes.
+    open_time: Duration,
+}
+
+/// What was going on when the server was killed.
+#[derive(Default)]
+struct Work {
+    was_flushing: bool,
+    reclaimed: u64,
+}
+
+/// Kills a process from a thread of its own.
+struct Killer(std::thread::JoinHandle<()>);
+
+impl Killer {
+    fn at(pid: u32, after: Duration) -> Self {
+        Self(std::thread::spawn(move || {
+            std::thread::sleep(after);
+            signal(pid, "-KILL");
+        }))
+    }
+
+    /// While somebody waits for a flush; somewhen if nobody does.
+    fn in_a_flush(pid: u32, flushing: &Arc<AtomicBool>, after: Duration) -> Self {
+        let flushing = Arc::clone(flushing);
+        Self(std::thread::spawn(move || {
+            let started = Instant::now();
+            while !flushing.load(Ordering::Acquire) && started.elapsed() < Duration::from_secs(2) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            std::thread::sleep(after);
+            signal(pid, "-KILL");
+        }))
+    }
+
+    fn after_terminating(pid: u32, after: Duration) -> Self {
+        Self(std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            signal(pid, "-TERM");
+            std::thread::sleep(after);
+            signal(pid, "-KILL");
+        }))
+    }
+
+    fn wait(self) {
+        let _ = self.0.join();
+    }
+}
+
+fn signal(pid: u32, signal: &str) {
+    let _ = std::process::Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
+}
+
+/// Regions that the server has reclaimed so far.
+fn reclaimed_regions(worker: &TestWorker) -> u64 {
+    fn find(value: &serde_json::Value) -> Option<u64> {
+        match value {
+            serde_json::Value::Object(fields) => {
+                let own = fields.get("reclaimed_regions").and_then(serde_json::Value::as_u64);
+                own.or_else(|| fields.values().find_map(find))
+            }
+            _ => None,
+        }
+    }
+    worker.client.stats().ok().as_ref().and_then(find).unwrap_or(0)
 }
 
 impl Scenario {
@@ -63,7 +167,7 @@ impl Scenario {
         options.capacity = capacity.into();
         options.region = "4MiB".into();
         options.dram = "32MiB".into();
-        Ok(Self { options, keeps_all, durable: Vec::new(), other: Vec::new() })
+        Ok(Self { options, keeps_all, durable: Vec::new(), other: Vec::new(), open_time: OPEN_TIME })
     }
 
     fn worker(&self) -> Result<TestWorker> {
@@ -77,15 +181,15 @@ impl Scenario {
         TestWorker::connect(&self.options.socket(), options, START_TIMEOUT)
     }
 
-    /// Starts the server, checks a sample of what must be there, saves until the kill, kills.
+    /// Starts the server, checks a sample of what must be there, works until the kill, kills.
     fn round(&mut self, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
-        if random.random_ratio(1, 10) {
-            let mut server = self.options.spawn()?;
-            std::thread::sleep(Duration::from_millis(random.random_range(0..100)));
-            server.kill()?;
-            tally.kills += 1;
-            return Ok(());
+        tally.kills += 1;
+        let aim = random.random_range(0..20);
+        if aim < 5 {
+            return self.kill_in_open(aim == 0, random, tally);
         }
+        let tables = self.index_tables();
+        let started = Instant::now();
         let mut server = match self.options.start(START_TIMEOUT) {
             Ok(server) => server,
             Err(error) => {
@@ -94,24 +198,67 @@ impl Scenario {
                 return Ok(());
             }
         };
+        // The longest seen counts: a start that was disturbed is a start all the same.
+        self.open_time = self.open_time.max(started.elapsed()).min(Duration::from_secs(2));
+        if aim == 5 || (aim == 6 && tables >= COMPACTION_TABLES) {
+            std::thread::sleep(Duration::from_millis(random.random_range(0..30)));
+            server.kill()?;
+            tally.hits.compaction += u64::from(tables >= COMPACTION_TABLES);
+            return Ok(());
+        }
         let mut worker = self.worker()?;
         self.check(&mut worker, 40, random, tally)?;
-        let kill_after = Duration::from_millis(random.random_range(0..KILL_AFTER_MS_MAX));
+        let reclaimed = reclaimed_regions(&worker);
         let pid = server.pid();
-        let killer = std::thread::spawn(move || {
-            std::thread::sleep(kill_after);
-            let _ = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status();
-        });
-        self.save_until_killed(&mut worker, random);
-        let _ = killer.join();
+        let flushing = Arc::new(AtomicBool::new(false));
+        let killer = if aim == 7 {
+            Killer::after_terminating(pid, Duration::from_millis(random.random_range(0..40)))
+        } else if aim < 12 {
+            Killer::in_a_flush(pid, &flushing, Duration::from_micros(random.random_range(0..20_000)))
+        } else {
+            Killer::at(pid, Duration::from_millis(random.random_range(0..KILL_AFTER_MS_MAX)))
+        };
+        let work = self.work_until_killed(&mut worker, &flushing, random);
+        killer.wait();
         server.kill()?;
         worker.client.close(Duration::from_secs(5));
-        tally.kills += 1;
+        let hits = &mut tally.hits;
+        match (aim, work.was_flushing) {
+            (7, _) => hits.close += 1,
+            (_, true) => hits.flush += 1,
+            _ => hits.save += 1,
+        }
+        hits.reclaim += u64::from(work.reclaimed > reclaimed);
         Ok(())
     }
 
+    /// A kill before the server says that it is ready.
+    fn kill_in_open(&mut self, without_index: bool, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
+        if without_index {
+            drop(std::fs::remove_dir_all(self.options.store().join("index")));
+        }
+        let mut server = self.options.spawn()?;
+        std::thread::sleep(self.open_time.mul_f64(random.random_range(0.05..1.0)));
+        server.kill()?;
+        // It may have been ready already.
+        let is_ready = server.wait_ready(START_TIMEOUT).is_ok();
+        match (is_ready, without_index) {
+            (true, _) => tally.hits.save += 1,
+            (false, true) => tally.hits.rebuild += 1,
+            (false, false) => tally.hits.open += 1,
+        }
+        Ok(())
+    }
+
+    /// How many tables RocksDB has.
+    fn index_tables(&self) -> usize {
+        let Ok(files) = std::fs::read_dir(self.options.store().join("index")) else { return 0 };
+        files.flatten().filter(|file| file.path().extension().is_some_and(|extension| extension == "sst")).count()
+    }
+
     /// Saves chain after chain; what a flush has confirmed is durable.
-    fn save_until_killed(&mut self, worker: &mut TestWorker, random: &mut SmallRng) {
+    fn work_until_killed(&mut self, worker: &mut TestWorker, flushing: &AtomicBool, random: &mut SmallRng) -> Work {
+        let mut work = Work::default();
         let mut saved = Vec::new();
         let started = Instant::now();
         while started.elapsed() < Duration::from_secs(20) {
@@ -123,14 +270,21 @@ impl Scenario {
             } else {
                 self.other.push(chain)
             }
-            if random.random_ratio(1, 4) && worker.client.flush(Duration::from_secs(10)).is_ok() {
-                self.durable.append(&mut saved);
+            if random.random_ratio(1, 4) {
+                work.reclaimed = reclaimed_regions(worker).max(work.reclaimed);
+                flushing.store(true, Ordering::Release);
+                match worker.client.flush(Duration::from_secs(10)) {
+                    Ok(()) => self.durable.append(&mut saved),
+                    Err(_) => work.was_flushing = true,
+                }
+                flushing.store(false, Ordering::Release);
             }
             if !worker.client.is_connected() {
                 break;
             }
         }
         self.other.append(&mut saved);
+        work
     }
 
     /// Checks chains: `sample` of the durable ones (all if there are fewer), and some others.
@@ -168,16 +322,18 @@ impl Scenario {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
-    let seed = arguments.seed.unwrap_or_else(rand::random);
-    eprintln!("seed {seed} (replay with --seed {seed})");
+fn kill(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
+    let seed = arguments.kill_seed.unwrap_or_else(rand::random);
+    if arguments.kills == 0 {
+        return Ok((Tally::default(), seed, 0));
+    }
+    eprintln!("seed of the kills {seed} (again with --kill-seed {seed})");
     let mut random = SmallRng::seed_from_u64(seed);
     let temporary = tempfile::Builder::new().prefix("pegaflow-torture-").tempdir_in(".")?;
     let directory = arguments.directory.clone().unwrap_or_else(|| temporary.path().to_owned());
     let mut scenarios =
         [Scenario::new(&directory, "large", "4GiB", true)?, Scenario::new(&directory, "small", "48MiB", false)?];
-    let progress = ProgressBar::new(arguments.kills);
-    progress.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} kills, {msg}")?);
+    let progress = progress(arguments.kills, "kills")?;
     let mut tally = Tally::default();
     while tally.kills < arguments.kills && tally.hangs < 5 {
         let scenario = &mut scenarios[(tally.kills % 2) as usize];
@@ -197,22 +353,65 @@ fn run(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
     Ok((tally, seed, panics))
 }
 
+fn simulate(arguments: &Arguments) -> Result<Simulated> {
+    if let Some(seed) = arguments.seed {
+        return power_loss::replay(seed);
+    }
+    let mut simulated = Simulated::default();
+    if arguments.seeds > 0 {
+        let progress = progress(arguments.seeds, "power losses")?;
+        power_loss::histories(arguments.first_seed, arguments.seeds, &progress, &mut simulated)?;
+        progress.finish();
+        eprintln!("{:?} in {:.1?}", simulated.tally, simulated.elapsed);
+    }
+    if arguments.stride > 0 {
+        power_loss::damages(arguments.stride, &mut simulated)?;
+        eprintln!("{:?} {:?}", simulated.sweep, simulated.damage);
+    }
+    Ok(simulated)
+}
+
+fn progress(length: u64, what: &str) -> Result<ProgressBar> {
+    let progress = ProgressBar::new(length);
+    progress.set_style(ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {what}, {{eta}} {{msg}}"))?);
+    Ok(progress)
+}
+
+fn run(arguments: &Arguments) -> Result<bool> {
+    let simulated = simulate(arguments)?;
+    let (tally, seed, panics) = match arguments.seed {
+        Some(_) => (Tally::default(), 0, 0),
+        None => kill(arguments)?,
+    };
+    for failure in &simulated.failures {
+        eprintln!("{failure} (again with --seed {})", failure.seed);
+    }
+    let found = |kinds: &[SimFailureKind]| simulated.failures.iter().filter(|f| kinds.contains(&f.kind)).count();
+    let wrong_bytes = tally.wrong_bytes + found(&[SimFailureKind::WrongBytes, SimFailureKind::CameBack]);
+    let lost_durable = tally.lost_durable + found(&[SimFailureKind::LostDurable]);
+    let panics = panics + found(&[SimFailureKind::Panic]);
+    let hangs = tally.hangs + found(&[SimFailureKind::Hang, SimFailureKind::Refused]);
+    let (histories, sweep, damage) = (&simulated.tally, &simulated.sweep, &simulated.damage);
+    println!(
+        "{}",
+        serde_json::json!({
+            "kills": tally.kills, "kills_hit": tally.hits, "seeds": histories.seeds,
+            "power_loss_seeds": histories.seeds, "crashes": histories.crashes,
+            "crashes_in_open": histories.crashes_in_open,
+            "seeds_per_second": histories.seeds as f64 / simulated.elapsed.as_secs_f64().max(1e-9),
+            "wrong_bytes": wrong_bytes, "lost_durable": lost_durable, "panics": panics, "hangs": hangs,
+            "blocks_right": tally.right, "records_right": histories.right,
+            "sweep_operations": sweep.operations, "fault_points": sweep.runs, "flips": damage.flips,
+            "torn_cuts": damage.torn_cuts, "seed": seed,
+        })
+    );
+    Ok(wrong_bytes + lost_durable + panics + hangs + simulated.failures.len() == 0)
+}
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let _ = arguments.seeds;
-    match run(&arguments) {
-        Ok((tally, seed, panics)) => {
-            let is_clean = tally.wrong_bytes == 0 && tally.lost_durable == 0 && panics == 0 && tally.hangs == 0;
-            println!(
-                "{}",
-                serde_json::json!({
-                    "kills": tally.kills, "power_loss_seeds": 0, "fault_points": 0, "wrong_bytes": tally.wrong_bytes,
-                    "lost_durable": tally.lost_durable, "panics": panics, "hangs": tally.hangs,
-                    "blocks_right": tally.right, "seed": seed,
-                })
-            );
-            if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
+    match run(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("torture: {error:#}");
             ExitCode::FAILURE

@@ -2,28 +2,30 @@
 //! record, how far each region is covered, the namespaces, small named values. Written in batches after the records
 //! themselves are durable; read when the store opens. Never on the path of a lookup. It may lag behind the regions after
 //! a power loss, which the marks say, and it may be deleted: the store rebuilds it.
+//!
+//! What stands in it is decided here, where it stands is behind [`Database`]: RocksDB, or a simulated twin in tests of
+//! power losses.
 
 mod database;
 mod reclaimed;
+mod rocks;
+#[cfg(any(test, feature = "fault-injection"))]
+mod twin;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
-use rocksdb::properties::{
-    BLOCK_CACHE_USAGE, ESTIMATE_NUM_KEYS, ESTIMATE_TABLE_READERS_MEM, PropName, SIZE_ALL_MEM_TABLES,
-};
-use rocksdb::{DB, FlushOptions, ReadOptions, WriteBatch, WriteOptions};
-
-use self::database::{Family, rocks};
+use self::database::{Batch, Database, Durability, Family};
 use self::reclaimed::Generations;
+use self::rocks::Rocks;
+#[cfg(any(test, feature = "fault-injection"))]
+pub(crate) use self::twin::{TwinEvents, TwinIndex};
 use super::row::{IndexRow, NamespaceRow, RegionMark, decode_id, encode_id};
 use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Read ahead during a scan of all rows.
-const SCAN_READAHEAD_BYTES: usize = 4 << 20;
-/// What a row takes in the files of the log, about: for how much a scan of some rows reads ahead.
-const ROW_BYTES: usize = 128;
 /// The longest name of a named value, in bytes.
 const META_NAME_BYTES_MAX: usize = 256;
 /// The largest named value, in bytes.
@@ -46,7 +48,7 @@ pub enum IndexChange {
 /// The durable log of the index. Shared by reference; reading is possible from any thread, [`IndexLog::commit`] is meant
 /// for one thread at a time.
 pub struct IndexLog {
-    database: DB,
+    database: Arc<dyn Database>,
     generations: Generations,
 }
 
@@ -60,12 +62,8 @@ impl IndexLog {
     /// `NoSpace` or `Io` if the file system fails.
     pub fn open(path: &Path) -> Result<Self> {
         let generations = Generations::default();
-        let database = database::open(path, &generations)?;
-        let log = Self { database, generations };
-        for mark in log.marks()? {
-            log.generations.raise(mark.region, mark.generation);
-        }
-        Ok(log)
+        let database = Rocks::open(path, &generations)?;
+        Self::over(Arc::new(database), generations)
     }
 
     /// Opens the log to be read only: nothing on the drive changes. It must not be open elsewhere.
@@ -74,7 +72,11 @@ impl IndexLog {
     /// As [`IndexLog::open`].
     pub fn open_read_only(path: &Path) -> Result<Self> {
         let generations = Generations::default();
-        let database = database::open_read_only(path, &generations)?;
+        let database = Rocks::open_read_only(path, &generations)?;
+        Self::over(Arc::new(database), generations)
+    }
+
+    fn over(database: Arc<dyn Database>, generations: Generations) -> Result<Self> {
         let log = Self { database, generations };
         for mark in log.marks()? {
             log.generations.raise(mark.region, mark.generation);
@@ -89,8 +91,7 @@ impl IndexLog {
     /// # Errors
     /// `InvalidInput` for a location outside its limits, `NoSpace`, `Corrupt` or `Io`; then nothing was applied.
     pub fn commit(&self, changes: &[IndexChange], marks: &[RegionMark]) -> Result<()> {
-        let mut batch = WriteBatch::default();
-        let records = self.family(Family::Records);
+        let mut batch = Batch::default();
         let has_removals = changes.iter().any(|change| matches!(change, IndexChange::Remove { .. }));
         // The sequence of the rows of this batch, which RocksDB does not show yet; `None` for removed ones.
         let mut pending: HashMap<RecordId, Option<u64>> = HashMap::new();
@@ -98,7 +99,7 @@ impl IndexLog {
             let (id, left) = match change {
                 IndexChange::Put(row) => {
                     check_location(row)?;
-                    batch.put_cf(records, encode_id(&row.id), row.encode());
+                    batch.put(Family::Records, &encode_id(&row.id), &row.encode());
                     (row.id, Some(row.sequence))
                 }
                 IndexChange::Remove { id, sequence } => {
@@ -109,7 +110,7 @@ impl IndexLog {
                     if known.is_none_or(|known| known > *sequence) {
                         continue;
                     }
-                    batch.delete_cf(records, encode_id(id));
+                    batch.delete(Family::Records, &encode_id(id));
                     (*id, None)
                 }
             };
@@ -121,12 +122,12 @@ impl IndexLog {
             // What is written must be readable: the same check as when it is read.
             RegionMark::decode(&mark.encode_key(), &mark.encode())
                 .map_err(|error| Error::new(ErrorKind::InvalidInput, error.message()))?;
-            batch.put_cf(self.family(Family::Regions), mark.encode_key(), mark.encode());
+            batch.put(Family::Regions, &mark.encode_key(), &mark.encode());
         }
         if batch.is_empty() {
             return Ok(());
         }
-        self.database.write_opt(batch, &WriteOptions::default()).map_err(rocks("committing to the index"))?;
+        self.database.write(batch, Durability::Process)?;
         for mark in marks {
             self.generations.raise(mark.region, mark.generation);
         }
@@ -148,7 +149,7 @@ impl IndexLog {
     pub fn scan(&self, each: &mut dyn FnMut(IndexRow) -> Result<()>) -> Result<u64> {
         let generations = self.generations.snapshot();
         let mut count = 0;
-        self.for_each(Family::Records, |key, value| {
+        self.database.for_each(Family::Records, &mut |key, value| {
             let row = IndexRow::decode(decode_id(key)?, value)?;
             if generations.is_current(&row.location) {
                 each(row)?;
@@ -172,34 +173,19 @@ impl IndexLog {
         each: &mut dyn FnMut(IndexRow),
     ) -> Result<Option<RecordId>> {
         let generations = self.generations.snapshot();
-        let mut options = ReadOptions::default();
-        options.fill_cache(false);
-        options.set_readahead_size(limit.saturating_mul(ROW_BYTES).min(SCAN_READAHEAD_BYTES));
-        let mut rows = self.database.raw_iterator_cf_opt(self.family(Family::Records), options);
-        match after {
-            None => rows.seek_to_first(),
-            Some(id) => {
-                rows.seek(encode_id(id));
-                if rows.key() == Some(encode_id(id).as_slice()) {
-                    rows.next();
-                }
-            }
-        }
-        let mut last = None;
-        for _ in 0..limit {
-            let Some((key, value)) = rows.item() else {
-                rows.status().map_err(rocks("scanning the index"))?;
-                return Ok(None);
-            };
+        let after_key = after.map(encode_id);
+        let (mut last, mut count) = (None, 0);
+        let after_key = after_key.as_ref().map(<[u8; _]>::as_slice);
+        self.database.for_some(Family::Records, after_key, limit, &mut |key, value| {
             let id = decode_id(key)?;
             let row = IndexRow::decode(id, value)?;
-            last = Some(id);
+            (last, count) = (Some(id), count + 1);
             if generations.is_current(&row.location) {
                 each(row);
             }
-            rows.next();
-        }
-        Ok(last)
+            Ok(if count < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        Ok(last.filter(|_| count == limit))
     }
 
     /// The rows of many records, in the order of `ids`, at once. Reads the drive: for lookups only while the table does
@@ -209,9 +195,9 @@ impl IndexLog {
     /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
     pub fn get_many(&self, ids: &[RecordId]) -> Result<Vec<Option<IndexRow>>> {
         let keys: Vec<_> = ids.iter().map(encode_id).collect();
-        let found = self.database.batched_multi_get_cf(self.family(Family::Records), &keys, false);
-        let decode = |(id, found): (&RecordId, std::result::Result<Option<rocksdb::DBPinnableSlice<'_>>, _>)| {
-            let found = found.map_err(rocks("reading the index"))?;
+        let keys: Vec<&[u8]> = keys.iter().map(<[u8; _]>::as_slice).collect();
+        let found = self.database.get_many(Family::Records, &keys)?;
+        let decode = |(id, found): (&RecordId, Option<Vec<u8>>)| {
             let row = found.map(|value| IndexRow::decode(*id, &value)).transpose()?;
             Ok(row.filter(|row| self.generations.is_current(&row.location)))
         };
@@ -220,8 +206,7 @@ impl IndexLog {
 
     /// How many rows there are, about.
     pub fn rows_estimate(&self) -> u64 {
-        let estimate = self.database.property_int_value_cf(self.family(Family::Records), ESTIMATE_NUM_KEYS);
-        estimate.ok().flatten().unwrap_or(0)
+        self.database.rows_estimate(Family::Records)
     }
 
     /// How far each region is covered, in the order of their numbers.
@@ -230,7 +215,7 @@ impl IndexLog {
     /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
     pub fn marks(&self) -> Result<Vec<RegionMark>> {
         let mut marks = Vec::new();
-        self.for_each(Family::Regions, |key, value| {
+        self.database.for_each(Family::Regions, &mut |key, value| {
             marks.push(RegionMark::decode(key, value)?);
             Ok(())
         })?;
@@ -243,7 +228,7 @@ impl IndexLog {
     /// `Corrupt` or `NewerFormat` for a row that cannot be read, `Io`.
     pub fn namespaces(&self) -> Result<Vec<NamespaceRow>> {
         let mut namespaces = Vec::new();
-        self.for_each(Family::Namespaces, |key, value| {
+        self.database.for_each(Family::Namespaces, &mut |key, value| {
             namespaces.push(NamespaceRow::decode(key, value)?);
             Ok(())
         })?;
@@ -264,8 +249,7 @@ impl IndexLog {
     /// # Errors
     /// `Corrupt` or `Io`.
     pub fn meta_get(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        let found = self.database.get_pinned_cf(self.family(Family::Meta), name);
-        Ok(found.map_err(rocks("reading the index"))?.map(|value| value.to_vec()))
+        self.database.get(Family::Meta, name.as_bytes())
     }
 
     /// Keeps a value under a name of at most 256 bytes; the value has at most 1 MiB. Durable when it returns.
@@ -291,7 +275,7 @@ impl IndexLog {
     /// # Errors
     /// `NoSpace` or `Io`.
     pub fn sync(&self) -> Result<()> {
-        self.database.flush_wal(true).map_err(rocks("syncing the index"))
+        self.database.sync()
     }
 
     /// Writes to table files what only the write-ahead log has, so that the next open has nothing to replay.
@@ -299,21 +283,12 @@ impl IndexLog {
     /// # Errors
     /// `NoSpace` or `Io`; nothing is lost then.
     pub fn flush(&self) -> Result<()> {
-        let families = database::handles(&self.database);
-        self.database.flush_cfs_opt(&families, &FlushOptions::default()).map_err(rocks("flushing the index"))
+        self.database.flush()
     }
 
     /// Bytes of memory that RocksDB takes: rows that are not in table files yet, its cache, and what it knows of its files.
     pub fn memory_bytes(&self) -> u64 {
-        let of_all = |name: &'static PropName| {
-            let families = database::handles(&self.database).into_iter();
-            let values = families.map(|family| self.database.property_int_value_cf(family, name).ok().flatten());
-            values.map(Option::unwrap_or_default).sum::<u64>()
-        };
-        // The families share one cache.
-        let records = self.family(Family::Records);
-        let cache = self.database.property_int_value_cf(records, BLOCK_CACHE_USAGE).ok().flatten();
-        of_all(SIZE_ALL_MEM_TABLES) + of_all(ESTIMATE_TABLE_READERS_MEM) + cache.unwrap_or_default()
+        self.database.memory_bytes()
     }
 
     /// Syncs, ends the work in the background and closes. A failure is logged only: the index is rebuilt from the regions
@@ -322,44 +297,25 @@ impl IndexLog {
         if let Err(error) = self.sync() {
             tracing::warn!(error = format!("{error:#}"), "the index was closed without a sync");
         }
-        self.database.cancel_all_background_work(true);
+        self.database.end();
     }
 
     /// The row as it stands, whether its region was reclaimed or not.
     fn row(&self, id: &RecordId) -> Result<Option<IndexRow>> {
-        let found = self.database.get_pinned_cf(self.family(Family::Records), encode_id(id));
-        let found = found.map_err(rocks("reading the index"))?;
+        let found = self.database.get(Family::Records, &encode_id(id))?;
         found.map(|value| IndexRow::decode(*id, &value)).transpose()
     }
 
     fn put_durably(&self, family: Family, key: &[u8], value: &[u8]) -> Result<()> {
-        let mut options = WriteOptions::default();
-        options.set_sync(true);
-        self.database.put_cf_opt(self.family(family), key, value, &options).map_err(rocks("writing to the index"))
-    }
-
-    /// Walks over a family in the order of its keys.
-    fn for_each(&self, family: Family, mut each: impl FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
-        let mut options = ReadOptions::default();
-        options.fill_cache(false);
-        options.set_readahead_size(SCAN_READAHEAD_BYTES);
-        let mut rows = self.database.raw_iterator_cf_opt(self.family(family), options);
-        rows.seek_to_first();
-        while let Some((key, value)) = rows.item() {
-            each(key, value)?;
-            rows.next();
-        }
-        rows.status().map_err(rocks("scanning the index"))
-    }
-
-    fn family(&self, family: Family) -> &rocksdb::ColumnFamily {
-        database::handle(&self.database, family)
+        let mut batch = Batch::default();
+        batch.put(family, key, value);
+        self.database.write(batch, Durability::Medium)
     }
 }
 
 impl std::fmt::Debug for IndexLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("IndexLog").field("path", &self.database.path()).finish_non_exhaustive()
+        f.debug_struct("IndexLog").finish_non_exhaustive()
     }
 }
 
@@ -367,7 +323,9 @@ impl std::fmt::Debug for IndexLog {
 #[cfg(test)]
 pub(crate) fn spoil_row(path: &Path, id: &RecordId) {
     let log = IndexLog::open(path).expect("opens");
-    log.database.put_cf(log.family(Family::Records), encode_id(id), [0; 80]).expect("written");
+    let mut batch = Batch::default();
+    batch.put(Family::Records, &encode_id(id), &[0; 80]);
+    log.database.write(batch, Durability::Process).expect("written");
     log.close();
 }
 

@@ -12,5 +12,7 @@ pub use location::Location;
 #[cfg(test)]
 pub(crate) use log::spoil_row;
 pub use log::{IndexChange, IndexLog};
+#[cfg(any(test, feature = "fault-injection"))]
+pub(crate) use log::{TwinEvents, TwinIndex};
 pub use row::{IndexRow, NamespaceRow, RegionMark};
 pub use table::{Table, TableEntry, Uses};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::drive::Drive;
 use super::drive_table::DriveTable;
 use super::superblock::Superblock;
+use super::switches::is_off;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Generations reserved at once; a region takes two for each life.
@@ -27,8 +28,11 @@ impl Counters {
     /// # Errors
     /// What the drive reports.
     pub(super) fn start(drive: Arc<Drive>, superblock: Superblock) -> Result<Self> {
-        let next_generation = superblock.generation_ceiling.max(1);
-        let next_sequence = superblock.sequence_ceiling.max(1);
+        let reused = |is_reused: bool, step: u64| if is_reused && !superblock.is_clean { step } else { 0 };
+        let generations = reused(is_off!(ReuseGenerations), GENERATION_STEP);
+        let sequences = reused(is_off!(ReuseSequences), SEQUENCE_STEP);
+        let next_generation = superblock.generation_ceiling.saturating_sub(generations).max(1);
+        let next_sequence = superblock.sequence_ceiling.saturating_sub(sequences).max(1);
         let mut counters = Self { drive, superblock, next_generation, next_sequence };
         counters.write(|superblock| {
             superblock.is_clean = false;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::io::{BlockIo, FileId, IoBuffer, IoKind, Pages, sync_blocking, transfer_blocking};
 use super::page::{PAGE_BYTES, Page};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
+use super::switches::is_off;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The superblocks, among the files of the engine.
@@ -135,6 +136,9 @@ impl Drive {
     pub(super) fn write_superblock(io: &dyn BlockIo, superblock: &Superblock) -> Result<()> {
         let buffer = one_page(&superblock.encode());
         transfer_blocking(io, SUPERBLOCK_FILE, IoKind::Write, superblock.offset(), buffer, DRIVE_TIMEOUT)?;
+        if is_off!(SkipSuperblockSync) {
+            return Ok(());
+        }
         sync_blocking(io, SUPERBLOCK_FILE, DRIVE_TIMEOUT)
     }
 

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 pub use report::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState};
 
+use super::backing::{Backing, System};
 use super::config::{DriveConfig, StoreConfig};
 use super::directory::{Directory, IDENTITY};
 use super::drive::{Drive, Place};
@@ -167,7 +168,7 @@ impl Check {
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let drive = Drive::new(io, region_pages, files.len() - 1, places(&superblock));
         let (more_drives, locks) = drives.into_iter().unzip();
-        let namespaces = Namespaces::open(&directory.namespaces(), superblock.store)?;
+        let namespaces = Namespaces::open(System.small_file(&directory.namespaces())?, superblock.store)?;
         report.is_clean = superblock.is_clean;
         report.regions = drive.places().iter().flatten().count() as u32;
         let (index, state) = open_index(directory, &superblock)?;

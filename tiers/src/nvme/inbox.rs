@@ -62,6 +62,8 @@ struct State {
     /// Bytes of records that were accepted and are neither durable nor failed.
     held_bytes: u64,
     is_closed: bool,
+    /// Whether the writer waits, or has ended.
+    is_idle: bool,
 }
 
 /// The writer's inbox.
@@ -69,12 +71,14 @@ pub(super) struct Inbox {
     bytes_max: u64,
     state: Mutex<State>,
     changed: Condvar,
+    /// The writer has begun to wait. Only simulations listen.
+    idle: Condvar,
 }
 
 impl Inbox {
     /// An inbox that holds records of at most `bytes_max` bytes that are not durable.
     pub(super) fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, state: Mutex::new(State::default()), changed: Condvar::new() }
+        Self { bytes_max, state: Mutex::new(State::default()), changed: Condvar::new(), idle: Condvar::new() }
     }
 
     /// Accepts a record, or gives it back.
@@ -180,6 +184,7 @@ impl Inbox {
     pub(super) fn wait(&self, deadline: Option<Instant>) -> News {
         let mut state = self.state.lock();
         while !state.has_news {
+            self.note_idle(&mut state);
             match deadline {
                 None => self.changed.wait(&mut state),
                 Some(deadline) => {
@@ -189,8 +194,34 @@ impl Inbox {
                 }
             }
         }
-        state.has_news = false;
+        (state.has_news, state.is_idle) = (false, false);
         std::mem::take(&mut state.news)
+    }
+
+    /// The writer has ended, and takes no more news.
+    pub(super) fn note_ended(&self) {
+        let mut state = self.state.lock();
+        state.has_news = false;
+        self.note_idle(&mut state);
+    }
+
+    fn note_idle(&self, state: &mut State) {
+        state.is_idle = true;
+        if cfg!(any(test, feature = "fault-injection")) {
+            self.idle.notify_all();
+        }
+    }
+
+    /// Waits until the writer waits and there is nothing that it has not looked at; false at `deadline`.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) fn wait_idle(&self, deadline: Instant) -> bool {
+        let mut state = self.state.lock();
+        while state.has_news || !state.is_idle {
+            if self.idle.wait_until(&mut state, deadline).timed_out() {
+                return false;
+            }
+        }
+        true
     }
 
     fn announce(&self, mut state: parking_lot::MutexGuard<'_, State>) {

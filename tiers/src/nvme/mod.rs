@@ -4,6 +4,7 @@
 //! verifiers, which also decode.
 
 mod append;
+mod backing;
 mod config;
 mod counters;
 mod directory;
@@ -28,9 +29,12 @@ mod region_header;
 mod regions;
 mod scan;
 mod shared;
+#[cfg(any(test, feature = "fault-injection"))]
+mod simulation;
 mod stats;
 mod store;
 mod superblock;
+mod switches;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -52,13 +56,17 @@ pub use io::{
     open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
-pub use io::{Fault, FaultAction, FaultPlan, Faulty};
+pub use io::{Fault, FaultAction, FaultPlan, Faulty, SavedImages, SimCrash, SimDisk, SimIo, SimOperation};
 pub use poison::{PoisonHook, PoisonReason};
 pub use policy::{ReclaimPolicy, RecordInfo, RegionInfo, RegionState, ResidentBlock};
 pub use read::{ReadDone, Verified};
 pub use recovery::RecoveryReport;
 pub use regions::RegionPins;
+#[cfg(any(test, feature = "fault-injection"))]
+pub use simulation::{DamageTally, SimBias, SimFailure, SimFailureKind, SimOptions, SimTally, Simulator, SweepTally};
 pub use stats::{StoreStats, WriteVolume};
 pub use store::Store;
+#[cfg(any(test, feature = "fault-injection"))]
+pub use switches::Sabotage;
 pub use verify::{ScrubPace, VerifyProgress, VerifyReport};
 pub use wear::{DriveHealth, HealthReader, controllers_of};

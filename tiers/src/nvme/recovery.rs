@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::backing::Backing;
 use super::counters::Counters;
 use super::directory::Directory;
 use super::fill;
@@ -18,6 +19,7 @@ use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use super::scan::{AtDamage, Found, LogEnd, Scan, ScanRange};
 use super::shared::Shared;
 use super::superblock::Superblock;
+use super::switches::is_off;
 use super::writer::{Handover, OpenRegion, hiding_name};
 use crate::block::{BlockKey, KEY_CHAIN_VERSION, NamespaceId, RecordId, RecordKind};
 use crate::error::{ErrorKind, Result};
@@ -69,12 +71,17 @@ struct Recovery<'a> {
 /// Reads a store and gets it ready for the writer, with the drives that it has from now on.
 pub(super) fn recover(
     shared: &Arc<Shared>,
+    backing: &dyn Backing,
     directory: &Directory,
     superblock: Superblock,
     plan: &Plan,
 ) -> Result<(RecoveryReport, Handover)> {
     let started = Instant::now();
-    let index = open_index(shared, directory, &superblock, plan)?;
+    // What a process that was killed has written is read here, and goes into the index: it must not vanish afterwards.
+    if !superblock.is_clean && !is_off!(SkipFirstSync) {
+        (0..shared.drive.drives()).try_for_each(|drive| shared.drive.sync(drive))?;
+    }
+    let index = open_index(shared, backing, directory, &superblock, plan)?;
     let mut counters = Counters::start(Arc::clone(&shared.drive), superblock.clone())?;
     let mut headers = read_region_headers(shared, &superblock)?;
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
@@ -102,7 +109,7 @@ pub(super) fn recover(
             let refused = headers.take_below(counters.rebuild_floor());
             refused.iter().for_each(|region| shared.regions.clear(*region));
             free_for_good(shared, &superblock, &mut counters, &refused)?;
-            begin(new_index(shared, directory, &superblock)?, true, &headers)?
+            begin(new_index(shared, backing, directory, &superblock)?, true, &headers)?
         }
     };
     recovery.read_on(&mut live)?;
@@ -184,6 +191,9 @@ fn read_region_headers(shared: &Shared, superblock: &Superblock) -> Result<Heade
 /// A region that was taken as free once must not come back when the drive can read its header again: what was removed
 /// meanwhile would come back with it.
 fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counters, regions: &[u32]) -> Result<()> {
+    if is_off!(KeepUnreadableRegion) {
+        return Ok(());
+    }
     for &region in regions {
         let header = RegionHeader {
             store: shared.uuid,
@@ -204,13 +214,16 @@ fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counte
 /// drive is gone, not the one of the last open.
 fn open_index(
     shared: &Shared,
+    backing: &dyn Backing,
     directory: &Directory,
     superblock: &Superblock,
     plan: &Plan,
 ) -> Result<Option<IndexLog>> {
     let open = || -> Result<Option<IndexLog>> {
-        let index = IndexLog::open(&directory.index())?;
-        let is_ours = index.meta_get(STORE_NAME)?.is_some_and(|uuid| uuid == shared.uuid.as_bytes());
+        let index = backing.index(&directory.index())?;
+        let is_ours = index
+            .meta_get(STORE_NAME)?
+            .is_some_and(|uuid| uuid == shared.uuid.as_bytes() || is_off!(BelieveForeignIndex));
         let opens = index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
         if !is_ours || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens) {
             return Ok(None);
@@ -231,9 +244,14 @@ fn open_index(
 }
 
 /// An empty index, for the first open and for a rebuild.
-fn new_index(shared: &Shared, directory: &Directory, superblock: &Superblock) -> Result<IndexLog> {
+fn new_index(
+    shared: &Shared,
+    backing: &dyn Backing,
+    directory: &Directory,
+    superblock: &Superblock,
+) -> Result<IndexLog> {
     directory.wipe_index()?;
-    let index = IndexLog::open(&directory.index())?;
+    let index = backing.index(&directory.index())?;
     index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
     for row in shared.namespaces.rows() {
         index.put_namespace(&row)?;
@@ -288,6 +306,9 @@ impl Recovery<'_> {
     fn read_on(&mut self, live: &mut [Live]) -> Result<()> {
         let drive = Arc::clone(&self.shared.drive);
         let mut waiting: Vec<usize> = (0..live.len()).filter(|&i| live[i].end.page < drive.region_pages()).collect();
+        if is_off!(SkipReadingOn) && !self.report.index_rebuilt {
+            waiting.clear();
+        }
         waiting.sort_by_key(|&index| std::cmp::Reverse(live[index].end.sequence));
         // The next record of each region that is being read, by its sequence.
         let mut reading: BTreeMap<(u64, usize), (Found, Scan<'_>)> = BTreeMap::new();
@@ -317,8 +338,12 @@ impl Recovery<'_> {
             generation: live.header.generation,
             from_page: live.end.page,
             after_sequence: live.end.sequence,
-            at_damage: if self.report.index_rebuilt { AtDamage::Search } else { AtDamage::Stop },
-            checks_payloads: true,
+            at_damage: if self.report.index_rebuilt && !is_off!(StopRebuildAtDamage) {
+                AtDamage::Search
+            } else {
+                AtDamage::Stop
+            },
+            checks_payloads: !is_off!(TrustTornTail),
         }
     }
 
@@ -386,7 +411,9 @@ impl Recovery<'_> {
             let RegionHeader { region, generation, .. } = live.header;
             let is_newest = newest.get(&drive_of(live)) == Some(&region);
             let mut end = live.end;
-            if live.was_read && !self.report.clean && end.page < region_pages {
+            // Also after an orderly close: behind a failed write may stand what must never count.
+            let may_have_more = !self.report.clean || !is_newest;
+            if live.was_read && may_have_more && end.page < region_pages && !is_off!(SkipFence) {
                 end.sequence = counters.next_sequence()?;
                 self.shared.drive.write(region, end.page, &self.fence(live, end).encode())?;
                 end.page += 1;

@@ -8,6 +8,7 @@ use super::drive::Drive;
 use super::io::Pages;
 use super::page::{PAGE_BYTES, pages_of};
 use super::record_header::{HeaderKind, RecordHeader};
+use super::switches::is_off;
 use super::version::StoreUuid;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -124,7 +125,7 @@ fn header_at(window: &mut Window<'_>, range: &ScanRange, page: u32, after: u64) 
     let Ok(header) = RecordHeader::decode(bytes) else { return Ok(None) };
     let is_here = header.check_place(range.store, range.region, range.generation, page).is_ok();
     let fits = header.location.pages <= window.drive.region_pages() - page;
-    Ok((is_here && fits && header.sequence > after).then_some(header))
+    Ok((is_here && fits && (header.sequence > after || is_off!(IgnoreSequenceRule))).then_some(header))
 }
 
 fn is_payload_intact(window: &mut Window<'_>, header: &RecordHeader) -> Result<bool> {

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, Form, QueuedRecord};
+use super::backing::{Backing, System};
 use super::config::StoreConfig;
 use super::directory::{Directory, check_writable, preallocate, truncate};
 use super::drive::Drive;
@@ -21,7 +22,7 @@ use super::drive_table::DriveTable;
 use super::encoding::Encoders;
 use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
-use super::io::{BlockIo, IoPriority, open_direct, open_engine};
+use super::io::{BlockIo, IoPriority, open_direct};
 use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
@@ -34,6 +35,7 @@ use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
 use super::stats::{StoreStats, WriteVolume};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
+use super::switches;
 use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
@@ -122,10 +124,22 @@ impl Store {
         wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
         filling: FillPlan,
     ) -> Result<(Arc<Self>, RecoveryReport)> {
+        Self::open_on(&System, config, arena, policy, wrap, filling)
+    }
+
+    /// As [`Store::open_filling`], on something else than the system's own.
+    pub(super) fn open_on(
+        backing: &dyn Backing,
+        config: StoreConfig,
+        arena: &Arc<Arena>,
+        policy: Arc<dyn ReclaimPolicy>,
+        wrap: impl FnOnce(Arc<dyn BlockIo>) -> Arc<dyn BlockIo>,
+        filling: FillPlan,
+    ) -> Result<(Arc<Self>, RecoveryReport)> {
         config.validate()?;
         let mut directory = Directory::open(&config.path)?;
         let mut more_drives = Vec::new();
-        let prepared = prepare(&config, &directory, &mut more_drives, arena, wrap).inspect_err(|_| {
+        let prepared = prepare(backing, &config, &directory, &mut more_drives, arena, wrap).inspect_err(|_| {
             more_drives.iter().for_each(DriveDirectory::abandon);
             if directory.is_new() {
                 directory.abandon();
@@ -141,13 +155,13 @@ impl Store {
             superblock.store,
             Arc::new(Drive::new(io, region_pages, plan.listed.len(), places)),
             regions,
-            Namespaces::open(&directory.namespaces(), superblock.store)?,
+            Namespaces::open(backing.small_file(&directory.namespaces())?, superblock.store)?,
             inbox,
             policy,
             filling,
         ));
         let (uuid, region_bytes, opens) = (superblock.store, superblock.region_bytes, superblock.opens);
-        let (report, handover) = recover(&shared, &directory, superblock, &plan)?;
+        let (report, handover) = recover(&shared, backing, &directory, superblock, &plan)?;
         if directory.is_new() {
             directory.complete()?;
         }
@@ -181,7 +195,7 @@ impl Store {
         let fill = fill::go_on(&shared)?;
         let (ended, writer_ended) = bounded(1);
         let for_writer = Arc::clone(&shared);
-        let work = move || {
+        let work = switches::inherited(move || {
             let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| writer.run()));
             let result = run.unwrap_or_else(|_| {
                 let error = Error::new(ErrorKind::Poisoned, "the store's writer thread panicked");
@@ -190,8 +204,9 @@ impl Store {
                 drop(for_writer.inbox.wait(Some(Instant::now())));
                 Err(error)
             });
+            for_writer.inbox.note_ended();
             drop(ended.try_send(result));
-        };
+        });
         let spawned = std::thread::Builder::new().name("pega-nvme-writer".into()).spawn(work);
         let writer = spawned.map_err(|source| Error::from_io("starting the store's writer thread", source))?;
         let own_threads = helpers.iter().chain([&writer]).map(|thread| thread.thread().id()).collect();
@@ -584,6 +599,20 @@ impl Store {
     }
 }
 
+/// What runs a store step by step.
+#[cfg(any(test, feature = "fault-injection"))]
+impl Store {
+    /// Asks for everything before to become durable, without waiting.
+    pub(super) fn flush_soon(&self, done: impl FnOnce(Result<()>) + Send + 'static) {
+        self.shared.inbox.push_flush(Done::new(Box::new(done)));
+    }
+
+    /// Waits until the writer has nothing to do but wait for the drive or for news; false at `deadline`.
+    pub(super) fn wait_idle(&self, deadline: Instant) -> bool {
+        self.shared.inbox.wait_idle(deadline)
+    }
+}
+
 impl Running {
     /// Ends what is left when the writer has ended. The lock goes last.
     fn end(self, shared: &Shared) {
@@ -661,6 +690,7 @@ struct Prepared {
 
 /// Opens the files of all drives, decides which drives the store has, and takes the space for what is new.
 fn prepare(
+    backing: &dyn Backing,
     config: &StoreConfig,
     directory: &Directory,
     more_drives: &mut Vec<DriveDirectory>,
@@ -682,7 +712,7 @@ fn prepare(
         is_direct &= is_this_direct;
         files.push(file);
     }
-    let io = wrap(open_engine(config.io, &files, arena, config.depth_of_all())?);
+    let io = wrap(backing.engine(config, &files, arena)?);
     let known = if directory.is_new() { first_superblock(config)? } else { Drive::read_superblock(&*io)? };
     check_region_bytes(config, &known)?;
     let identities = std::iter::once(None).chain(more_drives.iter().map(DriveDirectory::identity));

@@ -23,6 +23,7 @@ use super::page::PAGE_BYTES;
 use super::record_header::{CODEC_STORED, HeaderKind, RecordHeader};
 use super::shared::Shared;
 use super::stats::add;
+use super::switches::is_off;
 use crate::block::{KEY_CHAIN_VERSION, RecordId};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location, RegionMark};
@@ -101,11 +102,13 @@ enum What {
         replaces: bool,
         write: Write,
     },
-    /// The region will take no more records; the last one has this sequence.
+    /// The region will take no more records; the last one has this sequence. What counts in it ends at this page: the
+    /// end of the region, or where something was written once more.
     Seal {
         region: u32,
         generation: u64,
         sequence: u64,
+        page: u32,
     },
     /// The index forgets a record up to this sequence.
     Forget {
@@ -298,6 +301,7 @@ impl Writer {
                 self.shared.poison.note_write(None);
                 Write::Written
             }
+            Err(_) if is_off!(IgnoreFailedWrite) => Write::Written,
             Err(error) => {
                 self.shared.poison.note_write(Some(&error));
                 tracing::warn!(sequence, error = format!("{error:#}"), "a write to the store failed");
@@ -309,7 +313,9 @@ impl Writer {
     }
 
     fn advance_written(&mut self) {
-        while let Some(next) = self.pending.get(self.written).filter(|next| next.is_written()) {
+        while let Some(next) =
+            self.pending.get(self.written).filter(|next| next.is_written() || is_off!(CommitPastHoles))
+        {
             self.written_bytes += next.bytes();
             self.is_written_urgent |= next.is_urgent();
             self.written += 1;
@@ -325,7 +331,8 @@ impl Writer {
         };
         let identity = self.shared.namespaces.identity(&id);
         // An older version of an object must not come back when the index is rebuilt; blocks of a key are all the same.
-        match identity.filter(|_| row.kind == crate::block::RecordKind::Object) {
+        let has_older = row.kind == crate::block::RecordKind::Object && !is_off!(QuarantineWithoutTombstone);
+        match identity.filter(|_| has_older) {
             Some(identity) => {
                 let tombstone = QueuedRecord::tombstone(id, identity, row.sequence, false);
                 self.put_back(Box::new(tombstone));
@@ -410,7 +417,8 @@ impl Writer {
         };
         let location =
             Location { region: open.region, generation: open.generation, page: open.next_page, pages: record.pages };
-        let replaces = record.kind == HeaderKind::Object && self.is_known(&record.id);
+        let is_replacing = record.kind == HeaderKind::Object && self.is_known(&record.id);
+        let replaces = is_replacing && !is_off!(ForgetReplaced);
         let header = self.header(&record, location, sequence, replaces);
         let buffer = fill(&mut record, &header);
         let is_encoded = matches!(record.form, Form::Sent(_));
@@ -516,17 +524,17 @@ impl Writer {
         self.has_failed_write = false;
         let is_failed = |p: &Pending| matches!(p.what, What::Record { write: Write::Failed(_), .. });
         let Some(first) = self.pending.iter().position(is_failed) else { return };
-        let rest = self.pending.split_off(first);
+        let mut rest = self.pending.split_off(first);
+        // What is written once more leaves its first copy behind: where that is, nothing more may follow.
         for lane in 0..self.lanes.len() {
             let open = self.lanes[lane].open.map(|open| (open.region, open.generation));
-            let is_open_bad = |p: &Pending| {
-                matches!(&p.what, What::Record { location, write: Write::Failed(_), .. }
-                    if Some((location.region, location.generation)) == open)
-            };
-            if rest.iter().any(is_open_bad) {
+            let is_in_open = |p: &Pending| matches!(&p.what, What::Record { location, .. } if Some((location.region, location.generation)) == open);
+            if rest.iter().any(is_in_open) {
                 self.seal_open_region(lane);
+                rest.extend(self.pending.pop_back());
             }
         }
+        end_before_copies(&mut rest);
         let mut again = VecDeque::new();
         for pending in rest {
             match pending.what {
@@ -683,6 +691,26 @@ fn take_back(record: &mut QueuedRecord, buffer: Option<IoBuffer>) {
         && let Some(head) = head.take()
     {
         record.form = Form::Encoded(Image { pages, head });
+    }
+}
+
+/// First copies of what is written once more may be whole, and must never count: the index does not cover them, so that
+/// the next open puts a fence before them.
+fn end_before_copies(rest: &mut VecDeque<Pending>) {
+    let mut ends: HashMap<(u32, u64), u32> = HashMap::new();
+    for pending in &*rest {
+        if let What::Record { location, .. } = &pending.what {
+            let end = ends.entry((location.region, location.generation)).or_insert(location.page);
+            *end = location.page.min(*end);
+        }
+    }
+    for pending in rest {
+        if let What::Seal { region, generation, page, .. } = &mut pending.what
+            && let Some(end) = ends.get(&(*region, *generation))
+            && !is_off!(CoverFailedWrites)
+        {
+            *page = *end;
+        }
     }
 }
 

@@ -1,54 +1,13 @@
-//! RocksDB itself: its files and families, its settings, what its errors mean to us. Everything that must change with a
-//! new version of RocksDB stands here.
+//! The seam between what the index means and what keeps its bytes: sorted rows in a few families, changed in batches that
+//! are applied whole or not at all. After a power loss what is there is the state after one of the batches, not before
+//! the last durable one.
 
-use std::path::Path;
+use std::ops::ControlFlow;
 
-use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
-    DataBlockIndexType, Env, LogLevel, Options, WriteOptions,
-};
-
-use super::reclaimed::{Generations, ReclaimedFilterFactory};
-use crate::error::{Error, ErrorKind, Result};
-
-/// Blocks of tables that were read. Lookups come here only while the table in memory is filled, so this only has to carry
-/// those, compactions and the few single reads.
-const CACHE_BYTES: usize = 64 << 20;
-const BLOCK_BYTES: usize = 8 << 10;
-const BLOOM_BITS_PER_KEY: f64 = 10.0;
-/// The memtables of the family of records: so many of these at most. One holds 50,000 rows, which are flushed in a tenth
-/// of a second: no commit waits for a flush unless hundreds of thousands of records become durable in a second.
-const RECORDS_BUFFER_BYTES: usize = 8 << 20;
-const RECORDS_BUFFERS: i32 = 4;
-/// All memtables together.
-const BUFFER_BYTES_MAX: usize = 40 << 20;
-/// The other families hold a row for each region or namespace.
-const SMALL_BUFFER_BYTES: usize = 1 << 20;
-/// All write-ahead logs together, about. An open replays them, 2 to 3 microseconds a row: 8 MiB are 55,000 rows.
-const WAL_BYTES_MAX: u64 = 8 << 20;
-const TABLE_FILE_BYTES: u64 = 64 << 20;
-const MANIFEST_BYTES_MAX: usize = 16 << 20;
-const INFO_LOG_BYTES_MAX: usize = 4 << 20;
-const INFO_LOGS: usize = 4;
-/// File descriptors for table files.
-const OPEN_FILES: i32 = 512;
-/// Tables that wait for a compaction before commits are slowed down, and stopped: 2.5 and 5 million rows.
-const L0_FILES_SLOW: i32 = 48;
-const L0_FILES_STOP: i32 = 96;
-/// Flushes and compactions at once, in all.
-const BACKGROUND_JOBS: i32 = 2;
-/// Written back to the drive as it comes, so that no sync has to wait for more.
-const BYTES_PER_SYNC: u64 = 1 << 20;
-
-/// The version of the families and of what stands in them; rows have a version of their own.
-const FORMAT_VERSION: u32 = 1;
-/// Where the version stands, in the default family, which holds nothing else.
-const FORMAT_KEY: &[u8] = b"format";
-/// The file that names the current manifest: with it, a database exists.
-const CURRENT_FILE: &str = "CURRENT";
+use crate::error::Result;
 
 /// The column families, besides the default one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Family {
     Records,
     Namespaces,
@@ -57,9 +16,9 @@ pub(super) enum Family {
 }
 
 impl Family {
-    const ALL: [Self; 4] = [Self::Records, Self::Namespaces, Self::Regions, Self::Meta];
+    pub(super) const ALL: [Self; 4] = [Self::Records, Self::Namespaces, Self::Regions, Self::Meta];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Records => "records",
             Self::Namespaces => "namespaces",
@@ -69,214 +28,99 @@ impl Family {
     }
 }
 
-/// The handles of all families.
-pub(super) fn handles(database: &DB) -> [&ColumnFamily; Family::ALL.len()] {
-    Family::ALL.map(|family| handle(database, family))
+/// What a write survives when it has returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Durability {
+    /// The end of the process.
+    Process,
+    /// A power loss; so does everything written before.
+    Medium,
 }
 
-/// The handle of a family.
-#[expect(clippy::expect_used, reason = "a database is opened with all families or not at all")]
-pub(super) fn handle(database: &DB, family: Family) -> &ColumnFamily {
-    database.cf_handle(family.name()).expect("invariant: every family is open")
+/// Changes that are applied together, in their order.
+#[derive(Default)]
+pub(super) struct Batch {
+    changes: Vec<(Family, Vec<u8>, Option<Vec<u8>>)>,
 }
 
-/// Opens the database at `path`; creates it if there is nothing.
-pub(super) fn open(path: &Path, generations: &Generations) -> Result<DB> {
-    let is_new = is_absent_or_empty(path)?;
-    let options = database_options(is_new)?;
-    if !is_new {
-        check_families(path, &options)?;
+impl Batch {
+    /// Keeps a value under a key.
+    pub(super) fn put(&mut self, family: Family, key: &[u8], value: &[u8]) {
+        self.changes.push((family, key.to_vec(), Some(value.to_vec())));
     }
-    let cache = Cache::new_lru_cache(CACHE_BYTES);
-    let families = Family::ALL
-        .map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, generations)));
-    let database = DB::open_cf_descriptors(&options, path, families)
-        .map_err(|error| translate(error, Moment::Open, "opening the index"));
-    let database = database.map_err(|error| error.with("path", path.display()))?;
-    if is_new {
-        write_format(&database)?
-    } else {
-        check_format(&database)?
+
+    /// Forgets a key.
+    pub(super) fn delete(&mut self, family: Family, key: &[u8]) {
+        self.changes.push((family, key.to_vec(), None));
     }
-    Ok(database)
-}
 
-/// Opens the database at `path` so that nothing in it changes.
-pub(super) fn open_read_only(path: &Path, generations: &Generations) -> Result<DB> {
-    if is_absent_or_empty(path)? {
-        return Err(
-            Error::new(ErrorKind::Corrupt, "the index is empty; it must be rebuilt").with("path", path.display())
-        );
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty()
     }
-    let options = database_options(false)?;
-    check_families(path, &options)?;
-    let cache = Cache::new_lru_cache(CACHE_BYTES);
-    let families = Family::ALL
-        .map(|family| ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, generations)));
-    let database = DB::open_cf_descriptors_read_only(&options, path, families, false)
-        .map_err(|error| translate(error, Moment::Open, "opening the index").with("path", path.display()))?;
-    check_format(&database)?;
-    Ok(database)
-}
 
-fn is_absent_or_empty(path: &Path) -> Result<bool> {
-    let is_empty = match std::fs::read_dir(path) {
-        Ok(mut files) => files.next().is_none(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-        Err(error) => return Err(Error::from_io(format!("reading the directory {}", path.display()), error)),
-    };
-    if !is_empty && !path.join(CURRENT_FILE).exists() {
-        // A creation that a crash cut short, or half a directory. RocksDB would start an empty database among the rest.
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("the index has no file {CURRENT_FILE}; it must be rebuilt"),
-        )
-        .with("path", path.display()));
-    }
-    Ok(is_empty)
-}
-
-/// A database with other families is not ours, or its creation was cut short.
-fn check_families(path: &Path, options: &Options) -> Result<()> {
-    let listed = DB::list_cf(options, path).map_err(|error| translate(error, Moment::Open, "opening the index"));
-    let mut found = listed.map_err(|error| error.with("path", path.display()))?;
-    found.sort_unstable();
-    let mut expected: Vec<&str> = Family::ALL.map(Family::name).into();
-    expected.push(rocksdb::DEFAULT_COLUMN_FAMILY_NAME);
-    expected.sort_unstable();
-    if found == expected {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Corrupt,
-        format!("the index has the families {}, not {}; it must be rebuilt", found.join(" "), expected.join(" ")),
-    )
-    .with("path", path.display()))
-}
-
-fn write_format(database: &DB) -> Result<()> {
-    let mut options = WriteOptions::default();
-    options.set_sync(true);
-    database.put_opt(FORMAT_KEY, FORMAT_VERSION.to_le_bytes(), &options).map_err(rocks("creating the index"))
-}
-
-fn check_format(database: &DB) -> Result<()> {
-    let found = database.get(FORMAT_KEY).map_err(rocks("opening the index"))?;
-    match found.as_deref().map(|bytes| bytes.try_into().map(u32::from_le_bytes)) {
-        Some(Ok(FORMAT_VERSION)) => Ok(()),
-        Some(Ok(version)) if version > FORMAT_VERSION => Err(Error::new(
-            ErrorKind::NewerFormat,
-            format!("the index has version {version}; this build reads version {FORMAT_VERSION}: update it"),
-        )),
-        _ => Err(Error::new(ErrorKind::Corrupt, "the index does not say its version; it must be rebuilt")),
+    /// Family, key and value of each change; no value: the key is forgotten.
+    pub(super) fn changes(&self) -> impl Iterator<Item = (Family, &[u8], Option<&[u8]>)> {
+        self.changes.iter().map(|(family, key, value)| (*family, key.as_slice(), value.as_deref()))
     }
 }
 
-fn database_options(is_new: bool) -> Result<Options> {
-    let mut options = Options::default();
-    // Compactions take the processor only when nobody else wants it.
-    let mut environment = Env::new().map_err(rocks("opening the index"))?;
-    environment.lower_thread_pool_cpu_priority();
-    options.set_env(&environment);
-    options.create_if_missing(is_new);
-    options.create_missing_column_families(is_new);
-    options.set_paranoid_checks(true);
-    // Recovery goes up to the first damaged entry: the state after one of the commits, never a mixture.
-    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-    options.set_track_and_verify_wals_in_manifest(true);
-    options.set_max_total_wal_size(WAL_BYTES_MAX);
-    options.set_db_write_buffer_size(BUFFER_BYTES_MAX);
-    options.set_max_background_jobs(BACKGROUND_JOBS);
-    options.set_max_open_files(OPEN_FILES);
-    // It looks at 20 tables at most, and without that there is no estimate of how many rows there are.
-    options.set_skip_stats_update_on_db_open(false);
-    options.set_bytes_per_sync(BYTES_PER_SYNC);
-    options.set_wal_bytes_per_sync(BYTES_PER_SYNC);
-    options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);
-    options.set_keep_log_file_num(INFO_LOGS);
-    options.set_max_log_file_size(INFO_LOG_BYTES_MAX);
-    options.set_log_level(LogLevel::Warn);
-    // An idle store does nothing: no statistics are dumped or kept.
-    options.set_stats_dump_period_sec(0);
-    options.set_stats_persist_period_sec(0);
-    Ok(options)
-}
+/// Called with a key and its value.
+pub(super) type EachRow<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<()>;
 
-fn family_options(family: Family, cache: &Cache, generations: &Generations) -> Options {
-    let mut tables = BlockBasedOptions::default();
-    tables.set_block_cache(cache);
-    tables.set_block_size(BLOCK_BYTES);
-    tables.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
-    tables.set_whole_key_filtering(true);
-    tables.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
-    // Two bytes a record (20 MiB for ten million), kept with the open table and gone with it. In the cache, those of tables that compactions have
-    // replaced would stay until it is full.
-    tables.set_cache_index_and_filter_blocks(false);
+/// The same, until it breaks off.
+pub(super) type EachUntil<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>;
 
-    let mut options = Options::default();
-    options.set_block_based_table_factory(&tables);
-    // Keys are hashes and rows are short: nothing to compress.
-    options.set_compression_type(DBCompressionType::None);
-    options.set_target_file_size_base(TABLE_FILE_BYTES);
-    // Rather many small tables for a while than a commit that waits for a compaction.
-    options.set_level_zero_slowdown_writes_trigger(L0_FILES_SLOW);
-    options.set_level_zero_stop_writes_trigger(L0_FILES_STOP);
-    if family == Family::Records {
-        options.set_write_buffer_size(RECORDS_BUFFER_BYTES);
-        options.set_max_write_buffer_number(RECORDS_BUFFERS);
-        options.set_compaction_filter_factory(ReclaimedFilterFactory::new(generations.clone()));
-    } else {
-        options.set_write_buffer_size(SMALL_BUFFER_BYTES);
-    }
-    options
-}
+/// What keeps the rows. Shared by reference; reading is possible from any thread, writing is done by one at a time.
+pub(super) trait Database: Send + Sync {
+    /// The value under a key.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Io`.
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>>;
 
-/// When an error came: while opening, what is missing or does not fit together is damage that a rebuild heals.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Moment {
-    Open,
-    Running,
-}
+    /// Calls `each` with every key and value of a family, in the order of keys.
+    ///
+    /// # Errors
+    /// The first error of `each`; `Corrupt` or `Io`.
+    fn for_each(&self, family: Family, each: EachRow<'_>) -> Result<()>;
 
-/// Translates the errors of a running database, for `map_err`.
-pub(super) fn rocks(doing: &'static str) -> impl Fn(rocksdb::Error) -> Error {
-    move |error| translate(error, Moment::Running, doing)
-}
+    /// The values under many keys, in their order.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Io`.
+    fn get_many(&self, family: Family, keys: &[&[u8]]) -> Result<Vec<Option<Vec<u8>>>>;
 
-/// What an error of RocksDB means. Its C interface gives a kind and a text only, so the errors of the file system have to
-/// be told by the texts of the C library that RocksDB appends.
-fn translate(error: rocksdb::Error, moment: Moment, doing: &str) -> Error {
-    let text = error.as_ref();
-    let says = |part: &str| text.contains(part);
-    let kind = match error.kind() {
-        rocksdb::ErrorKind::IOError
-            if says("/LOCK: ") && (says("No locks available") || says("temporarily unavailable")) =>
-        {
-            ErrorKind::Locked
-        }
-        rocksdb::ErrorKind::IOError if says("No space left on device") || says("Disk quota exceeded") => {
-            ErrorKind::NoSpace
-        }
-        rocksdb::ErrorKind::IOError
-            if says("Permission denied") || says("Operation not permitted") || says("Read-only file system") =>
-        {
-            ErrorKind::PermissionDenied
-        }
-        rocksdb::ErrorKind::IOError if moment == Moment::Open && says("No such file or directory") => {
-            ErrorKind::Corrupt
-        }
-        rocksdb::ErrorKind::Corruption => ErrorKind::Corrupt,
-        rocksdb::ErrorKind::InvalidArgument | rocksdb::ErrorKind::NotSupported if moment == Moment::Open => {
-            ErrorKind::Corrupt
-        }
-        rocksdb::ErrorKind::ShutdownInProgress => ErrorKind::Closed,
-        _ => ErrorKind::Io,
-    };
-    let remedy = match kind {
-        ErrorKind::Locked => "; another process has it open: stop that one or use another directory",
-        ErrorKind::NoSpace => "; free space on the file system of the store",
-        ErrorKind::Corrupt => "; it must be rebuilt from the regions",
-        _ => "",
-    };
-    Error::new(kind, format!("{doing}: {text}{remedy}"))
+    /// Calls `each` with the keys behind `after` (all for `None`) and their values, in the order of keys, until it breaks
+    /// off, which it will after `about` so many.
+    ///
+    /// # Errors
+    /// The first error of `each`; `Corrupt` or `Io`.
+    fn for_some(&self, family: Family, after: Option<&[u8]>, about: usize, each: EachUntil<'_>) -> Result<()>;
+
+    /// How many rows a family has, about.
+    fn rows_estimate(&self, family: Family) -> u64;
+
+    /// Bytes of memory that it takes.
+    fn memory_bytes(&self) -> u64;
+
+    /// Applies all of a batch, or nothing.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Corrupt` or `Io`; then nothing was applied.
+    fn write(&self, batch: Batch, durability: Durability) -> Result<()>;
+
+    /// Makes everything written before survive a power loss.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`.
+    fn sync(&self) -> Result<()>;
+
+    /// Puts what was written where the next open finds it soonest.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; nothing is lost then.
+    fn flush(&self) -> Result<()>;
+
+    /// Ends the work in the background.
+    fn end(&self);
 }

@@ -37,6 +37,13 @@ fn open(directory: &tempfile::TempDir) -> IndexLog {
     IndexLog::open(&directory.path().join("index")).expect("opens")
 }
 
+/// The log, and the database below it.
+fn open_with_database(directory: &tempfile::TempDir) -> (IndexLog, Arc<Rocks>) {
+    let generations = Generations::default();
+    let database = Arc::new(Rocks::open(&directory.path().join("index"), &generations).expect("opens"));
+    (IndexLog::over(Arc::<Rocks>::clone(&database), generations).expect("opens"), database)
+}
+
 fn kind_of_open(path: &Path) -> Option<ErrorKind> {
     IndexLog::open(path).err().map(|error| error.kind())
 }
@@ -134,20 +141,21 @@ fn rows_of_a_reclaimed_region_are_gone_at_once_and_from_disk_in_time() {
     };
     let on_disk = |log: &IndexLog| {
         let mut count = 0;
-        log.for_each(Family::Records, |_, _| {
-            count += 1;
-            Ok(())
-        })
-        .expect("walks");
+        log.database
+            .for_each(Family::Records, &mut |_, _| {
+                count += 1;
+                Ok(())
+            })
+            .expect("walks");
         count
     };
     is_left(&log);
     assert_eq!(on_disk(&log), 80);
     log.close();
-    let log = open(&directory);
+    let (log, database) = open_with_database(&directory);
     is_left(&log);
-    log.database.flush_cf(log.family(Family::Records)).expect("flushes");
-    log.database.compact_range_cf(log.family(Family::Records), None::<&[u8]>, None::<&[u8]>);
+    database.flush().expect("flushes");
+    database.compact(Family::Records);
     is_left(&log);
     assert_eq!(on_disk(&log), 70);
     // The region's new life is not affected, and a mark of the past changes nothing.
@@ -278,10 +286,11 @@ fn a_log_with_a_damaged_entry_opens_with_the_commits_before_it() {
 /// Opens after damage to the files of a good log with rows in tables, and says what the error was.
 fn kind_after(damage: impl FnOnce(&tempfile::TempDir)) -> Option<ErrorKind> {
     let directory = tempfile::tempdir().expect("a directory");
-    let log = open(&directory);
+    let (log, database) = open_with_database(&directory);
     let changes: Vec<_> = (0..2000).map(|number| put(number, 1)).collect();
     log.commit(&changes, &[mark(1, 5, 1)]).expect("commits");
-    log.database.flush_cf(log.family(Family::Records)).expect("flushes");
+    database.flush().expect("flushes");
+    drop(database);
     log.close();
     damage(&directory);
     let opened = IndexLog::open(&directory.path().join("index"));
@@ -324,21 +333,21 @@ fn a_database_of_somebody_else_is_not_opened() {
     let path = directory.path().join("index");
     let mut options = rocksdb::Options::default();
     options.create_if_missing(true);
-    drop(DB::open(&options, &path).expect("created"));
+    drop(rocksdb::DB::open(&options, &path).expect("created"));
     assert_eq!(kind_of_open(&path), Some(ErrorKind::Corrupt));
 
-    let log = IndexLog::open(&directory.path().join("ours")).expect("opens");
-    log.database.delete(b"format").expect("deletes");
+    let log = Rocks::open(&directory.path().join("ours"), &Generations::default()).expect("opens");
+    log.raw().delete(b"format").expect("deletes");
     drop(log);
     assert_eq!(kind_of_open(&directory.path().join("ours")), Some(ErrorKind::Corrupt));
 
-    let log = IndexLog::open(&directory.path().join("newer")).expect("opens");
-    log.database.put(b"format", 2u32.to_le_bytes()).expect("puts");
+    let log = Rocks::open(&directory.path().join("newer"), &Generations::default()).expect("opens");
+    log.raw().put(b"format", 2u32.to_le_bytes()).expect("puts");
     drop(log);
     assert_eq!(kind_of_open(&directory.path().join("newer")), Some(ErrorKind::NewerFormat));
 
-    let mut log = IndexLog::open(&directory.path().join("more")).expect("opens");
-    log.database.create_cf("surprise", &rocksdb::Options::default()).expect("creates");
+    let mut log = Rocks::open(&directory.path().join("more"), &Generations::default()).expect("opens");
+    log.raw_mut().create_cf("surprise", &rocksdb::Options::default()).expect("creates");
     drop(log);
     assert_eq!(kind_of_open(&directory.path().join("more")), Some(ErrorKind::Corrupt));
 
@@ -354,7 +363,9 @@ fn rows_of_another_version_are_told() {
     let with_version = |version: u8| {
         let mut value = row(1, 1).encode();
         value[0] = version;
-        log.database.put_cf(log.family(Family::Records), encode_id(&id(1)), value).expect("puts");
+        let mut batch = Batch::default();
+        batch.put(Family::Records, &encode_id(&id(1)), &value);
+        log.database.write(batch, Durability::Process).expect("puts");
         let read = log.get(&id(1)).err().map(|error| error.kind());
         assert_eq!(log.scan(&mut |_| Ok(())).err().map(|error| error.kind()), read);
         read

@@ -90,6 +90,14 @@ impl IoBuffer {
         copy
     }
 
+    /// Copies `bytes` to `from` bytes into the buffer, as far as they fit.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) fn fill(&mut self, from: usize, bytes: &[u8]) {
+        let (start, room) = self.part(from, bytes.len());
+        // SAFETY: `part` lies inside the buffer, which the operation owns until its completion has run.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), start.as_ptr(), room) };
+    }
+
     /// Changes one bit; a byte past the end counts from the start again.
     #[cfg(any(test, feature = "fault-injection"))]
     pub(super) fn flip_bit(&mut self, byte: usize, bit: u8) {

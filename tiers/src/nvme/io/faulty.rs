@@ -35,6 +35,19 @@ pub enum FaultAction {
     },
     /// It reports success and does not reach the drive.
     Lost,
+    /// The drive moves it by so many bytes, a multiple of 4096, and reports success: what was there is overwritten, or
+    /// read instead. Syncs do not change.
+    Misdirected {
+        /// How far, forwards.
+        by: u64,
+    },
+    /// Its first system call is interrupted. Engines begin it anew, except for a sync, which fails.
+    Interrupted,
+    /// Its first system call moves only so many bytes, rounded down to 4096. Engines go on from there.
+    Short {
+        /// How many bytes.
+        bytes: usize,
+    },
     /// It is made, and reported after this time.
     Stall(Duration),
     /// It is made, and reported when [`Faulty::release`] is called or the engine is closed.
@@ -151,6 +164,14 @@ impl<I: BlockIo> Faulty<I> {
         match (action, &request.buffer) {
             (FaultAction::Errno(errno), _) => self.answer(request, failure(errno)),
             (FaultAction::Lost, _) => self.answer(request, Ok(())),
+            (FaultAction::Misdirected { by }, _) => {
+                let offset = request.offset;
+                let moved = IoRequest { offset: offset.saturating_add(by), ..request };
+                self.forward(moved, None, |_| ()).map_err(|(back, error)| (IoRequest { offset, ..back }, error))
+            }
+            // System calls are made behind this seam: there they are begun anew, or gone on with.
+            (FaultAction::Interrupted, _) if request.kind == IoKind::Sync => self.answer(request, failure(libc::EINTR)),
+            (FaultAction::Interrupted | FaultAction::Short { .. }, _) => self.forward(request, None, |_| ()),
             (FaultAction::Torn { bytes }, Some(buffer)) if is_write && prefix(buffer, bytes) > 0 => {
                 let torn = IoBuffer::Pages(buffer.copy_of(prefix(buffer, bytes)));
                 self.forward(request, Some(torn), |completion| completion.result = failure(libc::EIO))

@@ -13,6 +13,8 @@ mod operation;
 mod probe;
 mod psync;
 mod queue;
+#[cfg(any(test, feature = "fault-injection"))]
+mod sim;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -25,6 +27,8 @@ pub use direct::open_direct;
 #[cfg(any(test, feature = "fault-injection"))]
 pub use faulty::{Fault, FaultAction, FaultPlan, Faulty};
 pub use probe::{IoChoice, open_engine};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use sim::{SavedImages, SimCrash, SimDisk, SimIo, SimOperation};
 
 use crate::error::{Error, Result};
 

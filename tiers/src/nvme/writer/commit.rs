@@ -14,6 +14,7 @@ use crate::nvme::drive::Drive;
 use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
 use crate::nvme::page::PAGE_BYTES;
 use crate::nvme::stats::add;
+use crate::nvme::switches::is_off;
 
 /// The name in the index under which a region's generation stands if it has records that hide older ones.
 pub(in crate::nvme) fn hiding_name(region: u32) -> String {
@@ -45,6 +46,11 @@ impl Writer {
             self.advance_written();
             let to_start = self.drives_of(&batch);
             self.syncing = Some(Syncing { batch, to_start, running: 0, result: Ok(()) });
+            if is_off!(CommitBeforeSync)
+                && let Some(syncing) = &mut self.syncing
+            {
+                syncing.to_start.clear();
+            }
         }
         self.start_syncs();
     }
@@ -121,6 +127,11 @@ impl Writer {
     fn finish_sync_if_ended(&mut self) {
         let ended = self.syncing.take_if(|syncing| syncing.running == 0 && syncing.to_start.is_empty());
         let Some(Syncing { batch, result, .. }) = ended else { return };
+        // Another sync that failed meanwhile may have taken the data of this one with it, which then succeeds.
+        let poison = self.shared.poisoned().filter(|_| !is_off!(BelieveSyncBesideFailed));
+        let result = result.and_then(|()| poison.map_or(Ok(()), Err));
+        let again = || (0..self.lanes.len()).try_for_each(|drive| self.shared.drive.sync(drive));
+        let result = if is_off!(RetryFailedSync) { result.or_else(|_| again()) } else { result };
         let outcome = match result {
             Err(error) => {
                 self.shared.poison("a sync of the store failed", &error);
@@ -167,6 +178,7 @@ impl Writer {
             if let What::Record { location, .. } = &pending.what
                 && hides_older(pending)
                 && self.shared.regions.set_hiding(location.region)
+                && !is_off!(ForgetHidingRegions)
             {
                 self.index.meta_put(&hiding_name(location.region), &location.generation.to_le_bytes())?;
             }
@@ -174,17 +186,16 @@ impl Writer {
         Ok(())
     }
 
-    /// How far each region of the batch is covered afterwards; a sealed one is, to its end.
+    /// How far each region of the batch is covered afterwards; a sealed one is to its end, if no write to it failed.
     fn marks_of(&self, batch: &[Pending]) -> impl Iterator<Item = RegionMark> + use<> {
         let mut marks = BTreeMap::new();
-        let region_pages = self.shared.drive.region_pages();
         for pending in batch {
             let mark = match &pending.what {
                 What::Record { location: Location { region, generation, page, pages }, sequence, .. } => {
                     RegionMark { region: *region, generation: *generation, page: page + pages, sequence: *sequence }
                 }
-                What::Seal { region, generation, sequence } => {
-                    RegionMark { region: *region, generation: *generation, page: region_pages, sequence: *sequence }
+                What::Seal { region, generation, sequence, page } => {
+                    RegionMark { region: *region, generation: *generation, page: *page, sequence: *sequence }
                 }
                 What::Forget { .. } | What::Flush(_) => continue,
             };

@@ -109,7 +109,8 @@ impl Writer {
         if let Some(open) = self.lanes[number].open.take() {
             self.shared.regions.seal(open.region);
             let (region, generation, sequence) = (open.region, open.generation, self.last_sequence);
-            self.pending.push_back(Pending::new(What::Seal { region, generation, sequence }));
+            let page = self.shared.drive.region_pages();
+            self.pending.push_back(Pending::new(What::Seal { region, generation, sequence, page }));
         }
     }
 

@@ -19,6 +19,7 @@ use crate::nvme::record_header::{HeaderKind, RecordHeader};
 use crate::nvme::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use crate::nvme::scan::{AtDamage, ScanRange, scan};
 use crate::nvme::stats::add;
+use crate::nvme::switches::{is_off, is_simulated};
 
 /// Tombstones that are written again for one region at most, as a share of its pages; past that another region goes.
 const KEPT_TOMBSTONES_SHARE: u32 = 8;
@@ -60,7 +61,7 @@ impl Writer {
         // The slot with the current header stays as it is, so that a torn write leaves that one.
         let written = self.shared.drive.write(region, other, &page);
         written.inspect_err(|error| self.shared.poison.note_write(Some(error)))?;
-        let synced = self.shared.drive.sync_regions([region]);
+        let synced = if is_off!(SkipRegionHeaderSync) { Ok(()) } else { self.shared.drive.sync_regions([region]) };
         synced.inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
         self.header_slots[region as usize] = other;
         // Once it is durable the other slot gets it too, against decay; the next sync makes that durable.
@@ -122,7 +123,8 @@ impl Writer {
         }
         self.lanes[number].reclaim_again_at = None;
         if !self.start_reclaim(number) {
-            self.lanes[number].reclaim_again_at = Some(Instant::now() + RECLAIM_PAUSE);
+            // Without a clock it is tried again with the next news.
+            self.lanes[number].reclaim_again_at = (!is_simulated()).then(|| Instant::now() + RECLAIM_PAUSE);
         }
     }
 
@@ -138,7 +140,13 @@ impl Writer {
         let share = room.min(self.shared.drive.region_pages() / KEPT_TOMBSTONES_SHARE);
         self.start_reclaim_of(chosen, share as usize)
             || self.start_reclaim_of(oldest, room as usize)
-            || (self.starving_since.is_some() && self.give_up_with_what_it_hides(oldest))
+            || (self.is_last_resort() && self.give_up_with_what_it_hides(oldest))
+    }
+
+    /// Whether nothing else is left. With one drive there always is: its oldest region hides nothing, and goes when it is
+    /// settled and nobody holds it.
+    fn is_last_resort(&self) -> bool {
+        self.starving_since.is_some() && self.lanes.len() > 1
     }
 
     /// The last resort with several drives: not even the oldest region of this one can go, because there is no room for
@@ -194,7 +202,8 @@ impl Writer {
     /// The tombstones without which something older could come back; `None` if they are too many.
     fn tombstones_to_keep(&self, info: &RegionInfo, limit: usize) -> Result<Option<Vec<QueuedRecord>>> {
         let oldest = self.shared.regions.oldest_sequence_besides(info.region);
-        let Some(oldest) = oldest.filter(|_| self.shared.regions.is_hiding(info.region)) else {
+        let is_hiding = self.shared.regions.is_hiding(info.region) && !is_off!(DropTombstones);
+        let Some(oldest) = oldest.filter(|_| is_hiding) else {
             return Ok(Some(Vec::new()));
         };
         let range = ScanRange {

@@ -1,0 +1,192 @@
+//! Cases that chance meets too seldom, each by hand.
+
+use super::super::history::{End, History, Simulator, Step, id_of};
+use super::super::model::{Fact, Seen};
+use super::super::{SimFailure, SimFailureKind};
+use crate::block::RecordKind;
+use crate::index::Location;
+use crate::nvme::io::{FaultAction, IoKind, SimOperation};
+
+const PAGE_BYTES: u64 = 4096;
+const REGIONS: &str = "regions.0";
+
+/// A case.
+pub(super) type Scenario = fn(&mut History) -> Step;
+
+/// Runs a case in a store of its own.
+pub(super) fn run(simulator: &Simulator, scenario: Scenario) -> Result<(), SimFailure> {
+    simulator.guarded(0, |path, arena| {
+        let mut history = History::new(path, 0, arena, false);
+        history.world.config.capacity_bytes = 8 * history.world.config.region_bytes;
+        history.open(false)?;
+        scenario(&mut history)
+    })
+}
+
+fn put(history: &mut History, name: u64, version: u64, bytes: usize) -> Step<Location> {
+    history.append(name, RecordKind::Object, Fact::There { version, bytes })?;
+    flush(history)?;
+    let store = history.world.store.as_ref();
+    let location = store.zip(id_of(name, None)).and_then(|(store, id)| store.locate(&id));
+    location.ok_or_else(|| (SimFailureKind::LostDurable, format!("record {name} is not there")))
+}
+
+fn remove(history: &mut History, name: u64) -> Step {
+    history.append(name, RecordKind::Tombstone, Fact::Absent)?;
+    flush(history)
+}
+
+fn flush(history: &mut History) -> Step {
+    history.world.flush_soon();
+    history.catch_up()?;
+    while history.world.disk().step() {
+        history.catch_up()?;
+    }
+    Ok(())
+}
+
+/// Closes the store and opens it with a new index.
+fn rebuild(history: &mut History) -> Step {
+    history.end(End::Close)?;
+    history.world.wipe_index();
+    history.world.open().map(drop).map_err(|error| (SimFailureKind::Refused, error.to_string()))
+}
+
+fn check(history: &History, name: u64) -> Step {
+    let Some(id) = id_of(name, None) else { return Ok(()) };
+    history.model.check(name, &history.world.look(id)?)
+}
+
+fn assert_gone(history: &History, name: u64) -> Step {
+    let Some(id) = id_of(name, None) else { return Ok(()) };
+    match history.world.look(id)? {
+        Seen::Nothing => Ok(()),
+        Seen::Bytes(location, _) => {
+            Err((SimFailureKind::CameBack, format!("record {name} is there again, at {location:?}")))
+        }
+    }
+}
+
+fn offset_of(history: &History, location: &Location) -> u64 {
+    u64::from(location.region) * history.world.config.region_bytes + u64::from(location.page) * PAGE_BYTES
+}
+
+fn image(history: &History, location: &Location) -> Vec<u8> {
+    let mut image = Vec::new();
+    let bytes = location.pages as usize * PAGE_BYTES as usize;
+    history.world.change(REGIONS, offset_of(history, location), bytes, |found| image = found.to_vec());
+    image
+}
+
+/// An index that points to another record: that one is not taken for what was asked for.
+pub(super) fn swapped_entries(history: &mut History) -> Step {
+    put(history, 1, 1, 9000)?;
+    let other = put(history, 2, 2, 9000)?;
+    let Some(id) = id_of(1, None) else { return Ok(()) };
+    match history.world.read(id, other)? {
+        Err(_) => Ok(()),
+        Ok(_) => Err((SimFailureKind::WrongBytes, "another record's bytes were returned".to_owned())),
+    }
+}
+
+/// A write that went to the wrong place: an older version where the newer one should be.
+pub(super) fn misdirected_version(history: &mut History) -> Step {
+    let old = put(history, 1, 1, 9000)?;
+    let new = put(history, 1, 2, 9000)?;
+    let bytes = image(history, &old);
+    history.world.change(REGIONS, offset_of(history, &new), bytes.len(), |place| place.copy_from_slice(&bytes));
+    assert_gone(history, 1)
+}
+
+/// A decayed object does not uncover the version that it replaced, when the index is lost later.
+pub(super) fn quarantined_object(history: &mut History) -> Step {
+    put(history, 1, 1, 9000)?;
+    let new = put(history, 1, 2, 9000)?;
+    history.world.change(REGIONS, offset_of(history, &new), 1, |byte| byte[0] ^= 1);
+    assert_gone(history, 1)?;
+    history.catch_up()?;
+    flush(history)?;
+    rebuild(history)?;
+    assert_gone(history, 1)
+}
+
+/// The index of another store beside our regions.
+pub(super) fn foreign_index(history: &mut History) -> Step {
+    let empty = history.world.backing.index.copy();
+    for name in 0..5 {
+        put(history, name, 1, 5000)?;
+    }
+    history.end(End::Close)?;
+    let ours = history.world.store_path();
+    let aside = ours.with_extension("aside");
+    // Another store on the same machine, with other records; then its index is taken for ours.
+    std::fs::rename(&ours, &aside).map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    let model = std::mem::take(&mut history.model);
+    history.world.backing.index.restore(&empty);
+    history.open(false)?;
+    for name in 20..40 {
+        put(history, name, 1, 9000)?;
+    }
+    history.end(End::Close)?;
+    history.model = model;
+    std::fs::remove_dir_all(&ours)
+        .and_then(|()| std::fs::rename(&aside, &ours))
+        .map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    history.open(false)?;
+    (0..5).try_for_each(|name| check(history, name))
+}
+
+/// A rebuild goes past damage: behind it may stand what hides something old.
+pub(super) fn damage_before_a_removal(history: &mut History) -> Step {
+    put(history, 0, 1, 5000)?;
+    put(history, 1, 1, 5000)?;
+    let damaged = put(history, 2, 1, 5000)?;
+    remove(history, 0)?;
+    put(history, 1, 2, 5000)?;
+    history.world.change(REGIONS, offset_of(history, &damaged), 1, |byte| byte[0] ^= 1);
+    rebuild(history)?;
+    assert_gone(history, 0)?;
+    check(history, 1)
+}
+
+/// A region whose header could not be read once does not come back: what replaced its records meanwhile does not say so.
+pub(super) fn unreadable_region(history: &mut History) -> Step {
+    for name in 0..4 {
+        put(history, name, 1, 40_000)?;
+    }
+    history.end(End::Close)?;
+    // The first read of an open is of the superblock, the second of the first region's header. Which of all operations
+    // that is, another open tells.
+    let (saved, before) = (history.world.save(), history.world.disk().operations());
+    let refused = |error: crate::error::Error| (SimFailureKind::Refused, error.to_string());
+    history.world.open().map_err(refused)?;
+    history.end(End::Close)?;
+    let operations = history.world.disk().history();
+    let is_read = |(_, what): &(u64, &SimOperation)| **what == SimOperation::Drive(IoKind::Read);
+    let reads = (1..).zip(&operations[before as usize..]).filter(is_read);
+    let second = reads.map(|(number, _)| number).nth(1).unwrap_or(0);
+    history.world.load(&saved);
+    history.world.disk().inject(history.world.disk().operations() + second, FaultAction::Errno(libc::EIO));
+    history.world.open().map_err(refused)?;
+    assert_gone(history, 0)?;
+    rebuild(history)?;
+    assert_gone(history, 0)
+}
+
+/// The store takes what it reads for damaged or missing, not the machine.
+#[test]
+fn each_case_is_survived() {
+    let directory = super::directory();
+    let simulator = super::simulator(&directory);
+    let cases: [Scenario; 6] = [
+        swapped_entries,
+        misdirected_version,
+        quarantined_object,
+        foreign_index,
+        damage_before_a_removal,
+        unreadable_region,
+    ];
+    for case in cases {
+        run(&simulator, case).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}

@@ -1,0 +1,91 @@
+//! Each protection of the store is switched off once, and the suite notices. `docs/reliability.md` lists these tests.
+
+use super::super::{SimFailure, SimOptions, Simulator};
+use super::scenarios::{self, Scenario};
+use crate::nvme::{Sabotage, SimBias};
+
+/// Histories until a missing protection must have been noticed.
+const SEEDS_MAX: u64 = 6000;
+
+/// What notices.
+enum By {
+    Histories,
+    /// Histories with more of something.
+    Biased(SimBias),
+    Flips,
+    Scenario(Scenario),
+}
+
+fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
+    let directory = super::directory();
+    let bias = if let By::Biased(bias) = by { *bias } else { SimBias::None };
+    let options = SimOptions { sabotage, bias, ..SimOptions::new(directory.path()) };
+    let simulator = Simulator::new(options).expect("memory");
+    match by {
+        By::Histories | By::Biased(_) => (0..SEEDS_MAX).find_map(|seed| simulator.run(seed).err()),
+        By::Flips => simulator.flips(8, 50).err(),
+        By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
+    }
+}
+
+fn assert_noticed(sabotage: Sabotage, by: &By) {
+    let failure = first_failure(Some(sabotage), by);
+    println!("{sabotage:?}: {failure:?}");
+    assert!(failure.is_some(), "nobody noticed that {sabotage:?}");
+}
+
+macro_rules! noticed {
+    ($($test:ident: $sabotage:ident by $by:expr;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                assert_noticed(Sabotage::$sabotage, &$by);
+            }
+        )*
+
+        #[test]
+        fn every_switch_has_its_test() {
+            let mut tested = vec![$(Sabotage::$sabotage),*];
+            for sabotage in Sabotage::ALL {
+                let place = tested.iter().position(|tested| tested == sabotage);
+                tested.swap_remove(place.unwrap_or_else(|| panic!("{sabotage:?} has no test")));
+            }
+            assert!(tested.is_empty(), "{tested:?} are tested twice");
+        }
+    };
+}
+
+noticed! {
+    skip_header_checksum: SkipHeaderChecksum by By::Flips;
+    skip_payload_checksum: SkipPayloadChecksum by By::Flips;
+    skip_identity_check: SkipIdentityCheck by By::Scenario(scenarios::swapped_entries);
+    skip_place_check: SkipPlaceCheck by By::Scenario(scenarios::misdirected_version);
+    skip_region_header_checksum: SkipRegionHeaderChecksum by By::Flips;
+    skip_superblock_checksum: SkipSuperblockChecksum by By::Flips;
+    skip_namespace_checksum: SkipNamespaceChecksum by By::Flips;
+    commit_before_sync: CommitBeforeSync by By::Histories;
+    retry_failed_sync: RetryFailedSync by By::Biased(SimBias::Faults);
+    believe_sync_beside_failed: BelieveSyncBesideFailed by By::Biased(SimBias::Faults);
+    commit_past_holes: CommitPastHoles by By::Histories;
+    reuse_sequences: ReuseSequences by By::Histories;
+    reuse_generations: ReuseGenerations by By::Histories;
+    skip_superblock_sync: SkipSuperblockSync by By::Histories;
+    skip_region_header_sync: SkipRegionHeaderSync by By::Histories;
+    skip_fence: SkipFence by By::Histories;
+    ignore_sequence_rule: IgnoreSequenceRule by By::Histories;
+    drop_tombstones: DropTombstones by By::Histories;
+    forget_replaced: ForgetReplaced by By::Histories;
+    forget_hiding_regions: ForgetHidingRegions by By::Histories;
+    reclaim_unsettled: ReclaimUnsettled by By::Histories;
+    ignore_pins: IgnorePins by By::Histories;
+    quarantine_without_tombstone: QuarantineWithoutTombstone by By::Scenario(scenarios::quarantined_object);
+    believe_foreign_index: BelieveForeignIndex by By::Scenario(scenarios::foreign_index);
+    skip_first_sync: SkipFirstSync by By::Biased(SimBias::Kills);
+    cover_failed_writes: CoverFailedWrites by By::Biased(SimBias::Faults);
+    skip_reading_on: SkipReadingOn by By::Histories;
+    trust_torn_tail: TrustTornTail by By::Histories;
+    stop_rebuild_at_damage: StopRebuildAtDamage by By::Scenario(scenarios::damage_before_a_removal);
+    keep_unreadable_region: KeepUnreadableRegion by By::Scenario(scenarios::unreadable_region);
+    skip_namespace_sync: SkipNamespaceSync by By::Histories;
+    ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
+}
