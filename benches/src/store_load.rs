@@ -32,6 +32,9 @@ pub struct TurnShape {
 }
 
 impl TurnShape {
+    /// The chunks of the arena that it needs.
+    pub const CHUNK_BYTES: u64 = 16 << 20;
+
     /// Bytes of payload of a turn.
     pub fn bytes(&self) -> u64 {
         self.block_bytes * self.blocks as u64
@@ -40,9 +43,9 @@ impl TurnShape {
     /// Bytes of arena that the load needs: each block is written from a slot and read into another. Slots do not lie over
     /// the end of a chunk.
     pub fn arena_bytes(&self) -> u64 {
-        const CHUNK: u64 = 16 << 20;
+        const CHUNK: u64 = TurnShape::CHUNK_BYTES;
         let slot = self.block_bytes + 4096;
-        (2 * self.blocks as u64).div_ceil((CHUNK / slot).max(1)) * CHUNK.max(slot) + 4 * CHUNK
+        (2 * self.blocks as u64).div_ceil((CHUNK / slot).max(1)) * slot.next_multiple_of(CHUNK) + 2 * CHUNK
     }
 }
 
@@ -95,8 +98,8 @@ impl StoreLoad {
     ) -> Result<Self> {
         const MIB: u64 = 1 << 20;
         let log_bytes = (shape.block_bytes + 4096) * (shape.blocks * shape.turns) as u64;
-        // As the engine chooses it.
-        let region_bytes = (log_bytes / 64 / MIB * MIB).clamp(16 * MIB, 256 * MIB);
+        // As the engine chooses it for its default capacity, but not more than there is to write.
+        let region_bytes = (log_bytes / 4 / MIB * MIB).clamp(16 * MIB, 256 * MIB);
         // Records do not lie over the end of a region; two more regions are open and spare.
         let records_per_region = (region_bytes - 8192) / (shape.block_bytes + 4096);
         let regions = ((shape.blocks * shape.turns) as u64).div_ceil(records_per_region) + 3;
@@ -222,6 +225,19 @@ impl StoreLoad {
             ensure!(is_same, "a block that was read is not what was written");
         }
         Ok(())
+    }
+
+    /// Debug.
+    pub fn threads() {
+        for entry in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            let stat = std::fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
+            let us: u64 = stat.split(' ').next().and_then(|s| s.parse().ok()).unwrap_or(0) / 1000;
+            let st = std::fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+            let sw: Vec<&str> =
+                st.lines().filter(|l| l.contains("ctxt")).map(|l| l.split('\t').nth(1).unwrap_or("")).collect();
+            eprintln!("   {:20} {us:>9} us  switches {sw:?}", name.trim());
+        }
     }
 
     /// What the store counts.

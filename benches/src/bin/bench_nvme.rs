@@ -192,13 +192,14 @@ impl<'a> Bench<'a> {
         let pairs = self.arguments.pairs as usize;
         let bytes = self.turn_bytes();
         let shape = TurnShape { block_bytes, blocks: usize::try_from(bytes / block_bytes)?, turns: pairs };
-        let arena = Arena::new(ArenaConfig::new(shape.arena_bytes()))?;
-        let mut raw = self.raw(pairs)?;
-        let path = self.directory.join("store");
-        let mut load = StoreLoad::create(&path, &arena, shape, |random, block| random.fill_bytes(block), |_| ())?;
+        let arena =
+            Arena::new(ArenaConfig { chunk_bytes: TurnShape::CHUNK_BYTES, ..ArenaConfig::new(shape.arena_bytes()) })?;
         while arena.ready_bytes() < arena.capacity_bytes() {
             std::thread::sleep(Duration::from_millis(10));
         }
+        let mut raw = self.raw(pairs)?;
+        let path = self.directory.join("store");
+        let mut load = StoreLoad::create(&path, &arena, shape, |random, block| random.fill_bytes(block), |_| ())?;
         let drive_before = drive_bytes()?;
         progress(&format!(
             "{} KiB                                    ceiling  store   ratio  (quartiles)   cores per GB/s",
@@ -216,6 +217,9 @@ impl<'a> Bench<'a> {
                 || raw.run(WRITE, shape, &offsets),
                 |load| load.write(Order::Sequential),
             )?);
+        }
+        if std::env::var("THREADS").is_ok() {
+            StoreLoad::threads();
         }
         fresh.print("writes, first pass over fresh extents");
 
@@ -267,6 +271,9 @@ impl<'a> Bench<'a> {
                 || raw.run(WRITE, shape, &offsets),
                 |load| load.write(Order::Random),
             )?);
+        }
+        if std::env::var("THREADS").is_ok() {
+            StoreLoad::threads();
         }
         writes.print("writes, steady state");
         reads.print("reads, in order");

@@ -42,9 +42,12 @@ const BUSY_PAUSE: Duration = Duration::from_millis(2);
 /// How long records wait for a region before they fail: pins may go.
 const REGION_WAIT: Duration = Duration::from_secs(2);
 
+/// Writes that the engine has at most, and their bytes unless one record is larger; well below the engine's own limit.
+const WRITES_MAX: usize = 1024;
+const WRITE_BYTES_MAX: u64 = 64 << 20;
+
 /// What the writer needs besides what it shares.
 pub(super) struct WriterConfig {
-    pub(super) queue_depth: usize,
     pub(super) commit_interval: Duration,
     pub(super) commit_bytes: u64,
     pub(super) reinsert_percent: u32,
@@ -53,7 +56,6 @@ pub(super) struct WriterConfig {
 impl WriterConfig {
     pub(super) fn new(config: &StoreConfig) -> Self {
         Self {
-            queue_depth: config.queue_depth,
             commit_interval: config.commit_interval,
             // Well before the bound on what is not durable makes appends fail.
             commit_bytes: config.commit_bytes.min(config.write_queue_bytes / 2).max(1),
