@@ -50,12 +50,11 @@ pub(super) struct RingOptions {
 
 impl RingOptions {
     pub(super) fn new(depth: usize) -> Self {
-        let env = |name: &str, default: usize| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
         Self {
             depth,
             piece_bytes: PIECE_BYTES,
-            run_bytes: env("RUN_KIB", 1024) << 10,
-            in_flight_bytes: env("FLIGHT_MIB", 32) << 20,
+            run_bytes: 1 << 20,
+            in_flight_bytes: 32 << 20,
             buffer_bytes: 256 << 20,
             buffers_max: 1 << 14,
         }

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::{OpenRegion, Pending, What, Writer};
+use super::{OpenRegion, Pending, What, Write, Writer};
 use crate::error::Result;
 use crate::nvme::append::QueuedRecord;
 use crate::nvme::record_header::HeaderKind;
@@ -122,9 +122,14 @@ impl Writer {
         }
     }
 
+    /// Starts to write the header with which the records of a region will count. Until that is durable the region is a
+    /// free one to whoever opens the store, whatever was written to it.
     fn open_region(&mut self, region: u32) -> Result<OpenRegion> {
         let first_sequence = self.counters.sequence();
-        let generation = self.begin_generation(region, RegionPurpose::Records, first_sequence)?;
+        let (header, sequence) = self.write_header(region, RegionPurpose::Records, first_sequence)?;
+        let generation = header.generation;
+        let header = Box::new(header.encode());
+        self.pending.push_back(Pending::new(What::Opened { region, header, sequence, write: Write::InFlight }));
         self.shared.regions.open(region, generation, first_sequence);
         self.shared.regions.set_used(region, HEADER_SLOTS);
         Ok(OpenRegion { region, generation, next_page: HEADER_SLOTS })
