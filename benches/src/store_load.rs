@@ -227,19 +227,6 @@ impl StoreLoad {
         Ok(())
     }
 
-    /// Debug.
-    pub fn threads() {
-        for entry in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
-            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            let stat = std::fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
-            let us: u64 = stat.split(' ').next().and_then(|s| s.parse().ok()).unwrap_or(0) / 1000;
-            let st = std::fs::read_to_string(entry.path().join("status")).unwrap_or_default();
-            let sw: Vec<&str> =
-                st.lines().filter(|l| l.contains("ctxt")).map(|l| l.split('\t').nth(1).unwrap_or("")).collect();
-            eprintln!("   {:20} {us:>9} us  switches {sw:?}", name.trim());
-        }
-    }
-
     /// What the store counts.
     pub fn stats(&self) -> StoreStats {
         self.store.stats()

@@ -28,7 +28,7 @@ struct Arguments {
     #[arg(long, env = "DIR", default_value = ".")]
     dir: PathBuf,
     /// MiB of payload that one turn writes or reads.
-    #[arg(long, env = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=4096))]
+    #[arg(long, env = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(16..=4096))]
     mib: u64,
     /// Pairs of turns, ceiling and store, of which the median counts.
     #[arg(long, env = "PAIRS", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=999))]
@@ -218,9 +218,6 @@ impl<'a> Bench<'a> {
                 |load| load.write(Order::Sequential),
             )?);
         }
-        if std::env::var("THREADS").is_ok() {
-            StoreLoad::threads();
-        }
         fresh.print("writes, first pass over fresh extents");
 
         let random_depths = [16, 32, 64, 128].map(|depth| Shape { request_bytes: block_bytes, depth });
@@ -271,9 +268,6 @@ impl<'a> Bench<'a> {
                 || raw.run(WRITE, shape, &offsets),
                 |load| load.write(Order::Random),
             )?);
-        }
-        if std::env::var("THREADS").is_ok() {
-            StoreLoad::threads();
         }
         writes.print("writes, steady state");
         reads.print("reads, in order");
