@@ -117,6 +117,27 @@ fn a_record_whose_second_write_fails_too_is_reported() {
     close(store);
 }
 
+/// Records count by the header of their region: without it on the drive none of them may be promised.
+#[test]
+fn records_go_elsewhere_when_the_header_of_their_region_is_not_written() {
+    for lost in [1, 2] {
+        let place = Place::new(IoChoice::Psync, 50);
+        let (store, drive) = place.open_faulty(FaultPlan::default());
+        // Six fill a region.
+        put(&place, &store, (0..6).map(|name| (name, 1, 30_000)));
+        let first = drive.seen(IoKind::Write) + 1;
+        drive.inject(Fault { kind: IoKind::Write, first, times: lost, action: FaultAction::Errno(libc::EIO) });
+        put(&place, &store, [(6, 1, 30_000)]);
+        put(&place, &store, [(7, 1, 30_000)]);
+        assert_eq!(drive.fired(), lost);
+        drop(store);
+        std::fs::remove_dir_all(place.config.path.join("index")).expect("the index goes");
+        let (store, _) = place.open();
+        (0..8).for_each(|name| assert_object(&place, &store, name, 1, 30_000));
+        close(store);
+    }
+}
+
 /// A replacement whose write failed for good leaves the old version alone, also when the region goes that the failed
 /// write reached.
 #[test]
