@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pegaflow_tiers::{
-    Append, Arena, BlockKey, ErrorKind, GroupGeometry, IoPriority, Location, NamespaceDescriptor, NamespaceHandle,
-    ReclaimPolicy, RecordId, RecordKind, RegionInfo, Slot, Store, StoreConfig, StoreStats,
+    Append, Arena, BlockKey, CodecChoice, CodecHint, ErrorKind, GroupGeometry, IoPriority, Location,
+    NamespaceDescriptor, NamespaceHandle, ReclaimPolicy, RecordId, RecordKind, RegionInfo, Slot, Store, StoreConfig,
+    StoreStats,
 };
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, RngCore, SeedableRng};
+
+use crate::kv_bytes::KvBytes;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How many reads are on their way at most, and how many bytes.
@@ -58,6 +61,32 @@ pub enum Order {
     Random,
 }
 
+/// What blocks hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Content {
+    /// The kind of bytes.
+    pub bytes: KvBytes,
+    /// Whether the store may compress them.
+    pub codec: CodecChoice,
+}
+
+impl Content {
+    /// Fills blocks with parts of a pool, whose channels stay in their places.
+    fn filler(self) -> impl FnMut(&mut SmallRng, &mut [u8]) {
+        const POOL_BYTES: usize = 8 << 20;
+        const STEP: usize = 2048;
+        let pool = if self.bytes == KvBytes::Random { Vec::new() } else { self.bytes.make(POOL_BYTES, 1) };
+        move |random, block| match pool.is_empty() {
+            true => random.fill_bytes(block),
+            false => {
+                let from = random.random_range(0..pool.len() / STEP) * STEP;
+                let mut wrapped = pool.iter().cycle().skip(from);
+                block.iter_mut().for_each(|byte| *byte = wrapped.next().copied().unwrap_or(0));
+            }
+        }
+    }
+}
+
 /// Gives up the region with the lowest first sequence.
 struct Oldest;
 
@@ -85,17 +114,11 @@ pub struct StoreLoad {
 }
 
 impl StoreLoad {
-    /// Makes a store in `directory`; `fill` makes the bytes of each block.
+    /// Makes a store in `directory`.
     ///
     /// # Errors
     /// What the store reports, or no room in the arena.
-    pub fn create(
-        directory: &Path,
-        arena: &Arc<Arena>,
-        shape: TurnShape,
-        mut fill: impl FnMut(&mut SmallRng, &mut [u8]),
-        configure: impl FnOnce(&mut StoreConfig),
-    ) -> Result<Self> {
+    pub fn create(directory: &Path, arena: &Arc<Arena>, shape: TurnShape, content: Content) -> Result<Self> {
         const MIB: u64 = 1 << 20;
         let log_bytes = (shape.block_bytes + 4096) * (shape.blocks * shape.turns) as u64;
         // As the engine chooses it for its default capacity, but not more than there is to write.
@@ -104,9 +127,9 @@ impl StoreLoad {
         let records_per_region = (region_bytes - 8192) / (shape.block_bytes + 4096);
         let regions = ((shape.blocks * shape.turns) as u64).div_ceil(records_per_region) + 3;
         let mut config = StoreConfig::new(directory, regions.max(4) * region_bytes, region_bytes);
-        configure(&mut config);
+        config.codec = content.codec;
         let (store, _) = Store::open(config, Arc::clone(arena), Arc::new(Oldest))?;
-        let descriptor = NamespaceDescriptor::new().with("bench", "nvme");
+        let descriptor = NamespaceDescriptor::new().with("bench", "nvme").with(CodecHint::FIELD, content.bytes.hint());
         let geometry = GroupGeometry { group: 0, block_bytes: shape.block_bytes, shards: 1 };
         let namespace = store.namespace(&descriptor, &[geometry])?;
         let mut random = SmallRng::seed_from_u64(shape.block_bytes);
@@ -116,6 +139,7 @@ impl StoreLoad {
             slots.push(slot.context("the arena is too small for a turn's blocks")?);
         }
         let targets = slots.split_off(shape.blocks).into_iter().map(Arc::new).collect();
+        let mut fill = content.filler();
         let prepare = |mut slot: Slot| {
             fill(&mut random, slot.payload_mut());
             Arc::new(slot)

@@ -9,16 +9,25 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use pegaflow_benches::{Order, RawDrive, Shape, StoreLoad, Transfer, TurnShape, cached_bytes, cpu_time, drive_bytes};
-use pegaflow_tiers::{Arena, ArenaConfig};
+use pegaflow_benches::{
+    Content, KvBytes, Order, RawDrive, Shape, StoreLoad, Transfer, TurnShape, cached_bytes, cpu_time,
+    decode_capacity_gbps, drive_bytes,
+};
+use pegaflow_tiers::{Arena, ArenaConfig, CodecChoice, StoreStats};
 use rand::rngs::SmallRng;
-use rand::{Rng, RngCore, SeedableRng};
+use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 /// As often as the store syncs.
 const SYNC_BYTES: u64 = 64 * MIB;
+const TABLE_HEAD: &str = "ceiling  store   ratio  (quartiles)         cores per GB/s of both";
+/// The drive's shape is looked for with so many bytes.
+const TRIAL_BYTES: u64 = 128 * MIB;
+const PLAIN: Content = Content { bytes: KvBytes::Random, codec: CodecChoice::None };
+const BF16: Content = Content { bytes: KvBytes::Bf16, codec: CodecChoice::Auto };
+const FP8: Content = Content { bytes: KvBytes::Fp8, codec: CodecChoice::Auto };
 const WRITE: Transfer = Transfer::Write { sync_bytes: SYNC_BYTES };
 
 /// Measures a store beside the raw drive.
@@ -28,7 +37,7 @@ struct Arguments {
     #[arg(long, env = "DIR", default_value = ".")]
     dir: PathBuf,
     /// MiB of payload that one turn writes or reads.
-    #[arg(long, env = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(16..=4096))]
+    #[arg(long, env = "MIB", default_value_t = 384, value_parser = clap::value_parser!(u64).range(16..=4096))]
     mib: u64,
     /// Pairs of turns, ceiling and store, of which the median counts.
     #[arg(long, env = "PAIRS", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=999))]
@@ -50,16 +59,23 @@ fn main() -> Result<()> {
     let mut bench = Bench::new(&arguments, directory.path())?;
     let mut rows = Vec::new();
     for block_kib in &arguments.blocks_kib {
-        rows.extend(bench.rows(block_kib * KIB)?);
+        rows.extend(bench.rows(block_kib * KIB, PLAIN)?);
     }
+    let ceiling_read = median(&mut bench.ceiling_reads.clone());
+    for block_kib in &arguments.blocks_kib {
+        rows.extend(bench.rows(block_kib * KIB, BF16)?);
+    }
+    let (bf16_ratio, fp8_ratio) = (bench.stored_ratio(BF16)?, bench.stored_ratio(FP8)?);
+    let capacity = decode_capacity_gbps(1 << 20, Duration::from_secs(1))?;
+    progress(&format!("all cores decode {capacity:.2} GB/s"));
     let report = json!({
-        "ceiling_read_gbps": round(median(&mut bench.ceiling_reads)),
+        "ceiling_read_gbps": round(ceiling_read),
         "ceiling_write_gbps": round(median(&mut bench.ceiling_writes)),
         "rows": rows,
-        "bf16_ratio": Value::Null,
-        "fp8_ratio": Value::Null,
-        "effective_read_ratio": Value::Null,
-        "decode_capacity_ratio": Value::Null,
+        "bf16_ratio": round(bf16_ratio),
+        "fp8_ratio": round(fp8_ratio),
+        "effective_read_ratio": round(bench.effective_reads.iter().copied().fold(f64::INFINITY, f64::min)),
+        "decode_capacity_ratio": round(capacity / ceiling_read),
         "page_cache_bytes": 0,
     });
     println!("{report}");
@@ -129,6 +145,8 @@ struct Bench<'a> {
     ceiling_writes: Vec<f64>,
     read_shape: Shape,
     write_shape: Shape,
+    /// Reads in order of compressed blocks, of 256 KiB and more.
+    effective_reads: Vec<f64>,
 }
 
 impl<'a> Bench<'a> {
@@ -141,6 +159,7 @@ impl<'a> Bench<'a> {
             ceiling_writes: Vec::new(),
             read_shape: Shape { request_bytes: MIB, depth: 8 },
             write_shape: Shape { request_bytes: MIB, depth: 8 },
+            effective_reads: Vec::new(),
         };
         let mut raw = bench.raw(1)?;
         let shapes: Vec<Shape> = [256 * KIB, MIB, 4 * MIB]
@@ -173,13 +192,13 @@ impl<'a> Bench<'a> {
     fn best(&mut self, raw: &mut RawDrive, transfer: Transfer, shapes: &[Shape]) -> Result<Shape> {
         let mut best = (0.0, self.read_shape);
         for &shape in shapes {
-            let offsets = in_order(0, self.turn_bytes(), shape.request_bytes);
+            let bytes = self.turn_bytes().min(TRIAL_BYTES);
+            let offsets = in_order(0, bytes, shape.request_bytes);
             let mut speeds = Vec::new();
             for _ in 0..3 {
-                speeds.push(turn(self.turn_bytes(), || raw.run(transfer, shape, &offsets))?.gbps);
+                speeds.push(turn(bytes, || raw.run(transfer, shape, &offsets))?.gbps);
             }
             let speed = median(&mut speeds);
-            progress(&format!("{transfer:?} {shape}: {speed:.2} GB/s"));
             if speed > best.0 {
                 best = (speed, shape);
             }
@@ -187,102 +206,75 @@ impl<'a> Bench<'a> {
         Ok(best.1)
     }
 
-    /// All rows of one block size.
-    fn rows(&mut self, block_bytes: u64) -> Result<Vec<Value>> {
+    /// Both rows of one block size.
+    fn rows(&mut self, block_bytes: u64, content: Content) -> Result<Vec<Value>> {
         let pairs = self.arguments.pairs as usize;
         let bytes = self.turn_bytes();
+        let is_plain = content.codec == CodecChoice::None;
+        let codec = if is_plain { "none" } else { "auto" };
         let shape = TurnShape { block_bytes, blocks: usize::try_from(bytes / block_bytes)?, turns: pairs };
-        let arena =
-            Arena::new(ArenaConfig { chunk_bytes: TurnShape::CHUNK_BYTES, ..ArenaConfig::new(shape.arena_bytes()) })?;
-        while arena.ready_bytes() < arena.capacity_bytes() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let mut raw = self.raw(pairs)?;
         let path = self.directory.join("store");
-        let mut load = StoreLoad::create(&path, &arena, shape, |random, block| random.fill_bytes(block), |_| ())?;
+        let mut load = create(&path, shape, content)?;
+        let mut raw = self.raw(pairs)?;
         let drive_before = drive_bytes()?;
-        progress(&format!(
-            "{} KiB                                    ceiling  store   ratio  (quartiles)   cores per GB/s",
-            block_bytes / KIB
-        ));
+        let mut raw_bytes = (0, 0);
+        progress(&format!("{:>4} KiB, codec {codec:<27} {TABLE_HEAD}", block_bytes / KIB));
 
+        let write_shape = self.write_shape;
         let mut fresh = Pairs::default();
         for number in 0..pairs {
-            let offsets = in_order(number as u64 * bytes, bytes, self.write_shape.request_bytes);
-            let shape = self.write_shape;
-            fresh.0.push(pair(
-                number,
-                bytes,
-                &mut load,
-                || raw.run(WRITE, shape, &offsets),
-                |load| load.write(Order::Sequential),
-            )?);
+            let offsets = in_order(number as u64 * bytes, bytes, write_shape.request_bytes);
+            let write = || raw.run(WRITE, write_shape, &offsets);
+            fresh.0.push(pair(number, bytes, &mut load, write, |load| load.write(Order::Sequential))?);
+            raw_bytes.1 += bytes;
         }
         fresh.print("writes, first pass over fresh extents");
 
-        let random_depths = [16, 32, 64, 128].map(|depth| Shape { request_bytes: block_bytes, depth });
-        let random_depths: Vec<Shape> = random_depths
+        let random_shapes = [16, 32, 64, 128].map(|depth| Shape { request_bytes: block_bytes, depth });
+        let random_shapes: Vec<Shape> = random_shapes
             .into_iter()
-            .filter(|shape| shape.depth == 16 || shape.request_bytes * shape.depth as u64 <= 64 * MIB)
+            .filter(|shape| shape.request_bytes * shape.depth as u64 <= (64 * MIB).min(bytes))
             .collect();
-        let random_shape = self.best(&mut raw, Transfer::Read, &random_depths)?;
-
+        let random_shape = self.best(&mut raw, Transfer::Read, &random_shapes)?;
+        let read_shape = self.read_shape;
         let (mut writes, mut scattered) = (Pairs::default(), Pairs::default());
         let (mut reads, mut random_reads) = (Pairs::default(), Pairs::default());
         for number in 0..pairs {
             let start = number as u64 * bytes;
-            let shape = self.write_shape;
-            let offsets = in_order(start, bytes, shape.request_bytes);
-            writes.0.push(pair(
-                number,
-                bytes,
-                &mut load,
-                || raw.run(WRITE, shape, &offsets),
-                |load| load.write(Order::Sequential),
-            )?);
-            let shape = self.read_shape;
-            let offsets = in_order(start, bytes, shape.request_bytes);
-            reads.0.push(pair(
-                number,
-                bytes,
-                &mut load,
-                || raw.run(Transfer::Read, shape, &offsets),
-                |load| load.read(Order::Sequential),
-            )?);
+            for (pairs, order) in [(&mut writes, Order::Sequential), (&mut scattered, Order::Random)] {
+                let offsets = in_order(start, bytes, write_shape.request_bytes);
+                let write = || raw.run(WRITE, write_shape, &offsets);
+                pairs.0.push(pair(number, bytes, &mut load, write, |load| load.write(order))?);
+                raw_bytes.1 += bytes;
+            }
+            let offsets = in_order(start, bytes, read_shape.request_bytes);
+            let read = || raw.run(Transfer::Read, read_shape, &offsets);
+            reads.0.push(pair(number, bytes, &mut load, read, |load| load.read(Order::Sequential))?);
             let all = bytes * pairs as u64 / block_bytes;
             let offsets: Vec<u64> =
                 (0..bytes / block_bytes).map(|_| self.random.random_range(0..all) * block_bytes).collect();
-            random_reads.0.push(pair(
-                number,
-                bytes,
-                &mut load,
-                || raw.run(Transfer::Read, random_shape, &offsets),
-                |load| load.read(Order::Random),
-            )?);
-            let shape = self.write_shape;
-            let offsets = in_order(start, bytes, shape.request_bytes);
-            scattered.0.push(pair(
-                number,
-                bytes,
-                &mut load,
-                || raw.run(WRITE, shape, &offsets),
-                |load| load.write(Order::Random),
-            )?);
+            let read = || raw.run(Transfer::Read, random_shape, &offsets);
+            random_reads.0.push(pair(number, bytes, &mut load, read, |load| load.read(Order::Random))?);
+            raw_bytes.0 += 2 * bytes;
         }
         writes.print("writes, steady state");
+        scattered.print("writes, steady state, from scattered slots");
         reads.print("reads, in order");
         random_reads.print("reads, random");
-        scattered.print("writes, steady state, from scattered slots");
-        self.ceiling_writes.extend(writes.of(|(ceiling, _)| ceiling.gbps));
-        self.ceiling_reads.extend(reads.of(|(ceiling, _)| ceiling.gbps));
-        let region_file = path.join("regions.0");
-        self.prove_direct(&region_file, drive_before, bytes * pairs as u64)?;
+        if is_plain {
+            self.ceiling_writes.extend(writes.of(|(ceiling, _)| ceiling.gbps));
+            self.ceiling_reads.extend(reads.of(|(ceiling, _)| ceiling.gbps));
+        } else if block_bytes >= 256 * KIB {
+            self.effective_reads.push(reads.ratio());
+        }
+        let stats = load.stats();
+        prove_direct(&path.join("regions.0"), drive_before, raw_bytes, &stats)?;
         load.close()?;
         drop(raw);
         std::fs::remove_dir_all(&path)?;
         let row = |order: &str, reads: &Pairs, writes: &Pairs| {
             json!({
-                "block_bytes": block_bytes, "codec": "none", "order": order,
+                "block_bytes": block_bytes, "codec": codec, "order": order,
                 "read_ratio": round(reads.ratio()), "write_ratio": round(writes.ratio()),
                 "first_write_ratio": round(fresh.ratio()),
                 "cpu_cores_per_gbps": round(reads.cores()), "write_cpu_cores_per_gbps": round(writes.cores()),
@@ -291,21 +283,44 @@ impl<'a> Bench<'a> {
         Ok(vec![row("sequential", &reads, &writes), row("random", &random_reads, &scattered)])
     }
 
-    /// Fails if the page cache had a part in it.
-    fn prove_direct(&self, region_file: &Path, before: (u64, u64), turns_bytes: u64) -> Result<()> {
-        let cached = cached_bytes(&File::open(region_file)?)?;
-        ensure!(cached == 0, "{cached} bytes of the region file are in the page cache");
-        let after = drive_bytes()?;
-        // Two kinds of reads, three of writes, each by the ceiling and by the store.
-        let (read, written) = (after.0 - before.0, after.1 - before.1);
-        ensure!(
-            read >= 4 * turns_bytes,
-            "the drive read {read} bytes, less than the {} that were asked for",
-            4 * turns_bytes
-        );
-        ensure!(written >= 6 * turns_bytes, "the drive wrote {written} bytes, less than {}", 6 * turns_bytes);
-        Ok(())
+    /// Bytes of payload for each byte that they take on the drive, of blocks of 1 MiB that the store compressed: when many
+    /// wait for too few cores it stores the rest as they are.
+    fn stored_ratio(&self, content: Content) -> Result<f64> {
+        let path = self.directory.join("store");
+        let mut load = create(&path, TurnShape { block_bytes: MIB, blocks: 16, turns: 2 }, content)?;
+        load.write(Order::Sequential)?;
+        let stats = load.stats();
+        load.close()?;
+        std::fs::remove_dir_all(&path)?;
+        progress(&format!(
+            "{:?}: {} of {} blocks compressed",
+            content.bytes, stats.encoded_records, stats.appended_records
+        ));
+        Ok(stats.appended_payload_bytes as f64 / stats.appended_stored_bytes.max(1) as f64)
     }
+}
+
+/// A store under load, with all of its arena there.
+fn create(path: &Path, shape: TurnShape, content: Content) -> Result<StoreLoad> {
+    let config = ArenaConfig { chunk_bytes: TurnShape::CHUNK_BYTES, ..ArenaConfig::new(shape.arena_bytes()) };
+    let arena = Arena::new(config)?;
+    while arena.ready_bytes() < arena.capacity_bytes() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    StoreLoad::create(path, &arena, shape, content)
+}
+
+/// Fails if the page cache had a part in it: the drive itself moved what the ceiling and the store asked for, and nothing
+/// of the region file is in memory.
+fn prove_direct(region_file: &Path, before: (u64, u64), raw: (u64, u64), stats: &StoreStats) -> Result<()> {
+    let cached = cached_bytes(&File::open(region_file)?)?;
+    ensure!(cached == 0, "{cached} bytes of the region file are in the page cache");
+    let after = drive_bytes()?;
+    let (read, written) = (after.0 - before.0, after.1 - before.1);
+    let (wanted_reads, wanted_writes) = (raw.0 + stats.read_stored_bytes, raw.1 + stats.appended_stored_bytes);
+    ensure!(read >= wanted_reads, "the drive read {read} bytes, less than the {wanted_reads} asked for");
+    ensure!(written >= wanted_writes, "the drive wrote {written} bytes, less than the {wanted_writes} asked for");
+    Ok(())
 }
 
 /// One turn of each, the ceiling first in every other pair.

@@ -40,7 +40,7 @@ pub(super) struct RingOptions {
     pub(super) piece_bytes: usize,
     /// Neighbouring requests are handed to the kernel as one up to so many bytes; 0: never.
     pub(super) run_bytes: usize,
-    /// No more operations are started while so many bytes are in flight.
+    /// No more operations are started while so many bytes for each drive are in flight.
     pub(super) in_flight_bytes: usize,
     /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB. Registering one holds up the ring.
     pub(super) buffer_bytes: usize,

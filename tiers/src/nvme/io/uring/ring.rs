@@ -65,6 +65,7 @@ struct Ring {
     options: RingOptions,
     registered: Registered,
     has_registered_files: bool,
+    in_flight_bytes_max: usize,
     /// Whether the kernel has reads and writes of several pieces of registered memory.
     has_registered_vectors: bool,
     /// What is to be transferred alone after a run that it was in; at most the members of all runs in flight.
@@ -92,6 +93,8 @@ impl Ring {
             }
         };
         let registered = make_table(&ring, &arena, options);
+        // The first file has the superblocks, each other one is a drive.
+        let drives = shared.files.raw().len().saturating_sub(1).max(1);
         let mut ring = Self {
             ring,
             in_flight: InFlight::new(depth),
@@ -99,6 +102,7 @@ impl Ring {
             options,
             registered,
             has_registered_files,
+            in_flight_bytes_max: options.in_flight_bytes.saturating_mul(drives),
             has_registered_vectors,
             again: VecDeque::new(),
             is_wake_armed: false,
@@ -195,7 +199,7 @@ impl Ring {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight.len() < self.options.depth && self.in_flight.bytes() < self.options.in_flight_bytes
+        self.in_flight.len() < self.options.depth && self.in_flight.bytes() < self.in_flight_bytes_max
     }
 
     /// Completes what waits in the inbox with the reason why the engine ended.
