@@ -31,7 +31,7 @@ const WRITES_MAX: usize = 1024;
 const WRITE_BYTES_MAX: u64 = 64 << 20;
 
 impl Lane {
-    fn takes_more(&self) -> bool {
+    pub(super) fn takes_more(&self) -> bool {
         self.in_flight < WRITES_MAX && self.in_flight_bytes < WRITE_BYTES_MAX
     }
 
