@@ -28,6 +28,8 @@ MINUTES ?= 30
 TPOT ?=
 # Where the killed workers of `kill-workers` have their KV cache.
 DEVICE ?= host
+# MiB of a turn of `bench-nvme`, which works in DIR.
+MIB ?= 512
 # Keys in the index of `bench-index`; REAL=1 writes their blocks too.
 KEYS ?= 10000000
 REAL ?=
@@ -56,7 +58,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-gpu bench-ttft bench-pairs bench-interference
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-gpu bench-ttft bench-pairs bench-interference
 .PHONY: check-bytes kill-workers ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -111,6 +113,9 @@ bench: toolchain ## All criterion benches
 
 bench-index: server ## Lookups, memory and opens of the index; rows without payloads. KEYS=10000000 REAL=1 writes blocks
 	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS) $(if $(REAL),--real)
+
+bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)')
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')

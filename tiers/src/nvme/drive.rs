@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::io::{BlockIo, FileId, IoBuffer, IoKind, Pages, sync_blocking, transfer_blocking};
+use super::io::{
+    BlockIo, FileId, IoBuffer, IoDone, IoKind, IoPriority, IoRequest, Pages, sync_blocking, transfer_blocking,
+};
 use super::page::{PAGE_BYTES, Page};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
 use super::switches::is_off;
@@ -101,6 +103,16 @@ impl Drive {
         let Some(place) = self.place(region) else { return false };
         let buffer = IoBuffer::Pages(Pages::new(PAGE_BYTES));
         transfer_blocking(&*self.io, Self::file(place.drive), IoKind::Read, 0, buffer, DRIVE_TIMEOUT).is_ok()
+    }
+
+    /// Starts to write one page of a region, behind the records that wait for the drive; `done` is told the end.
+    ///
+    /// # Errors
+    /// What the engine says of a request that it does not take; `done` is then not called.
+    pub(super) fn start_write(&self, region: u32, page: u32, bytes: &Page, done: IoDone) -> Result<()> {
+        let (file, offset) = self.locate(region, page);
+        let (kind, buffer, priority) = (IoKind::Write, Some(one_page(bytes)), IoPriority::Write);
+        self.io.submit(IoRequest { file, kind, offset, buffer, priority, done }).map_err(|(_, error)| error)
     }
 
     /// Makes durable what was written to regions of a drive and completed before.

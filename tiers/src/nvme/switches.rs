@@ -86,8 +86,10 @@ mod on {
         ReuseGenerations,
         /// A superblock is not synced before the numbers that it reserves are used.
         SkipSuperblockSync,
-        /// A region takes records before its new header is durable.
-        SkipRegionHeaderSync,
+        /// Records are committed before the header of their region is written.
+        SkipRegionHeader,
+        /// A region counts as free before the header that says so is durable.
+        SkipFreeHeaderSync,
         /// No fence is written where a log ended.
         SkipFence,
         /// A scan takes records whatever their sequence is.

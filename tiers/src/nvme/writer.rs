@@ -19,8 +19,9 @@ use super::drive::one_page;
 use super::encoding::Image;
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
-use super::page::PAGE_BYTES;
+use super::page::{PAGE_BYTES, Page};
 use super::record_header::{CODEC_STORED, HeaderKind, RecordHeader};
+use super::region_header::HEADER_SLOTS;
 use super::shared::Shared;
 use super::stats::add;
 use super::switches::is_off;
@@ -45,7 +46,6 @@ const REGION_WAIT: Duration = Duration::from_secs(2);
 
 /// What the writer needs besides what it shares.
 pub(super) struct WriterConfig {
-    pub(super) queue_depth: usize,
     pub(super) commit_interval: Duration,
     pub(super) commit_bytes: u64,
     pub(super) reinsert_percent: u32,
@@ -54,7 +54,6 @@ pub(super) struct WriterConfig {
 impl WriterConfig {
     pub(super) fn new(config: &StoreConfig) -> Self {
         Self {
-            queue_depth: config.queue_depth,
             commit_interval: config.commit_interval,
             // Well before the bound on what is not durable makes appends fail.
             commit_bytes: config.commit_bytes.min(config.write_queue_bytes / 2).max(1),
@@ -102,6 +101,22 @@ enum What {
         replaces: bool,
         write: Write,
     },
+    /// The header of a region that was opened, with which its records count. It goes into the log before the first of
+    /// them, so that the sync that makes them durable comes after it.
+    Opened {
+        region: u32,
+        header: Box<Page>,
+        /// A number of the log that no record has.
+        sequence: u64,
+        write: Write,
+    },
+    /// The header of a region that was given up: it is free when this is durable.
+    Freed {
+        region: u32,
+        generation: u64,
+        sequence: u64,
+        write: Write,
+    },
     /// The region will take no more records; the last one has this sequence. What counts in it ends at this page: the
     /// end of the region, or where something was written once more.
     Seal {
@@ -124,7 +139,38 @@ impl Pending {
     }
 
     fn is_written(&self) -> bool {
-        !matches!(self.what, What::Record { write: Write::InFlight | Write::Failed(_), .. })
+        match &self.what {
+            What::Opened { .. } if is_off!(SkipRegionHeader) => true,
+            What::Record { write, .. } | What::Opened { write, .. } => matches!(write, Write::Written),
+            // A region that could not be given up holds up nobody.
+            What::Freed { write, .. } => !matches!(write, Write::InFlight),
+            What::Seal { .. } | What::Forget { .. } | What::Flush(_) => true,
+        }
+    }
+
+    /// The write that it stands for, and where that goes.
+    fn write(&mut self) -> Option<(u64, u32, &mut Write)> {
+        match &mut self.what {
+            What::Record { sequence, write, location, .. } => Some((*sequence, location.region, write)),
+            What::Opened { sequence, write, region, .. } | What::Freed { sequence, write, region, .. } => {
+                Some((*sequence, *region, write))
+            }
+            What::Seal { .. } | What::Forget { .. } | What::Flush(_) => None,
+        }
+    }
+
+    /// The region that it was written to, if it was.
+    fn region(&self) -> Option<u32> {
+        match &self.what {
+            What::Record { location, .. } => Some(location.region),
+            What::Opened { region, .. } | What::Freed { region, .. } => Some(*region),
+            What::Seal { .. } | What::Forget { .. } | What::Flush(_) => None,
+        }
+    }
+
+    /// Whether its write failed, and what lies behind it has to go elsewhere.
+    fn has_failed(&self) -> bool {
+        matches!(self.what, What::Record { write: Write::Failed(_), .. } | What::Opened { write: Write::Failed(_), .. })
     }
 
     /// Whether somebody waits for it now.
@@ -132,7 +178,7 @@ impl Pending {
         match &self.what {
             What::Flush(_) => true,
             What::Record { record, .. } => record.is_for_reclaim,
-            What::Seal { .. } | What::Forget { .. } => false,
+            What::Opened { .. } | What::Freed { .. } | What::Seal { .. } | What::Forget { .. } => false,
         }
     }
 
@@ -165,6 +211,8 @@ pub(super) struct Writer {
     next_lane: usize,
     last_sequence: u64,
     header_slots: Vec<u32>,
+    /// By its number, the region whose second header is being written.
+    header_copies: HashMap<u64, u32>,
     /// Marks that go into the next commit.
     marks: Vec<RegionMark>,
     reclaim: Option<reclaim::Reclaim>,
@@ -208,6 +256,7 @@ impl Writer {
                 .collect(),
             next_lane: 0,
             header_slots: handover.header_slots,
+            header_copies: HashMap::new(),
             marks: Vec::new(),
             reclaim: None,
             starving_since: None,
@@ -252,7 +301,8 @@ impl Writer {
         }
         let commit = self.pending.front().filter(|_| self.syncing.is_none() && self.written > 0);
         let commit = commit.map(|oldest| oldest.since + self.config.commit_interval);
-        let starved = self.starving_since.filter(|_| !self.queue.is_empty()).map(|since| since + REGION_WAIT);
+        let starved = self.starving_since.filter(|_| !self.queue.is_empty() && !self.is_freeing_a_region());
+        let starved = starved.map(|since| since + REGION_WAIT);
         [commit, starved, self.busy_until].into_iter().flatten().min()
     }
 
@@ -278,24 +328,32 @@ impl Writer {
 
     fn note_written(&mut self, sequence: u64, result: Result<()>) {
         self.in_flight -= 1;
-        let ended = self.pending.iter_mut().skip(self.written).find_map(|pending| match &mut pending.what {
-            What::Record { record, location, sequence: of, write, .. } if *of == sequence => {
-                Some((record, *location, write))
-            }
-            _ => None,
-        });
-        let Some((record, location, write)) = ended else {
+        let has_failed = result.is_err();
+        if let Some(region) = self.header_copies.remove(&sequence) {
+            self.note_ended(region, 0, has_failed);
+            return result.unwrap_or_else(|error| tracing::warn!(%error, "a region's second header was not written"));
+        }
+        let is_of = |pending: &mut Pending| pending.write().is_some_and(|(of, ..)| of == sequence);
+        let Some(ended) = self.pending.iter_mut().skip(self.written).find_map(|p| is_of(p).then_some(p)) else {
             debug_assert!(false, "a write ended that is not pending");
             return;
         };
-        let has_failed = result.is_err();
-        if let Some(address) = record.slot_address() {
-            self.slots_in_flight.remove(&address);
+        match &mut ended.what {
+            What::Record { record, .. } => {
+                record.slot_address().map(|address| self.slots_in_flight.remove(&address));
+                if let Form::Sent(head) = &mut record.form {
+                    // Its buffer is free again.
+                    drop(head.take());
+                }
+            }
+            What::Opened { region, .. } | What::Freed { region, .. } if !has_failed => {
+                let slot = &mut self.header_slots[*region as usize];
+                *slot = (*slot + 1) % HEADER_SLOTS;
+            }
+            _ => {}
         }
-        if let Form::Sent(head) = &mut record.form {
-            // Its buffer is free again.
-            drop(head.take());
-        }
+        let bytes = ended.bytes();
+        let Some((_, region, write)) = ended.write() else { return };
         *write = match result {
             Ok(()) => {
                 self.shared.poison.note_write(None);
@@ -305,11 +363,11 @@ impl Writer {
             Err(error) => {
                 self.shared.poison.note_write(Some(&error));
                 tracing::warn!(sequence, error = format!("{error:#}"), "a write to the store failed");
-                self.has_failed_write = true;
                 Write::Failed(error)
             }
         };
-        self.note_ended(location.region, bytes_of(&location), has_failed);
+        self.has_failed_write |= ended.has_failed();
+        self.note_ended(region, bytes, has_failed);
     }
 
     fn advance_written(&mut self) {
@@ -522,14 +580,13 @@ impl Writer {
             return;
         }
         self.has_failed_write = false;
-        let is_failed = |p: &Pending| matches!(p.what, What::Record { write: Write::Failed(_), .. });
-        let Some(first) = self.pending.iter().position(is_failed) else { return };
+        let Some(first) = self.pending.iter().position(Pending::has_failed) else { return };
         let mut rest = self.pending.split_off(first);
         // What is written once more leaves its first copy behind: where that is, nothing more may follow.
         for lane in 0..self.lanes.len() {
-            let open = self.lanes[lane].open.map(|open| (open.region, open.generation));
-            let is_in_open = |p: &Pending| matches!(&p.what, What::Record { location, .. } if Some((location.region, location.generation)) == open);
-            if rest.iter().any(is_in_open) {
+            let open = self.lanes[lane].open.map(|open| open.region);
+            let goes_elsewhere = |p: &Pending| matches!(p.what, What::Record { .. }) || p.has_failed();
+            if rest.iter().any(|p| goes_elsewhere(p) && open.is_some() && p.region() == open) {
                 self.seal_open_region(lane);
                 rest.extend(self.pending.pop_back());
             }
@@ -547,7 +604,11 @@ impl Writer {
                 }
                 What::Record { record, .. } => again.push_back(Entry::Record(self.prepare_retry(record))),
                 What::Flush(done) => again.push_back(Entry::Flush(done)),
-                What::Seal { .. } | What::Forget { .. } => self.pending.push_back(pending),
+                // Nothing is written to it but what goes elsewhere now.
+                What::Opened { write: Write::Failed(_), .. } => {}
+                What::Opened { .. } | What::Freed { .. } | What::Seal { .. } | What::Forget { .. } => {
+                    self.pending.push_back(pending);
+                }
             }
         }
         again.append(&mut self.queue);
@@ -622,7 +683,8 @@ impl Writer {
         match pending.what {
             What::Record { record, .. } => self.resolve(record, Err(error.clone())),
             What::Flush(done) => done.call(Err(error.clone())),
-            What::Seal { .. } | What::Forget { .. } => {}
+            What::Freed { region, .. } => self.fail_reclaim(region, error),
+            What::Opened { .. } | What::Seal { .. } | What::Forget { .. } => {}
         }
     }
 

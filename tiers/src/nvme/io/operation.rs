@@ -52,6 +52,11 @@ impl Operation {
         self.request.buffer.as_mut()
     }
 
+    /// Bytes that are still to be transferred; none for a sync.
+    pub(super) fn bytes_left(&self) -> usize {
+        self.bytes() - self.moved
+    }
+
     /// What is to be transferred next; nothing for a sync.
     pub(super) fn piece(&self) -> Piece {
         let bytes = (self.bytes() - self.moved).min(self.piece_bytes);

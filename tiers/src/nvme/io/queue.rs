@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::IoRequest;
+use super::{IoBuffer, IoKind, IoRequest};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most requests that wait in the queue of one priority.
@@ -11,6 +11,9 @@ pub(super) const QUEUE_CAPACITY: usize = 4096;
 
 /// After so many requests of higher priority a waiting one of a lower priority is served.
 pub(super) const STARVATION_LIMIT: u32 = 8;
+
+/// The most requests that [`Queues::pop_run`] takes at once.
+pub(super) const RUN_MAX: usize = 64;
 
 const PRIORITIES: usize = 3;
 
@@ -55,6 +58,29 @@ impl Queues {
         self.waiting[served].pop_front()
     }
 
+    /// The next request to serve, and with it those right behind it in its queue that go on in the file where it ends,
+    /// together at most `bytes_max` and [`RUN_MAX`] of them. They count as one for who waits behind them.
+    pub(super) fn pop_run(&mut self, bytes_max: usize, run: &mut Vec<IoRequest>) {
+        let Some(first) = self.pop() else { return };
+        let (priority, file, kind) = (first.priority, first.file, first.kind);
+        let length = |request: &IoRequest| request.buffer.as_ref().map_or(0, IoBuffer::bytes);
+        let mut bytes = length(&first);
+        let mut end = first.offset + bytes as u64;
+        run.push(first);
+        let queue = &mut self.waiting[priority as usize];
+        while let Some(next) = queue.front()
+            && kind != IoKind::Sync
+            && (next.file, next.kind, next.offset) == (file, kind, end)
+            && bytes + length(next) <= bytes_max
+            && run.len() < RUN_MAX
+            && let Some(next) = queue.pop_front()
+        {
+            bytes += length(&next);
+            end += length(&next) as u64;
+            run.push(next);
+        }
+    }
+
     /// Takes no request from now on; the first reason stays.
     pub(super) fn close(&mut self, reason: Error) {
         self.end.get_or_insert(reason);
@@ -68,7 +94,7 @@ impl Queues {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FileId, IoKind, IoPriority};
+    use super::super::{FileId, IoPriority, Pages};
     use super::*;
 
     fn request(priority: IoPriority, offset: u64) -> IoRequest {
@@ -102,6 +128,65 @@ mod tests {
         let mut queues = Queues::default();
         fill(&mut queues, IoPriority::Prefetch, 100);
         assert!((0..100).all(|offset| queues.pop().is_some_and(|request| request.offset == offset)));
+    }
+
+    /// The offsets of each run, in pages.
+    fn runs(queues: &mut Queues, pages_max: usize) -> Vec<Vec<u64>> {
+        std::iter::from_fn(|| {
+            let mut run = Vec::new();
+            queues.pop_run(pages_max * 4096, &mut run);
+            (!run.is_empty()).then(|| run.iter().map(|request| request.offset / 4096).collect())
+        })
+        .collect()
+    }
+
+    #[test]
+    fn neighbours_are_served_together_up_to_a_bound() {
+        let page = |kind, page: u64, pages: usize| {
+            let buffer = (kind != IoKind::Sync).then(|| IoBuffer::Pages(Pages::new(pages * 4096)));
+            IoRequest { kind, buffer, ..request(IoPriority::Write, page * 4096) }
+        };
+        let filled = |requests: Vec<IoRequest>| {
+            let mut queues = Queues::default();
+            requests.into_iter().for_each(|request| assert!(queues.push(request).is_ok()));
+            queues
+        };
+        let (read, write) = (IoKind::Read, IoKind::Write);
+        let mut queues = filled(vec![page(write, 0, 2), page(write, 2, 1), page(write, 3, 3), page(write, 7, 1)]);
+        assert_eq!(runs(&mut queues, 8), [vec![0, 2, 3], vec![7]], "a gap ends a run");
+        let mut queues = filled(vec![page(write, 0, 2), page(write, 2, 1), page(write, 3, 3)]);
+        assert_eq!(runs(&mut queues, 4), [vec![0, 2], vec![3]], "so does the bound on its bytes");
+        let mut queues = filled(vec![page(write, 0, 9), page(write, 9, 1)]);
+        assert_eq!(runs(&mut queues, 4), [vec![0], vec![9]], "what is larger goes alone");
+        let mut queues = filled(vec![page(write, 0, 1), page(read, 1, 1), page(read, 2, 1)]);
+        assert_eq!(runs(&mut queues, 8), [vec![0], vec![1, 2]], "reads and writes do not mix");
+        let mut queues = filled(vec![page(IoKind::Sync, 0, 0), page(IoKind::Sync, 0, 0), page(write, 0, 1)]);
+        assert_eq!(runs(&mut queues, 8), [[0], [0], [0]], "a sync goes alone");
+        let other = IoRequest { file: FileId(1), ..page(write, 1, 1) };
+        assert_eq!(runs(&mut filled(vec![page(write, 0, 1), other]), 8), [[0], [1]], "another file");
+        let demand = IoRequest { priority: IoPriority::Demand, ..page(write, 1, 1) };
+        assert_eq!(runs(&mut filled(vec![page(write, 0, 1), demand]), 8), [[1], [0]], "another priority");
+        let mut queues = filled((0..RUN_MAX as u64 + 3).map(|number| page(write, number, 1)).collect());
+        let lengths: Vec<_> = runs(&mut queues, usize::MAX / 4096).iter().map(Vec::len).collect();
+        assert_eq!(lengths, [RUN_MAX, 3]);
+    }
+
+    #[test]
+    fn a_run_counts_as_one_for_who_waits() {
+        let mut queues = Queues::default();
+        fill(&mut queues, IoPriority::Write, 1);
+        for number in 0..20 * 4 {
+            let buffer = Some(IoBuffer::Pages(Pages::new(4096)));
+            let request = IoRequest { kind: IoKind::Read, buffer, ..request(IoPriority::Demand, number * 4096) };
+            assert!(queues.push(request).is_ok());
+        }
+        let mut run = Vec::new();
+        let served = std::iter::from_fn(|| {
+            run.clear();
+            queues.pop_run(4 * 4096, &mut run);
+            run.first().map(|request| request.priority)
+        });
+        assert_eq!(served.take_while(|&priority| priority == IoPriority::Demand).count(), STARVATION_LIMIT as usize);
     }
 
     #[test]

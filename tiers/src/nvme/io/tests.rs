@@ -44,6 +44,7 @@ conformance! {
         many_threads_submit_at_once,
         what_was_written_is_read_after_a_sync,
         a_read_past_the_end_of_the_file_is_an_error,
+        a_neighbour_past_the_end_fails_alone,
         requests_off_the_contract_come_back,
         a_full_queue_gives_the_request_back,
         higher_priorities_go_first_and_none_is_starved,

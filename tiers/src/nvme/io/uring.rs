@@ -11,6 +11,7 @@ mod growing;
 mod in_flight;
 mod registered;
 mod ring;
+mod run;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -37,6 +38,10 @@ pub(super) struct RingOptions {
     pub(super) depth: usize,
     /// Longer transfers are cut.
     pub(super) piece_bytes: usize,
+    /// Neighbouring requests are handed to the kernel as one up to so many bytes; 0: never.
+    pub(super) run_bytes: usize,
+    /// No more operations are started while so many bytes for each drive are in flight.
+    pub(super) in_flight_bytes: usize,
     /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB. Registering one holds up the ring.
     pub(super) buffer_bytes: usize,
     /// The most registered buffers; the kernel takes at most 16,384.
@@ -45,7 +50,14 @@ pub(super) struct RingOptions {
 
 impl RingOptions {
     pub(super) fn new(depth: usize) -> Self {
-        Self { depth, piece_bytes: PIECE_BYTES, buffer_bytes: 256 << 20, buffers_max: 1 << 14 }
+        Self {
+            depth,
+            piece_bytes: PIECE_BYTES,
+            run_bytes: 1 << 20,
+            in_flight_bytes: 32 << 20,
+            buffer_bytes: 256 << 20,
+            buffers_max: 1 << 14,
+        }
     }
 }
 

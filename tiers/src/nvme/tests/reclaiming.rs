@@ -33,7 +33,11 @@ fn under_pressure_the_bound_holds_and_bytes_are_right(io: IoChoice) {
     });
     let stats = store.stats();
     assert!(stats.reclaimed_regions > 20 && stats.bad_reads == 0 && stats.failed_appends == 0, "{stats:?}");
-    assert!(stats.free_regions >= 1, "a spare region is kept");
+    let deadline = soon();
+    while store.stats().free_regions == 0 {
+        assert!(Instant::now() < deadline, "a spare region is kept");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let length = |path: &Path| std::fs::metadata(path.join("regions.0")).expect("there").len();
     assert_eq!(place.config.drives().map(|(path, _)| length(path)).sum::<u64>(), 8 * REGION_BYTES);
     let there: Vec<u64> = (0..600).filter(|name| store.locate(&object_id(*name)).is_some()).collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::lanes::hides_older;
-use super::{BUSY_PAUSE, Pending, What, Writer, bytes_of};
+use super::{BUSY_PAUSE, Pending, What, Write, Writer, bytes_of};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
@@ -67,12 +67,9 @@ impl Writer {
         is_old || is_large || is_starving || is_urgent || self.ending.is_some()
     }
 
-    /// The drives that records of a group lie on; one if there are none, so that every group ends alike.
+    /// The drives that records and headers of a group lie on; one if there are none, so that every group ends alike.
     fn drives_of(&self, batch: &[Pending]) -> Vec<usize> {
-        let place = |pending: &Pending| match &pending.what {
-            What::Record { location, .. } => self.shared.drive.place(location.region),
-            _ => None,
-        };
+        let place = |pending: &Pending| self.shared.drive.place(pending.region()?);
         let drives: BTreeSet<usize> = batch.iter().filter_map(place).map(|place| place.drive).collect();
         if drives.is_empty() { vec![0] } else { drives.into_iter().collect() }
     }
@@ -197,7 +194,7 @@ impl Writer {
                 What::Seal { region, generation, sequence, page } => {
                     RegionMark { region: *region, generation: *generation, page: *page, sequence: *sequence }
                 }
-                What::Forget { .. } | What::Flush(_) => continue,
+                What::Opened { .. } | What::Freed { .. } | What::Forget { .. } | What::Flush(_) => continue,
             };
             marks.insert(mark.region, mark);
         }
@@ -230,6 +227,9 @@ impl Writer {
                     self.lanes[place.drive].reclaim_again_at = None;
                 }
             }
+            What::Opened { region, header, .. } => self.copy_header(region, &header),
+            What::Freed { region, write: Write::Failed(error), .. } => self.fail_reclaim(region, &error),
+            What::Freed { region, generation, .. } => self.free_region(region, generation),
             What::Forget { .. } => {}
         }
     }
@@ -239,7 +239,7 @@ fn change_of(pending: &Pending) -> Option<IndexChange> {
     let (record, location, sequence) = match &pending.what {
         What::Record { record, location, sequence, .. } => (record, *location, *sequence),
         What::Forget { id, sequence } => return Some(IndexChange::Remove { id: *id, sequence: *sequence }),
-        What::Seal { .. } | What::Flush(_) => return None,
+        What::Opened { .. } | What::Freed { .. } | What::Seal { .. } | What::Flush(_) => return None,
     };
     match record.kind.record_kind()? {
         RecordKind::Tombstone => {

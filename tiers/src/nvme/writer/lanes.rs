@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::{OpenRegion, Pending, What, Writer};
+use super::{OpenRegion, Pending, What, Write, Writer};
 use crate::error::Result;
 use crate::nvme::append::QueuedRecord;
 use crate::nvme::record_header::HeaderKind;
@@ -25,7 +25,16 @@ pub(super) struct Lane {
     pub(super) reclaim_again_at: Option<Instant>,
 }
 
+/// Writes to one drive that the engine has at most, and their bytes unless one record is larger. More than the drive takes
+/// at once, so that the engine has neighbours to write together, and something to do while the writer does something else.
+const WRITES_MAX: usize = 1024;
+const WRITE_BYTES_MAX: u64 = 64 << 20;
+
 impl Lane {
+    pub(super) fn takes_more(&self) -> bool {
+        self.in_flight < WRITES_MAX && self.in_flight_bytes < WRITE_BYTES_MAX
+    }
+
     fn has_region(&self) -> bool {
         self.open.is_some() || !self.free.is_empty()
     }
@@ -38,7 +47,7 @@ impl Writer {
         let mut is_any_busy = false;
         while let Some(number) = self.best_lane(&tried) {
             tried[number] = true;
-            if self.lanes[number].in_flight >= self.config.queue_depth {
+            if !self.lanes[number].takes_more() {
                 is_any_busy = true;
             } else if let Some(open) = self.room_on(number, record.pages) {
                 self.next_lane = (number + 1) % self.lanes.len();
@@ -114,9 +123,14 @@ impl Writer {
         }
     }
 
+    /// Starts to write the header with which the records of a region will count. Until that is durable the region is a
+    /// free one to whoever opens the store, whatever was written to it.
     fn open_region(&mut self, region: u32) -> Result<OpenRegion> {
         let first_sequence = self.counters.sequence();
-        let generation = self.begin_generation(region, RegionPurpose::Records, first_sequence)?;
+        let (header, sequence) = self.write_header(region, RegionPurpose::Records, first_sequence)?;
+        let generation = header.generation;
+        let header = Box::new(header.encode());
+        self.pending.push_back(Pending::new(What::Opened { region, header, sequence, write: Write::InFlight }));
         self.shared.regions.open(region, generation, first_sequence);
         self.shared.regions.set_used(region, HEADER_SLOTS);
         Ok(OpenRegion { region, generation, next_page: HEADER_SLOTS })

@@ -6,14 +6,17 @@
 //! generation is raised. With one drive the oldest region never needs that; with several there is a last resort. So
 //! reclaiming can not come to a standstill.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Pending, REGION_WAIT, What, Writer};
+use super::{Pending, REGION_WAIT, What, Write, Writer};
 use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::RegionMark;
 use crate::nvme::append::QueuedRecord;
 use crate::nvme::inbox::Entry;
+use crate::nvme::io::IoCompletion;
+use crate::nvme::page::Page;
 use crate::nvme::policy::RegionInfo;
 use crate::nvme::record_header::{HeaderKind, RecordHeader};
 use crate::nvme::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
@@ -40,37 +43,59 @@ pub(super) struct Reclaim {
     /// Tombstones that are not durable yet.
     waits_for: usize,
     has_failed: bool,
+    /// Whether the header that frees it is on its way.
+    is_ending: bool,
 }
 
 impl Writer {
-    /// Writes a region's header with a new generation; durable when it returns.
-    pub(super) fn begin_generation(&mut self, region: u32, purpose: RegionPurpose, first_sequence: u64) -> Result<u64> {
+    /// Starts to write a region's header with a new generation. Returns that, and the number under which the end of the
+    /// write is told.
+    pub(super) fn write_header(
+        &mut self,
+        region: u32,
+        purpose: RegionPurpose,
+        first_sequence: u64,
+    ) -> Result<(RegionHeader, u64)> {
+        let generation = self.counters.next_generation();
+        let numbers = generation.and_then(|generation| Ok((generation, self.counters.next_sequence()?)));
+        let numbers = numbers.inspect_err(|error| self.shared.poison("reserving numbers failed", error));
+        let (generation, sequence) = numbers?;
         let header = RegionHeader {
             store: self.shared.uuid,
             region,
-            generation: self.counters.next_generation().inspect_err(|error| {
-                self.shared.poison("reserving generations failed", error);
-            })?,
+            generation,
             purpose,
             first_sequence,
             region_bytes: u64::from(self.shared.drive.region_pages()) * crate::nvme::page::PAGE_BYTES as u64,
         };
-        let current = self.header_slots[region as usize];
-        let other = (current + 1) % HEADER_SLOTS;
-        let page = header.encode();
         // The slot with the current header stays as it is, so that a torn write leaves that one.
-        let written = self.shared.drive.write(region, other, &page);
-        written.inspect_err(|error| self.shared.poison.note_write(Some(error)))?;
-        let synced = if is_off!(SkipRegionHeaderSync) { Ok(()) } else { self.shared.drive.sync_regions([region]) };
-        synced.inspect_err(|error| self.shared.poison("a sync of the store failed", error))?;
-        self.header_slots[region as usize] = other;
-        // Once it is durable the other slot gets it too, against decay; the next sync makes that durable.
-        if purpose == RegionPurpose::Records
-            && let Err(error) = self.shared.drive.write(region, current, &page)
-        {
+        self.start_header(region, &header.encode(), sequence)?;
+        Ok((header, sequence))
+    }
+
+    /// A header with which records count is durable: the other slot gets it too, against decay. Not earlier, since that
+    /// slot has the header that made the region free; the next sync makes it durable.
+    pub(super) fn copy_header(&mut self, region: u32, header: &Page) {
+        let copied = self.counters.next_sequence().and_then(|sequence| {
+            self.start_header(region, header, sequence)?;
+            self.header_copies.insert(sequence, region);
+            Ok(())
+        });
+        if let Err(error) = copied {
             tracing::warn!(region, %error, "a region's second header could not be written");
         }
-        Ok(header.generation)
+    }
+
+    /// Starts to write to the slot that does not hold the current header.
+    fn start_header(&mut self, region: u32, header: &Page, sequence: u64) -> Result<()> {
+        let slot = (self.header_slots[region as usize] + 1) % HEADER_SLOTS;
+        let inbox = Arc::clone(&self.shared.inbox);
+        let done = move |completion: IoCompletion| inbox.push_written(sequence, completion.result);
+        self.shared.drive.start_write(region, slot, header, Box::new(done))?;
+        if let Some(place) = self.shared.drive.place(region) {
+            self.note_started(place.drive, 0);
+        }
+        Ok(())
     }
 
     pub(super) fn set_starving(&mut self, is_starving: bool) {
@@ -78,10 +103,15 @@ impl Writer {
         self.starving_since = is_starving.then(|| self.starving_since.unwrap_or_else(Instant::now));
     }
 
+    /// Whether there will be a free region as soon as the drive has taken its header.
+    pub(super) fn is_freeing_a_region(&self) -> bool {
+        self.reclaim.as_ref().is_some_and(|reclaim| reclaim.is_ending)
+    }
+
     /// Fails what is queued when no region could be had for too long: the cache is full of what readers hold.
     pub(super) fn fail_if_starved(&mut self) {
         let is_starved = self.starving_since.is_some_and(|since| since.elapsed() >= REGION_WAIT);
-        if !is_starved || self.queue.is_empty() || self.has_failed_write {
+        if !is_starved || self.queue.is_empty() || self.has_failed_write || self.is_freeing_a_region() {
             return;
         }
         for entry in std::mem::take(&mut self.queue) {
@@ -130,7 +160,9 @@ impl Writer {
 
     fn start_reclaim(&mut self, number: usize) -> bool {
         let prepared = self.end_reinsertion(number);
-        let candidates = self.shared.regions.candidates(number);
+        let mut candidates = self.shared.regions.candidates(number);
+        // Where the next header would go one is being written.
+        candidates.retain(|info| !self.header_copies.values().any(|region| *region == info.region));
         let prepared = prepared.filter(|region| candidates.iter().any(|info| info.region == *region));
         let chosen = prepared.or_else(|| self.shared.policy.victim(&candidates));
         let chosen = chosen.and_then(|region| candidates.iter().find(|info| info.region == region));
@@ -166,7 +198,7 @@ impl Writer {
             "no room for tombstones: older regions count only as long as the index does"
         );
         (0..self.lanes.len()).for_each(|number| self.seal_open_region(number));
-        self.reclaim = Some(Reclaim { region: info.region, waits_for: 0, has_failed: false });
+        self.reclaim = Some(Reclaim { region: info.region, waits_for: 0, has_failed: false, is_ending: false });
         self.finish_reclaim_if_ready();
         true
     }
@@ -179,7 +211,12 @@ impl Writer {
         }
         match self.tombstones_to_keep(info, limit) {
             Ok(Some(tombstones)) => {
-                self.reclaim = Some(Reclaim { region: info.region, waits_for: tombstones.len(), has_failed: false });
+                self.reclaim = Some(Reclaim {
+                    region: info.region,
+                    waits_for: tombstones.len(),
+                    has_failed: false,
+                    is_ending: false,
+                });
                 add(&self.shared.counts.kept_tombstones, tombstones.len() as u64);
                 for tombstone in tombstones {
                     self.queue.push_front(Entry::Record(Box::new(tombstone)));
@@ -253,21 +290,36 @@ impl Writer {
     }
 
     fn finish_reclaim_if_ready(&mut self) {
-        let Some(reclaim) = self.reclaim.take_if(|reclaim| reclaim.waits_for == 0) else { return };
+        let Some(reclaim) = self.reclaim.take_if(|reclaim| reclaim.waits_for == 0 && !reclaim.is_ending) else {
+            return;
+        };
         let region = reclaim.region;
         if reclaim.has_failed || self.shared.poisoned().is_some() {
             return self.shared.regions.abort_reclaim(region);
         }
-        match self.begin_generation(region, RegionPurpose::Free, 0) {
-            Ok(generation) => self.free_region(region, generation),
-            Err(error) => {
-                tracing::warn!(region, error = format!("{error:#}"), "a region could not be reclaimed");
-                self.shared.regions.abort_reclaim(region);
+        match self.write_header(region, RegionPurpose::Free, 0) {
+            Ok((RegionHeader { generation, .. }, sequence)) if is_off!(SkipFreeHeaderSync) => {
+                self.header_copies.insert(sequence, region);
+                self.free_region(region, generation);
             }
+            Ok((RegionHeader { generation, .. }, sequence)) => {
+                self.reclaim = Some(Reclaim { is_ending: true, ..reclaim });
+                let what = What::Freed { region, generation, sequence, write: Write::InFlight };
+                self.pending.push_back(Pending::new(what));
+            }
+            Err(error) => self.fail_reclaim(region, &error),
         }
     }
 
-    fn free_region(&mut self, region: u32, generation: u64) {
+    pub(super) fn fail_reclaim(&mut self, region: u32, error: &Error) {
+        tracing::warn!(region, error = format!("{error:#}"), "a region could not be reclaimed");
+        self.reclaim = None;
+        self.shared.regions.abort_reclaim(region);
+    }
+
+    /// The header that says so is durable.
+    pub(super) fn free_region(&mut self, region: u32, generation: u64) {
+        self.reclaim = None;
         let records = self.shared.regions.finish_reclaim(region, generation);
         if let Some(place) = self.shared.drive.place(region) {
             self.lanes[place.drive].free.push_back(region);

@@ -156,7 +156,7 @@ impl Writer {
         let fitting = open.filter(|(_, _, open)| open.next_page + record.pages <= region_pages);
         match fitting.min_by_key(|(_, lane, _)| (lane.has_failed, lane.in_flight_bytes)) {
             None => CopyRoom::Never,
-            Some((_, lane, _)) if lane.in_flight >= self.config.queue_depth => CopyRoom::Later,
+            Some((_, lane, _)) if !lane.takes_more() => CopyRoom::Later,
             Some((drive, _, open)) => CopyRoom::Here(drive, open),
         }
     }

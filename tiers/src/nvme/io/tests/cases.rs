@@ -118,6 +118,46 @@ pub(super) fn a_read_past_the_end_of_the_file_is_an_error(open: &Open) {
     }
 }
 
+pub(super) fn a_neighbour_past_the_end_fails_alone(open: &Open) {
+    const PAGES: usize = 8;
+    // The file ends at a page, and inside a page.
+    for file_bytes in [5 * PAGE, 6 * PAGE - 1000] {
+        let Some(rig) = Rig::new(open, 1, file_bytes) else { return };
+        let full = file_bytes / PAGE;
+        let bytes = pattern(1, full * PAGE);
+        rig.transfer(IoKind::Write, 0, filled(pages(full * PAGE), &bytes)).expect("written");
+        // Neighbours in the arena, and pages anywhere.
+        for is_slot in [true, false] {
+            let (sender, receiver) = bounded(PAGES);
+            let release = rig.block();
+            for page in 0..PAGES / 2 {
+                let buffer = if is_slot { rig.slot(2 * PAGE) } else { pages(2 * PAGE) };
+                let sender = sender.clone();
+                rig.submit(request(
+                    IoKind::Read,
+                    page * 2 * PAGE,
+                    Some(buffer),
+                    IoPriority::Demand,
+                    move |completion| {
+                        sender.send((page, completion)).expect("the test waits");
+                    },
+                ));
+            }
+            drop(release);
+            for _ in 0..PAGES / 2 {
+                let (page, completion) = receiver.recv_timeout(PATIENCE).expect("a completion");
+                let error = completion.result.err().map(|error| error.kind());
+                if (page + 1) * 2 > full {
+                    assert_eq!(error, Some(ErrorKind::Corrupt), "pair {page} is not in the file");
+                } else {
+                    let found = content(&completion.buffer.expect("the buffer comes back"));
+                    assert!(error.is_none() && found == bytes[page * 2 * PAGE..][..2 * PAGE], "pair {page}");
+                }
+            }
+        }
+    }
+}
+
 pub(super) fn requests_off_the_contract_come_back(open: &Open) {
     let Some(rig) = Rig::new(open, 8, MIB) else { return };
     let too_long = match rig.slot(2 * PAGE) {

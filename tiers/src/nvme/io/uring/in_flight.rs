@@ -1,19 +1,21 @@
-//! The operations that the kernel holds, by number. What is still in it when it is dropped is leaked, not freed: a
+//! The runs that the kernel holds, by number. What is still in it when it is dropped is leaked, not freed: a
 //! closed ring does not mean that the drive has stopped writing to memory.
 
-use super::super::operation::Operation;
+use super::run::Run;
 use crate::error::{Error, ErrorKind};
 
-/// Operations by number; the numbers are the `user_data` of the ring.
+/// Runs by number; the numbers are the `user_data` of the ring.
 pub(super) struct InFlight {
-    places: Vec<Option<Operation>>,
+    places: Vec<Option<(Run, usize)>>,
     free: Vec<usize>,
+    /// Bytes of all of them, as they came in.
+    bytes: usize,
 }
 
 impl InFlight {
-    /// Room for `depth` operations; takes more if it must.
+    /// Room for `depth` runs; takes more if it must.
     pub(super) fn new(depth: usize) -> Self {
-        Self { places: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect() }
+        Self { places: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect(), bytes: 0 }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -24,32 +26,40 @@ impl InFlight {
         self.len() == 0
     }
 
-    /// Keeps an operation and returns its number.
-    pub(super) fn insert(&mut self, operation: Operation) -> usize {
+    /// Bytes that were to be transferred when they came in.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Keeps a run and returns its number.
+    pub(super) fn insert(&mut self, run: Run) -> usize {
         let number = self.free.pop().unwrap_or(self.places.len());
+        let bytes = run.bytes();
+        self.bytes += bytes;
         match self.places.get_mut(number) {
-            Some(place) => *place = Some(operation),
-            None => self.places.push(Some(operation)),
+            Some(place) => *place = Some((run, bytes)),
+            None => self.places.push(Some((run, bytes))),
         }
         number
     }
 
-    pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Operation> {
-        self.places.get_mut(number)?.as_mut()
+    pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Run> {
+        self.places.get_mut(number)?.as_mut().map(|(run, _)| run)
     }
 
-    pub(super) fn remove(&mut self, number: usize) -> Option<Operation> {
-        let operation = self.places.get_mut(number)?.take()?;
+    pub(super) fn remove(&mut self, number: usize) -> Option<Run> {
+        let (run, bytes) = self.places.get_mut(number)?.take()?;
         self.free.push(number);
-        Some(operation)
+        self.bytes -= bytes;
+        Some(run)
     }
 
     /// Completes all that is left with an error and leaks its buffers.
     pub(super) fn abandon(&mut self, error: &Error) {
         for number in 0..self.places.len() {
-            if let Some(operation) = self.remove(number) {
+            if let Some(run) = self.remove(number) {
                 tracing::error!(%error, "an I/O operation is given up; its memory is kept from reuse");
-                operation.abandon(error.clone());
+                run.abandon(error);
             }
         }
     }
@@ -66,6 +76,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use super::super::super::operation::Operation;
     use super::super::super::{FileId, IoBuffer, IoKind, IoPriority, IoRequest};
     use super::*;
     use crate::dram::{Arena, ArenaConfig};
@@ -88,9 +99,9 @@ mod tests {
             });
             let priority = IoPriority::Demand;
             let request = IoRequest { file: FileId(0), kind: IoKind::Read, offset, buffer, priority, done };
-            in_flight.insert(Operation::new(request, true, 4096));
+            in_flight.insert(Run::new(vec![Operation::new(request, true, 4096)]));
         }
-        assert_eq!((in_flight.len(), in_flight.is_empty()), (2, false));
+        assert_eq!((in_flight.len(), in_flight.is_empty(), in_flight.bytes()), (2, false, 2 * 8192));
         drop(in_flight);
         assert_eq!((ended.load(Ordering::SeqCst), arena.used_bytes()), (2, 2 * 8192));
     }

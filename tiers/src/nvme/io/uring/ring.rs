@@ -2,9 +2,11 @@
 //! user of the ring and of the operations in flight.
 #![expect(unsafe_code, reason = "hands memory and descriptors to the kernel through the ring")]
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +17,7 @@ use super::super::operation::{Operation, deliver, panic_text};
 use super::super::{IoCompletion, IoKind, IoRequest};
 use super::in_flight::InFlight;
 use super::registered::{Registered, register_most};
+use super::run::{Next, Run};
 use super::{RingOptions, Shared};
 use crate::dram::Arena;
 use crate::error::{Error, ErrorKind, Result};
@@ -49,6 +52,7 @@ pub(super) fn serve(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions
     tracing::error!(%error, "the io_uring engine broke down and takes no more requests");
     shared.inbox.lock().queues.close(error.clone());
     ring.in_flight.abandon(&error);
+    ring.again.drain(..).for_each(|operation| operation.finish(Err(error.clone())));
     ring.refuse_waiting();
 }
 
@@ -61,11 +65,17 @@ struct Ring {
     options: RingOptions,
     registered: Registered,
     has_registered_files: bool,
+    in_flight_bytes_max: usize,
+    /// Whether the kernel has reads and writes of several pieces of registered memory.
+    has_registered_vectors: bool,
+    /// What is to be transferred alone after a run that it was in; at most the members of all runs in flight.
+    again: VecDeque<Operation>,
     /// Whether the eventfd is being polled.
     is_wake_armed: bool,
     wake_failures: u32,
     enter_failures: u32,
-    /// Reused: numbers of operations to start, and what the kernel reported.
+    /// Reused: the requests of a run, numbers of runs to start, and what the kernel reported.
+    run: Vec<IoRequest>,
     taken: Vec<usize>,
     reported: Vec<(u64, i32)>,
     arena: Arc<Arena>,
@@ -74,7 +84,7 @@ struct Ring {
 impl Ring {
     fn new(shared: Arc<Shared>, arena: Arc<Arena>, options: RingOptions) -> Result<Self> {
         let depth = options.depth;
-        let ring = build(depth)?;
+        let (ring, has_registered_vectors) = build(depth)?;
         let has_registered_files = match ring.submitter().register_files(&shared.files.raw()) {
             Ok(()) => true,
             Err(error) => {
@@ -83,6 +93,8 @@ impl Ring {
             }
         };
         let registered = make_table(&ring, &arena, options);
+        // The first file has the superblocks, each other one is a drive.
+        let drives = shared.files.raw().len().saturating_sub(1).max(1);
         let mut ring = Self {
             ring,
             in_flight: InFlight::new(depth),
@@ -90,9 +102,13 @@ impl Ring {
             options,
             registered,
             has_registered_files,
+            in_flight_bytes_max: options.in_flight_bytes.saturating_mul(drives),
+            has_registered_vectors,
+            again: VecDeque::new(),
             is_wake_armed: false,
             wake_failures: 0,
             enter_failures: 0,
+            run: Vec::new(),
             taken: Vec::with_capacity(depth),
             reported: Vec::with_capacity(2 * depth + 2),
             arena,
@@ -112,7 +128,7 @@ impl Ring {
     fn run(&mut self) -> Result<()> {
         loop {
             let is_closed = self.take_requests()?;
-            if is_closed && self.in_flight.is_empty() {
+            if is_closed && self.in_flight.is_empty() && self.again.is_empty() {
                 return Ok(());
             }
             self.register_next();
@@ -144,21 +160,35 @@ impl Ring {
     /// Moves requests from the inbox into the ring, as many as may be in flight. Returns whether the engine is closed;
     /// then what waited has been completed with the reason.
     fn take_requests(&mut self) -> Result<bool> {
+        while self.in_flight.len() < self.options.depth
+            && let Some(operation) = self.again.pop_front()
+        {
+            let number = self.in_flight.insert(Run::new(vec![operation]));
+            self.start(number)?;
+        }
         let mut inbox = self.shared.inbox.lock();
         if inbox.queues.end().is_some() {
             drop(inbox);
             self.refuse_waiting();
             return Ok(true);
         }
-        while self.in_flight.len() < self.options.depth
-            && let Some(request) = inbox.queues.pop()
-        {
-            let is_direct = self.shared.files.is_direct(request.file);
-            let operation = Operation::new(request, is_direct, self.options.piece_bytes);
-            self.taken.push(self.in_flight.insert(operation));
+        let run_bytes = self.options.run_bytes.min(self.options.piece_bytes);
+        let mut run = std::mem::take(&mut self.run);
+        while self.has_room() {
+            inbox.queues.pop_run(run_bytes, &mut run);
+            if run.is_empty() {
+                break;
+            }
+            let member = |request: IoRequest| {
+                let is_direct = self.shared.files.is_direct(request.file);
+                Operation::new(request, is_direct, self.options.piece_bytes)
+            };
+            let run = Run::new(run.drain(..).map(member).collect());
+            self.taken.push(self.in_flight.insert(run));
         }
+        self.run = run;
         // With the ring full a completion comes before there is anything to do for a new request.
-        inbox.wants_wake = self.in_flight.len() < self.options.depth;
+        inbox.wants_wake = self.has_room();
         drop(inbox);
         let mut taken = std::mem::take(&mut self.taken);
         for number in taken.drain(..) {
@@ -166,6 +196,10 @@ impl Ring {
         }
         self.taken = taken;
         Ok(false)
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight.len() < self.options.depth && self.in_flight.bytes() < self.in_flight_bytes_max
     }
 
     /// Completes what waits in the inbox with the reason why the engine ended.
@@ -179,17 +213,26 @@ impl Ring {
         }
     }
 
-    /// Puts the next transfer of an operation into the submission queue.
+    /// Puts the next transfer of a run into the submission queue.
     fn start(&mut self, number: usize) -> Result<()> {
-        let Some(operation) = self.in_flight.get_mut(number) else { return Ok(()) };
-        let file = operation.file();
-        let entry = if self.has_registered_files {
-            self.registered.transfer(operation, types::Fd(file.0.cast_signed())).flags(squeue::Flags::FIXED_FILE)
+        let Some(run) = self.in_flight.get_mut(number) else { return Ok(()) };
+        let Some(first) = run.first() else { return Ok(()) };
+        let (file, flags) = if self.has_registered_files {
+            (types::Fd(first.file().0.cast_signed()), squeue::Flags::FIXED_FILE)
         } else {
-            let file = self.shared.files.get(file).map_err(|source| broken("finding a file", source))?;
-            self.registered.transfer(operation, types::Fd(file.as_raw_fd()))
+            let file = self.shared.files.get(first.file()).map_err(|source| broken("finding a file", source))?;
+            (types::Fd(file.as_raw_fd()), squeue::Flags::empty())
         };
-        self.push(entry.user_data(number as u64))
+        let offset = first.piece().offset;
+        let entry = match run.vectors() {
+            [] => self.registered.transfer(first.kind(), first.memory(), file, offset),
+            [one] => match NonNull::new(one.iov_base.cast()) {
+                Some(start) => self.registered.transfer(first.kind(), (start, one.iov_len), file, offset),
+                None => return Ok(()),
+            },
+            several => self.registered.vectored(first.kind(), several, file, offset, self.has_registered_vectors),
+        };
+        self.push(entry.flags(flags).user_data(number as u64))
     }
 
     fn arm_wake(&mut self) -> Result<()> {
@@ -271,27 +314,30 @@ impl Ring {
     }
 
     fn transferred(&mut self, number: usize, outcome: i32) -> Result<()> {
-        let Some(operation) = self.in_flight.get_mut(number) else { return Ok(()) };
+        let Some(run) = self.in_flight.get_mut(number) else { return Ok(()) };
         let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
-        match operation.advance(outcome) {
-            None => self.start(number),
-            Some(result) => {
-                if let Some(operation) = self.in_flight.remove(number) {
-                    operation.finish(result);
-                }
-                Ok(())
+        match run.advance(outcome) {
+            Next::Again => self.start(number)?,
+            Next::Ended(result) => self.in_flight.remove(number).into_iter().for_each(|run| run.finish(&result)),
+            Next::Parted(moved) => {
+                self.again.extend(self.in_flight.remove(number).into_iter().flat_map(|run| run.part(moved)));
             }
         }
+        Ok(())
     }
 }
 
 impl Registered {
-    /// The entry of the next transfer of an operation on a descriptor.
-    fn transfer(&self, operation: &Operation, file: types::Fd) -> squeue::Entry {
-        let (memory, bytes) = operation.memory();
-        let offset = operation.piece().offset;
+    /// The entry of a transfer between memory and a descriptor.
+    fn transfer(
+        &self,
+        kind: IoKind,
+        (memory, bytes): (NonNull<u8>, usize),
+        file: types::Fd,
+        offset: u64,
+    ) -> squeue::Entry {
         let (start, length) = (memory.as_ptr(), bytes as u32);
-        match (operation.kind(), self.buffer_of(memory, bytes)) {
+        match (kind, self.buffer_of(memory, bytes)) {
             (IoKind::Sync, _) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
             (IoKind::Read, Some(buffer)) => opcode::ReadFixed::new(file, start, length, buffer).offset(offset).build(),
             (IoKind::Read, None) => opcode::Read::new(file, start, length).offset(offset).build(),
@@ -301,10 +347,33 @@ impl Registered {
             (IoKind::Write, None) => opcode::Write::new(file, start, length).offset(offset).build(),
         }
     }
+
+    /// The entry of a transfer between several pieces of memory and a descriptor. The pieces are read when the entry is
+    /// submitted.
+    fn vectored(
+        &self,
+        kind: IoKind,
+        pieces: &[libc::iovec],
+        file: types::Fd,
+        offset: u64,
+        has_registered_vectors: bool,
+    ) -> squeue::Entry {
+        let buffer = |piece: &libc::iovec| self.buffer_of(NonNull::new(piece.iov_base.cast())?, piece.iov_len);
+        let first = pieces.first().filter(|_| has_registered_vectors).and_then(buffer);
+        let buffer = first.filter(|first| pieces.iter().all(|piece| buffer(piece) == Some(*first)));
+        let (start, count) = (pieces.as_ptr(), pieces.len() as u32);
+        match (kind == IoKind::Read, buffer) {
+            (true, Some(buffer)) => opcode::ReadvFixed::new(file, start, count, buffer).offset(offset).build(),
+            (true, None) => opcode::Readv::new(file, start, count).offset(offset).build(),
+            (false, Some(buffer)) => opcode::WritevFixed::new(file, start, count, buffer).offset(offset).build(),
+            (false, None) => opcode::Writev::new(file, start, count).offset(offset).build(),
+        }
+    }
 }
 
-/// Makes the ring, with what the kernel has to save interrupts and wake-ups, and asks whether it has all we need.
-fn build(depth: usize) -> Result<IoUring> {
+/// Makes the ring, with what the kernel has to save interrupts and wake-ups, and asks whether it has all we need, and
+/// whether it has transfers between a file and several pieces of registered memory.
+fn build(depth: usize) -> Result<(IoUring, bool)> {
     // One entry for each operation and one for the poll; twice as many completions can never overflow.
     let entries = (depth as u32 + 1).next_power_of_two();
     let builder = || {
@@ -325,6 +394,8 @@ fn build(depth: usize) -> Result<IoUring> {
     let known = ring.submitter().register_probe(&mut probe);
     let needed = [
         opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Writev::CODE,
         opcode::ReadFixed::CODE,
         opcode::Write::CODE,
         opcode::WriteFixed::CODE,
@@ -335,7 +406,9 @@ fn build(depth: usize) -> Result<IoUring> {
         let message = "the kernel's io_uring is too old; use Linux 5.6 or later, or io = psync";
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    Ok(ring)
+    let has_vectors =
+        [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE].iter().all(|&code| probe.is_supported(code));
+    Ok((ring, has_vectors))
 }
 
 fn refused(source: io::Error) -> Error {

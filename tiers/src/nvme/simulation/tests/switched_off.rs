@@ -70,7 +70,8 @@ noticed! {
     reuse_sequences: ReuseSequences by By::Histories;
     reuse_generations: ReuseGenerations by By::Histories;
     skip_superblock_sync: SkipSuperblockSync by By::Histories;
-    skip_region_header_sync: SkipRegionHeaderSync by By::Histories;
+    skip_region_header: SkipRegionHeader by By::Histories;
+    skip_free_header_sync: SkipFreeHeaderSync by By::Histories;
     skip_fence: SkipFence by By::Histories;
     ignore_sequence_rule: IgnoreSequenceRule by By::Histories;
     drop_tombstones: DropTombstones by By::Histories;
