@@ -19,6 +19,7 @@ import faulthandler
 import json
 import statistics
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _WARM_UP_STEPS = 50
 # Without an end of a part for so long, where every thread is goes to standard error.
 _STUCK_SECONDS = 60.0
+# Steps beside copies that take longer than so many times the ones alone mean that the copies starve the model.
+_STARVED_FACTOR = 10.0
 
 
 class Decoding:
@@ -64,6 +67,26 @@ class Decoding:
         return times
 
 
+class _Watch:
+    """Stops copies that are still on after so many seconds."""
+
+    def __init__(self, loop: Any, seconds: float) -> None:
+        self._loop = loop
+        self._timer = threading.Timer(seconds, self._fire)
+        self._timer.daemon = True
+        self._timer.start()
+        self.has_fired = False
+
+    def _fire(self) -> None:
+        self.has_fired = True
+        self._loop.stop()
+
+    def stop(self) -> float:
+        """Stops the copies; GB/s, or 0 if they were stopped before."""
+        self._timer.cancel()
+        return float(self._loop.stop())
+
+
 def _say(what: str) -> None:
     """Reports that it goes on."""
     print(f"interference: {what}", file=sys.stderr, flush=True)
@@ -82,11 +105,18 @@ def measure(decoding: Decoding, loops: dict[str, Any], rounds: int, steps: int) 
     for _ in range(rounds):
         for name, loop in loops.items():
             half = steps // 2
-            times[name]["alone"] += decoding.steps(half)
+            before = decoding.steps(half)
+            times[name]["alone"] += before
             loop.start()
+            # A step that waits for the copies would wait for ever: they only end when they are told to.
+            patience = 1 + _STARVED_FACTOR * statistics.median(before) / 1e3 * (steps + 5)
+            watch = _Watch(loop, patience)
             decoding.steps(5)
             times[name]["beside"] += decoding.steps(steps)
-            rates[name].append(loop.stop())
+            rates[name].append(watch.stop())
+            if watch.has_fired:
+                message = f"{name}: {steps} steps took more than {patience:.1f} s: the copies starve the model"
+                raise RuntimeError(message)
             decoding.steps(5)
             times[name]["alone"] += decoding.steps(steps - half)
             median = {kind: round(statistics.median(of_kind), 2) for kind, of_kind in times[name].items()}

@@ -360,7 +360,7 @@ impl Bench {
         let bytes = blocks.len() as u64 * setup.memory.layout().block_bytes();
         ensure!(bytes <= self.copy_bytes, "more was moved than said");
         let gbps = gbps(bytes, median(times.split_off(1)));
-        let method = setup.memory.method_name(direction, path == Path::Before);
+        let method = setup.memory.method_name();
         progress(&format!(
             "{:>5} KiB  {name}        {:<11}  {method:<7}  {gbps:>7.1}  {:>6.3}",
             setup.fragment_bytes / KIB,

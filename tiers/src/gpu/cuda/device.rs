@@ -44,11 +44,11 @@ impl Core {
     fn open(ordinal: u32) -> Result<Self> {
         let context = Context::retain(ordinal)?;
         let (lowest, highest) = context.priorities()?;
-        let lane = |priority| Lane::new(&context, priority).map(Mutex::new);
+        let background = || Lane::background(&context, lowest).map(Mutex::new);
         Ok(Self {
-            urgent: lane(highest)?,
-            loads: lane(highest)?,
-            saves: lane(lowest)?,
+            urgent: Mutex::new(Lane::new(&context, highest)?),
+            loads: background()?,
+            saves: background()?,
             setup: Stream::new(&context, lowest)?,
             arenas: Arenas::default(),
             inbox: Inbox::default(),
@@ -83,7 +83,8 @@ impl Core {
 
     /// Takes the memory that staged copies need, so that no copy has to: taking GPU memory may wait for the device.
     pub(super) fn take_staging(&self) {
-        for (lane, direction) in [(&self.urgent, CopyDirection::ToDevice), (&self.saves, CopyDirection::ToSlots)] {
+        use CopyDirection::{ToDevice, ToSlots};
+        for (lane, direction) in [(&self.urgent, ToDevice), (&self.loads, ToDevice), (&self.saves, ToSlots)] {
             let _without_it_copies_are_slower = lane.lock().method(&self.tools, Method::Staged, direction);
         }
     }

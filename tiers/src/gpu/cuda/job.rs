@@ -134,7 +134,7 @@ impl Job {
         let Some(registration) = &self.registration else { return false };
         let method = self.method(lane);
         let geometry = self.memory.geometry();
-        let Some(piece) = self.cursor.next(geometry, self.copy.blocks.len(), method.piece_bytes()) else {
+        let Some(piece) = self.cursor.next(geometry, self.copy.blocks.len(), method.piece_bytes(self.is_urgent)) else {
             return false;
         };
         let copying = Copying {
@@ -166,7 +166,7 @@ impl Job {
     pub(super) fn method(&self, lane: &mut Lane) -> Method {
         let direction = self.copy.direction;
         let wanted = self.memory.forced_method();
-        let wanted = wanted.unwrap_or_else(|| Method::choose(direction, self.is_urgent, self.memory.shape()));
+        let wanted = wanted.unwrap_or_else(|| Method::choose(self.memory.shape()));
         lane.method(&self.memory.core().tools, wanted, direction)
     }
 

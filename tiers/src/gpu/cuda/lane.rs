@@ -12,7 +12,9 @@ use crate::dram::Place;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gpu::CopyDirection;
 
-const STAGING_BUFFERS: u64 = 3;
+/// Of a lane; of one whose pieces wait for one another, two, as many as the calibration needs.
+const STAGING_BUFFERS: usize = 3;
+const BACKGROUND_STAGING_BUFFERS: usize = 2;
 
 /// What every lane of a GPU uses.
 pub(super) struct Tools {
@@ -36,7 +38,7 @@ pub(super) struct Copying<'a> {
 struct Staging {
     buffer: DeviceBuffer,
     /// When each of the buffers may be filled again.
-    free: [Option<Arc<Recorded>>; STAGING_BUFFERS as usize],
+    free: Vec<Option<Arc<Recorded>>>,
     next: usize,
 }
 
@@ -50,6 +52,10 @@ pub(super) struct Lane {
     kernels: Stream,
     copies: Stream,
     staging: StagingState,
+    /// Whether each piece begins when the one before it has ended, so that the copy engine rests while the kernel runs.
+    is_background: bool,
+    /// The end of the last piece of a background lane.
+    last_end: Option<Arc<Recorded>>,
     /// Something failed half way: nothing more is queued until what was has ended.
     has_failed: bool,
 }
@@ -60,8 +66,16 @@ impl Lane {
             kernels: Stream::new(context, priority)?,
             copies: Stream::new(context, priority)?,
             staging: StagingState::Untried,
+            is_background: false,
+            last_end: None,
             has_failed: false,
         })
+    }
+
+    /// A lane for copies that go on for long beside a model. Its copy engine has a pause after each piece: without one it
+    /// serves no other stream, and the model's steps, which copy a little too, stand still.
+    pub(super) fn background(context: &Arc<Context>, priority: c_int) -> Result<Self> {
+        Ok(Self { is_background: true, ..Self::new(context, priority)? })
     }
 
     /// The method that will be used where `wanted` is: staging takes GPU memory, which may be short.
@@ -76,9 +90,10 @@ impl Lane {
     /// Takes the memory for staging at its first use.
     fn staging(&mut self, tools: &Tools) -> Option<&mut Staging> {
         if matches!(self.staging, StagingState::Untried) {
-            let bytes = STAGING_BYTES * STAGING_BUFFERS;
-            self.staging = match DeviceBuffer::new(&tools.context, bytes as usize) {
-                Ok(buffer) => StagingState::Taken(Staging { buffer, free: Default::default(), next: 0 }),
+            let buffers = if self.is_background { BACKGROUND_STAGING_BUFFERS } else { STAGING_BUFFERS };
+            let bytes = STAGING_BYTES as usize * buffers;
+            self.staging = match DeviceBuffer::new(&tools.context, bytes) {
+                Ok(buffer) => StagingState::Taken(Staging { buffer, free: vec![None; buffers], next: 0 }),
                 Err(error) => {
                     tracing::warn!(
                         %error, bytes, gpu = tools.context.ordinal(),
@@ -160,7 +175,7 @@ impl Lane {
     ) -> Result<Arc<Recorded>> {
         let Copying { direction, blocks, geometry, slices, arena } = copying;
         let to_device = direction == CopyDirection::ToDevice;
-        let Self { kernels, copies, staging, .. } = self;
+        let Self { kernels, copies, staging, is_background, last_end, .. } = self;
         // SAFETY: the caller's promise, for both.
         let run_kernel =
             |other| unsafe { tools.kernel.queue(kernels, ctas, to_device, slices, (blocks, piece), other) };
@@ -188,8 +203,8 @@ impl Lane {
             return Err(Error::new(ErrorKind::Io, "there is no such staging buffer"));
         };
         let (first, second) = if to_device { (&*copies, &*kernels) } else { (&*kernels, &*copies) };
-        if let Some(free) = free {
-            first.wait_for(free)?;
+        if let Some(before) = if *is_background { last_end.as_ref() } else { free.as_ref() } {
+            first.wait_for(before)?;
         }
         if to_device {
             run_copies(Some(buffer))?;
@@ -204,6 +219,7 @@ impl Lane {
         }
         let end = record(second)?;
         *free = Some(Arc::clone(&end));
+        *last_end = Some(Arc::clone(&end));
         Ok(end)
     }
 }

@@ -102,8 +102,8 @@ impl CudaMemory {
 
     /// The method that a copy takes: for benches.
     #[doc(hidden)]
-    pub fn method_name(&self, direction: CopyDirection, is_urgent: bool) -> &'static str {
-        match self.forced.unwrap_or_else(|| Method::choose(direction, is_urgent, self.shape())) {
+    pub fn method_name(&self) -> &'static str {
+        match self.forced.unwrap_or_else(|| Method::choose(self.shape())) {
             Method::Batch => "batch",
             Method::Staged => "staged",
             Method::Kernel => "kernel",

@@ -40,20 +40,19 @@ impl Tuning {
 const FRAGMENT_BYTES_SMALL: u64 = 16 << 10;
 /// Bytes of a staging buffer. With a quarter of it staged copies lose 2 % of the link.
 pub(super) const STAGING_BYTES: u64 = 16 << 20;
+/// Bytes that the device has of background copies of one direction: two staged pieces, or one of another kind. A copy
+/// engine that always has something to do serves no other stream, so that a model's own small copies, and with them its
+/// steps, would stand still as long as blocks are copied. With so little it has nothing to do now and then.
+pub(super) const BACKGROUND_BYTES_MAX: u64 = 16 << 20;
 
 impl Method {
-    /// The way of a copy. A load `is_urgent` if a stream waits for it.
+    /// The way of a copy.
     ///
-    /// Saves never take the kernel over the link: while its writes to host memory are in flight, every kernel that ends
-    /// on the device waits for them, and decoding slows down by a fifth and more. A background load takes it, because it
-    /// disturbs less than staging (8 % instead of 12 % of a memory-bound decode step).
-    pub(super) fn choose(direction: CopyDirection, is_urgent: bool, shape: Shape) -> Self {
-        match direction {
-            _ if shape.fragments == 1 => Self::Batch,
-            CopyDirection::ToSlots => Self::Staged,
-            CopyDirection::ToDevice if is_urgent => Self::Staged,
-            CopyDirection::ToDevice => Self::Kernel,
-        }
+    /// Nothing takes the kernel over the link where there is memory for staging. While writes to host memory are in flight,
+    /// every kernel that ends on the device waits for them, and decoding slows down by a fifth and more. Loads keep CTAs
+    /// busy that the model's own kernels count on: a decode batch takes a quarter longer, with staging an eighth.
+    pub(super) fn choose(shape: Shape) -> Self {
+        if shape.fragments == 1 { Self::Batch } else { Self::Staged }
     }
 
     /// What to do instead where there is no memory for staging.
@@ -65,9 +64,11 @@ impl Method {
         }
     }
 
-    /// The most that is queued at once.
-    pub(super) fn piece_bytes(self) -> u64 {
+    /// The most that is queued at once. Of a copy that nobody's stream waits for less: what the model itself copies beside
+    /// it waits until the copy engine has ended a piece.
+    pub(super) fn piece_bytes(self, is_urgent: bool) -> u64 {
         match self {
+            Self::Staged if !is_urgent => BACKGROUND_BYTES_MAX / 2,
             Self::Batch | Self::Staged => STAGING_BYTES,
             // The end of a launch is slow: some CTAs have nothing left to do.
             Self::Kernel => 4 * STAGING_BYTES,
@@ -90,19 +91,18 @@ mod tests {
 
     #[test]
     fn each_copy_takes_its_way() {
-        use CopyDirection::{ToDevice, ToSlots};
         let one = Shape { fragments: 1, fragment_bytes: 4 << 20 };
         let many = Shape { fragments: 64, fragment_bytes: 64 << 10 };
-        for (direction, is_urgent, shape, method) in [
-            (ToSlots, false, one, Method::Batch),
-            (ToDevice, false, one, Method::Batch),
-            (ToDevice, true, one, Method::Batch),
-            (ToSlots, false, many, Method::Staged),
-            (ToDevice, true, many, Method::Staged),
-            (ToDevice, false, many, Method::Kernel),
-        ] {
-            assert_eq!(Method::choose(direction, is_urgent, shape), method, "{direction:?} {is_urgent} {shape:?}");
+        assert_eq!((Method::choose(one), Method::choose(many)), (Method::Batch, Method::Staged));
+    }
+
+    #[test]
+    fn of_a_background_copy_the_copy_engine_never_has_two_large_pieces() {
+        for method in [Method::Batch, Method::Staged, Method::Kernel] {
+            let piece = method.piece_bytes(false);
+            assert!(piece >= BACKGROUND_BYTES_MAX || method == Method::Staged && 2 * piece <= BACKGROUND_BYTES_MAX);
         }
+        assert_eq!(Method::Staged.piece_bytes(true), STAGING_BYTES);
     }
 
     #[test]

@@ -1,11 +1,9 @@
-//! What is queued on the device next: loads before saves, each within its bound. Knows nothing of CUDA.
+//! What is queued on the device next: loads before saves, each within its bound, so that a cancel takes effect within a
+//! millisecond. Knows nothing of CUDA.
 
 use std::collections::VecDeque;
 
-/// Bytes of loads that the device has at a time: 5 ms of the link, so that a cancel takes effect within that.
-const LOAD_BYTES_MAX: u64 = 256 << 20;
-/// The same of saves; less, because a load that comes waits behind them for the device's memory.
-const SAVE_BYTES_MAX: u64 = 64 << 20;
+use super::method::BACKGROUND_BYTES_MAX;
 
 /// A copy in the queue.
 pub(super) trait Work {
@@ -41,9 +39,9 @@ impl<W: Work> Queue<W> {
     /// The copy whose next piece goes to the device now: the first load that is ready. A save only while no load could
     /// go: saves must not delay loads, but may use the other direction of the link beside those in flight.
     pub(super) fn next(&mut self) -> Option<&mut W> {
-        for (side, bytes_max) in [(&mut self.loads, LOAD_BYTES_MAX), (&mut self.saves, SAVE_BYTES_MAX)] {
+        for side in [&mut self.loads, &mut self.saves] {
             let in_flight: u64 = side.iter().map(Work::in_flight_bytes).sum();
-            if in_flight < bytes_max
+            if in_flight < BACKGROUND_BYTES_MAX
                 && let Some(work) = side.iter_mut().find(|work| work.is_ready())
             {
                 return Some(work);
@@ -121,9 +119,9 @@ mod tests {
     #[test]
     fn the_device_never_has_more_than_the_bounds() {
         let next = |works: &[_]| queue(works).next().map(|work| work.name);
-        assert_eq!(next(&[("load", true, true, LOAD_BYTES_MAX), ("save", false, true, 0)]), Some("save"));
-        assert_eq!(next(&[("load", true, true, 1), ("ended", true, false, LOAD_BYTES_MAX)]), None);
-        assert_eq!(next(&[("save", false, true, SAVE_BYTES_MAX), ("load", true, false, 0)]), None);
+        assert_eq!(next(&[("load", true, true, BACKGROUND_BYTES_MAX), ("save", false, true, 0)]), Some("save"));
+        assert_eq!(next(&[("load", true, true, 1), ("ended", true, false, BACKGROUND_BYTES_MAX)]), None);
+        assert_eq!(next(&[("save", false, true, BACKGROUND_BYTES_MAX), ("load", true, false, 0)]), None);
     }
 
     #[test]
