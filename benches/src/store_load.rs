@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How many reads are on their way at most, and how many bytes.
 const READS_MAX: usize = 512;
 const READ_BYTES_MAX: u64 = 128 << 20;
+/// Half of what may wait for the store's encoders before it stores blocks as they are.
+const FILL_PART_BYTES: u64 = 32 << 20;
 
 /// What a turn is.
 #[derive(Debug, Clone, Copy)]
@@ -153,6 +155,20 @@ impl StoreLoad {
     /// # Errors
     /// What the store reports.
     pub fn write(&mut self, order: Order) -> Result<Duration> {
+        self.write_in_parts(order, u64::MAX)
+    }
+
+    /// As [`Self::write`], so slowly that the store finds the time to encode each block that it can.
+    ///
+    /// # Errors
+    /// What the store reports.
+    pub fn fill(&mut self) -> Result<()> {
+        self.write_in_parts(Order::Sequential, FILL_PART_BYTES).map(drop)
+    }
+
+    /// Waits each time so many bytes were given to the store.
+    fn write_in_parts(&mut self, order: Order, part_bytes: u64) -> Result<Duration> {
+        let blocks_in_part = (part_bytes / self.shape.block_bytes).max(1);
         let mut slots: Vec<usize> = (0..self.shape.blocks).collect();
         if order == Order::Random {
             slots.shuffle(&mut self.random);
@@ -180,6 +196,9 @@ impl StoreLoad {
                 append = back;
             }
             parent = id.key;
+            if (u64::from(depth) + 1).is_multiple_of(blocks_in_part) {
+                self.store.flush(start + PATIENCE)?;
+            }
         }
         self.store.flush(start + PATIENCE)?;
         let elapsed = start.elapsed();

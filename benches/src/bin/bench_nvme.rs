@@ -247,6 +247,20 @@ impl<'a> Bench<'a> {
                 pairs.0.push(pair(number, bytes, &mut load, write, |load| load.write(order))?);
                 raw_bytes.1 += bytes;
             }
+        }
+        let before = load.stats();
+        if !is_plain {
+            // What is read is to be what the codec makes of all blocks, however fast they were written above.
+            (0..pairs).try_for_each(|_| load.fill())?;
+        }
+        let after = load.stats();
+        let payload_bytes = after.appended_payload_bytes - before.appended_payload_bytes;
+        let payload_ratio = match after.appended_stored_bytes - before.appended_stored_bytes {
+            0 => 1.0,
+            stored_bytes => payload_bytes as f64 / stored_bytes as f64,
+        };
+        for number in 0..pairs {
+            let start = number as u64 * bytes;
             let offsets = in_order(start, bytes, read_shape.request_bytes);
             let read = || raw.run(Transfer::Read, read_shape, &offsets);
             reads.0.push(pair(number, bytes, &mut load, read, |load| load.read(Order::Sequential))?);
@@ -276,7 +290,7 @@ impl<'a> Bench<'a> {
             json!({
                 "block_bytes": block_bytes, "codec": codec, "order": order,
                 "read_ratio": round(reads.ratio()), "write_ratio": round(writes.ratio()),
-                "first_write_ratio": round(fresh.ratio()),
+                "first_write_ratio": round(fresh.ratio()), "payload_ratio": round(payload_ratio),
                 "cpu_cores_per_gbps": round(reads.cores()), "write_cpu_cores_per_gbps": round(writes.cores()),
             })
         };

@@ -27,9 +27,10 @@ use crate::error::{Error, Result};
 const ENCODERS_MAX: usize = 4;
 /// Bytes of records that are encoded and not yet written; the encoders wait beyond it (but one record always goes).
 const IMAGE_BYTES_MAX: u64 = if cfg!(test) { 256 << 10 } else { 256 << 20 };
-/// Bytes of records that wait for the encoders, above which records are stored as they are; while it is the drive that is
-/// behind there is time to encode all of them.
-const WAITING_BYTES_MAX: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
+/// Bytes of records that wait for the encoders, above which records are stored as they are: this share of what the writer's
+/// queue holds, but not less than the second. While it is the drive that is behind there is time to encode all of them.
+const WAITING_SHARE: u64 = 4;
+const WAITING_BYTES_MIN: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// Bytes of buffers that are kept for the next records.
 const SPARE_BYTES_MAX: usize = 64 << 20;
 
@@ -168,17 +169,29 @@ pub(super) struct Encoders {
     shared: Arc<Shared>,
     choice: CodecChoice,
     jobs: Arc<Jobs>,
+    waiting_bytes_max: u64,
     lanes: RwLock<HashMap<(NamespaceHandle, u16), Arc<Lane>>>,
 }
 
 impl Encoders {
-    /// Starts the threads; none if nothing is to be encoded. Dropping the result lets them end.
+    /// Starts the threads; none if nothing is to be encoded. The writer's queue holds `queue_bytes`. Dropping the result
+    /// lets the threads end.
     ///
     /// # Errors
     /// `Io` if the system gives no threads.
-    pub(super) fn start(shared: &Arc<Shared>, choice: CodecChoice) -> Result<(Self, Vec<JoinHandle<()>>)> {
+    pub(super) fn start(
+        shared: &Arc<Shared>,
+        choice: CodecChoice,
+        queue_bytes: u64,
+    ) -> Result<(Self, Vec<JoinHandle<()>>)> {
         let jobs: Arc<Jobs> = Arc::default();
-        let encoders = Self { shared: Arc::clone(shared), choice, jobs: Arc::clone(&jobs), lanes: RwLock::default() };
+        let encoders = Self {
+            shared: Arc::clone(shared),
+            choice,
+            jobs: Arc::clone(&jobs),
+            waiting_bytes_max: (queue_bytes / WAITING_SHARE).max(WAITING_BYTES_MIN),
+            lanes: RwLock::default(),
+        };
         let threads = match choice {
             CodecChoice::None => 0,
             CodecChoice::Auto => super::cores().div_ceil(4).min(ENCODERS_MAX),
@@ -230,7 +243,7 @@ impl Encoders {
         }
         let state = self.jobs.state.lock();
         let are_encoders_behind =
-            state.waiting_bytes + record.payload_bytes > WAITING_BYTES_MAX && state.has_room(record.payload_bytes);
+            state.waiting_bytes + record.payload_bytes > self.waiting_bytes_max && state.has_room(record.payload_bytes);
         drop(state);
         if are_encoders_behind {
             return Plan::Skip(Skip::Queue);

@@ -190,7 +190,7 @@ impl Store {
             shared.set_decode_speed(measure_decoding());
         }
         helpers.push(writer.start_reinserter()?);
-        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec)?;
+        let (encoders, encoder_threads) = Encoders::start(&shared, config.codec, config.write_queue_bytes)?;
         helpers.extend(encoder_threads);
         let fill = fill::go_on(&shared)?;
         let (ended, writer_ended) = bounded(1);

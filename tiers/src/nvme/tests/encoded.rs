@@ -267,7 +267,8 @@ fn a_drive_faster_than_the_decoders_gets_blocks_as_they_are() {
 
 #[test]
 fn what_does_not_fit_in_the_encoders_queue_is_stored_as_it_is() {
-    let place = Place::new(IoChoice::Auto, 64);
+    let mut place = Place::new(IoChoice::Auto, 64);
+    place.config.write_queue_bytes = 4 << 20;
     let store = place.open().0;
     let namespace = namespace(&store, "bf16");
     let mut ends = Ends::new();
