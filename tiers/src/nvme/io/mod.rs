@@ -103,6 +103,9 @@ pub struct ReadDepth {
     pub request_bytes: usize,
 }
 
+/// How reads of a drive are made of which nothing is known.
+pub(crate) const READ_DEPTH_DEFAULT: ReadDepth = ReadDepth { depth_bytes: 32 << 20, request_bytes: 1 << 20 };
+
 /// An I/O engine.
 pub trait BlockIo: Send + Sync {
     /// Its name in logs and metrics: `io_uring` or `psync`.

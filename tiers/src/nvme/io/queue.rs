@@ -247,6 +247,142 @@ mod tests {
         assert_eq!(served.take_while(|&priority| priority == IoPriority::Demand).count(), STARVATION_LIMIT as usize);
     }
 
+    /// What is served by drives with room for some reads and writes each, of requests that are always there.
+    struct Drives {
+        queues: Queues,
+        /// In flight, by file: reads and writes.
+        in_flight: Vec<[usize; 2]>,
+    }
+
+    const ROOM: usize = 4;
+
+    impl Drives {
+        fn new(files: usize) -> Self {
+            Self { queues: Queues::by_file(files), in_flight: vec![[0; 2]; files] }
+        }
+
+        fn push(&mut self, file: u32, kind: IoKind, priority: IoPriority) {
+            let buffer = Some(IoBuffer::Pages(Pages::new(4096)));
+            let request = IoRequest { file: FileId(file), kind, buffer, ..request(priority, 0) };
+            assert!(self.queues.push(request).is_ok());
+        }
+
+        /// Starts what has room; who was served, by file and priority.
+        fn start(&mut self) -> Vec<(u32, IoPriority)> {
+            let served = std::iter::from_fn(|| {
+                let mut run = Vec::new();
+                let in_flight = &self.in_flight;
+                let has_room = |request: &IoRequest| in_flight[request.file.0 as usize][request.kind as usize] < ROOM;
+                self.queues.pop_run(has_room, |_| 4096, &mut run);
+                let request = run.pop()?;
+                self.in_flight[request.file.0 as usize][request.kind as usize] += 1;
+                Some((request.file.0, request.priority))
+            });
+            served.collect()
+        }
+
+        fn end(&mut self, file: usize, kind: IoKind) {
+            self.in_flight[file][kind as usize] -= 1;
+        }
+    }
+
+    const READ: (IoKind, IoPriority) = (IoKind::Read, IoPriority::Demand);
+    const WRITE: (IoKind, IoPriority) = (IoKind::Write, IoPriority::Write);
+
+    #[test]
+    fn writes_do_not_take_what_waiting_reads_need_and_go_on_all_the_same() {
+        let mut drives = Drives::new(1);
+        (0..200).for_each(|_| drives.push(0, READ.0, READ.1));
+        (0..50).for_each(|_| drives.push(0, WRITE.0, WRITE.1));
+        assert_eq!(drives.start(), [(0, IoPriority::Demand); ROOM], "writes have room and wait");
+        let mut order = Vec::new();
+        for _ in 0..90 {
+            drives.end(0, IoKind::Read);
+            for (_, priority) in drives.start() {
+                order.push(priority);
+                if priority == IoPriority::Write {
+                    drives.end(0, IoKind::Write);
+                }
+            }
+        }
+        let writes = order.iter().filter(|&&priority| priority == IoPriority::Write).count();
+        assert_eq!(writes, (order.len() - writes + ROOM) / STARVATION_LIMIT as usize, "one after eight reads");
+    }
+
+    #[test]
+    fn a_flood_of_writes_does_not_hold_up_a_read() {
+        let mut drives = Drives::new(1);
+        (0..100).for_each(|_| drives.push(0, WRITE.0, WRITE.1));
+        assert_eq!(drives.start(), [(0, IoPriority::Write); ROOM]);
+        for _ in 0..50 {
+            drives.push(0, READ.0, READ.1);
+            assert_eq!(drives.start(), [(0, IoPriority::Demand)], "while all the room of writes is taken");
+            drives.end(0, IoKind::Read);
+        }
+        // Writes that have waited too long and have no room hold up nobody either.
+        assert!(drives.queues.lanes[0].passed[IoPriority::Write as usize] > STARVATION_LIMIT);
+        drives.push(0, READ.0, IoPriority::Prefetch);
+        assert_eq!(drives.start(), [(0, IoPriority::Prefetch)]);
+    }
+
+    #[test]
+    fn a_drive_that_stands_still_holds_up_no_other() {
+        let mut drives = Drives::new(3);
+        (0..100).for_each(|_| drives.push(1, READ.0, READ.1));
+        assert_eq!(drives.start().len(), ROOM);
+        drives.push(2, WRITE.0, WRITE.1);
+        drives.push(0, READ.0, IoPriority::Prefetch);
+        let mut served = drives.start();
+        served.sort_unstable();
+        assert_eq!(served, [(0, IoPriority::Prefetch), (2, IoPriority::Write)]);
+    }
+
+    /// Whatever is asked for and in whatever order drives answer: nothing that has room waits for more than a bounded
+    /// number of others of its drive, and while there is something to do no drive is idle.
+    #[test]
+    fn nothing_is_starved_in_random_traffic() {
+        use rand::{Rng, SeedableRng, rngs::SmallRng};
+        let seed =
+            std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| rand::rng().random());
+        println!("SEED={seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut drives = Drives::new(2);
+        // How often something else was served while it waited with room, by file and priority.
+        let mut passed = [[0u32; PRIORITIES]; 2];
+        let kinds = [(IoKind::Read, IoPriority::Demand), (IoKind::Read, IoPriority::Prefetch), WRITE];
+        let waits =
+            |drives: &Drives, file: usize, priority: usize| !drives.queues.lanes[file].waiting[priority].is_empty();
+        for _ in 0..20_000 {
+            let file = random.random_range(0..2);
+            let (kind, priority) = kinds[random.random_range(0..3)];
+            // Mostly a flood of demand reads, or of writes.
+            if drives.queues.lanes[file as usize].waiting[priority as usize].len() < 50 {
+                drives.push(file, kind, priority);
+            }
+            for (file, served) in drives.start() {
+                for other in 0..PRIORITIES {
+                    let count = &mut passed[file as usize][other];
+                    let is_blocked = drives.in_flight[file as usize][kinds[other].0 as usize] >= ROOM;
+                    *count = if other == served as usize || !waits(&drives, file as usize, other) {
+                        0
+                    } else {
+                        *count + u32::from(!is_blocked)
+                    };
+                    assert!(*count <= 3 * STARVATION_LIMIT, "priority {other} of file {file} waits for ever");
+                }
+            }
+            for file in 0..2 {
+                for kind in [IoKind::Read, IoKind::Write] {
+                    if drives.in_flight[file][kind as usize] > 0 && random.random_bool(0.4) {
+                        drives.end(file, kind);
+                    }
+                }
+                let is_idle = drives.in_flight[file] == [0; 2];
+                assert!(!is_idle || !(0..PRIORITIES).any(|p| waits(&drives, file, p)) || !drives.start().is_empty());
+            }
+        }
+    }
+
     #[test]
     fn each_queue_is_bounded_and_a_closed_one_takes_nothing() {
         let mut queues = Queues::shared();

@@ -26,7 +26,7 @@ use self::bounds::Bounds;
 use super::files::Files;
 use super::operation::PIECE_BYTES;
 use super::queue::Queues;
-use super::{BlockIo, FileId, IoKind, IoRequest, ReadDepth};
+use super::{BlockIo, FileId, IoKind, IoRequest, READ_DEPTH_DEFAULT, ReadDepth};
 use crate::dram::Arena;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -56,8 +56,8 @@ impl RingOptions {
         Self {
             depth,
             piece_bytes: PIECE_BYTES,
-            run_bytes: 1 << 20,
-            in_flight_bytes: 32 << 20,
+            run_bytes: READ_DEPTH_DEFAULT.request_bytes,
+            in_flight_bytes: READ_DEPTH_DEFAULT.depth_bytes,
             buffer_bytes: 256 << 20,
             buffers_max: 1 << 14,
         }

@@ -31,10 +31,8 @@ impl Bounds {
     pub(super) fn new(files: usize, options: RingOptions) -> Self {
         let runs = (options.depth / files.saturating_sub(1).max(1)).max(1);
         let run_bytes = options.run_bytes.min(options.piece_bytes);
-        let reads = || Reads {
-            depth_bytes: AtomicUsize::new(options.in_flight_bytes),
-            run_bytes: AtomicUsize::new(run_bytes),
-        };
+        let reads =
+            || Reads { depth_bytes: AtomicUsize::new(options.in_flight_bytes), run_bytes: AtomicUsize::new(run_bytes) };
         Self {
             reads: (0..files).map(|_| reads()).collect(),
             write_bytes: options.in_flight_bytes,
