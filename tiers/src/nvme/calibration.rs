@@ -228,7 +228,8 @@ impl Calibration {
         let until = Instant::now() + pause;
         self.is_disturbed.store(false, Ordering::Relaxed);
         let mut has_ended = self.has_ended.lock();
-        while !self.is_stopped.load(Ordering::Relaxed) && !self.changed.wait_until(&mut has_ended, until).timed_out() {}
+        self.changed.wait_while_until(&mut has_ended, |_| !self.is_stopped.load(Ordering::Relaxed), until);
+        drop(has_ended);
         !self.is_interrupted()
     }
 
@@ -302,7 +303,7 @@ impl Calibration {
     #[cfg(test)]
     pub(super) fn wait_ended(&self, deadline: Instant) -> bool {
         let mut has_ended = self.has_ended.lock();
-        while !*has_ended && !self.changed.wait_until(&mut has_ended, deadline).timed_out() {}
+        self.changed.wait_while_until(&mut has_ended, |has_ended| !*has_ended, deadline);
         *has_ended
     }
 

@@ -204,7 +204,7 @@ impl Store {
         more_drives: Vec<DriveDirectory>,
     ) -> Result<Self> {
         let (verifiers, mut helpers) = Verifiers::start(&shared)?;
-        if config.codec == CodecChoice::Auto {
+        if config.codec != CodecChoice::None {
             shared.set_decode_speed(measure_decoding());
         }
         helpers.push(writer.start_reinserter()?);
