@@ -53,9 +53,9 @@ fn endless() -> CalibrationPlan {
     CalibrationPlan { window: DAY, window_max: DAY, bytes_max: u64::MAX, ..plan() }
 }
 
-/// The offsets of the reads that were made to measure.
+/// The offsets of the reads that were made to measure, and how reads are to be made, by file.
 #[derive(Clone, Default)]
-struct Reads(Arc<Mutex<Vec<u64>>>);
+struct Reads(Arc<Mutex<Vec<u64>>>, Arc<Mutex<Vec<(FileId, ReadDepth)>>>);
 
 /// An engine that notes them.
 struct Watched(Arc<dyn BlockIo>, Reads);
@@ -76,12 +76,22 @@ impl BlockIo for Watched {
         self.0.submit(request)
     }
 
+    fn set_read_depth(&self, file: FileId, depth: ReadDepth) {
+        self.1.1.lock().push((file, depth));
+        self.0.set_read_depth(file, depth);
+    }
+
     fn close(&self) {
         self.0.close();
     }
 }
 
 impl Reads {
+    /// The depths that the engine was given.
+    fn depths(&self) -> Vec<(FileId, ReadDepth)> {
+        self.1.lock().clone()
+    }
+
     fn count(&self) -> usize {
         self.0.lock().len()
     }
@@ -123,7 +133,13 @@ fn origins(speeds: &[DriveSpeed]) -> Vec<DepthOrigin> {
 
 fn a_drive_is_measured_once_and_known_at_the_next_open(io: IoChoice) {
     let place = written(io);
-    let first = measured(&place, plan());
+    let (store, reads) = open(&place, plan());
+    assert!(store.wait_calibrated(soon()), "measured");
+    let (first, depths) = (store.drive_speeds(), reads.depths());
+    close(store);
+    assert_eq!(depths.iter().map(|(file, _)| *file).collect::<Vec<_>>(), [FileId(1)], "the engine is told");
+    assert_eq!(depths[0].1.request_bytes as u64, first[0].read_request_bytes);
+    assert!(depths[0].1.depth_bytes as u64 > first[0].read_depth_bytes, "with room for requests that end in lumps");
     assert!(first.iter().all(|speed| speed.depth_origin == DepthOrigin::Measured), "{first:?}");
     for speed in &first {
         assert!(speed.read_bytes_per_second > 0, "{speed:?}");
@@ -132,7 +148,7 @@ fn a_drive_is_measured_once_and_known_at_the_next_open(io: IoChoice) {
     let (store, reads) = open(&place, plan());
     assert!(store.wait_calibrated(soon()));
     let again = store.drive_speeds();
-    assert_eq!(reads.count(), 0, "nothing is read for it");
+    assert_eq!((reads.count(), reads.depths()), (0, depths), "nothing is read for it");
     assert!(again.iter().zip(&first).all(|(again, first)| {
         again.depth_origin == DepthOrigin::Cached
             && (&again.path, again.read_depth_bytes, again.read_request_bytes)
