@@ -82,9 +82,11 @@ struct Shared {
     inbox: Mutex<Inbox>,
     /// Its counter is above zero when the thread is to look at the inbox.
     wake: OwnedFd,
-    /// For tests.
+    /// For tests, as is the most bytes of reads that were in flight on a file.
     #[cfg(test)]
     registered_bytes: std::sync::atomic::AtomicUsize,
+    #[cfg(test)]
+    reads_bytes_max: std::sync::atomic::AtomicUsize,
 }
 
 struct Inbox {
@@ -134,6 +136,8 @@ impl UringIo {
             wake,
             #[cfg(test)]
             registered_bytes: Default::default(),
+            #[cfg(test)]
+            reads_bytes_max: Default::default(),
         });
         // What has become ready is registered while the ring is idle rather than before somebody's next request.
         let growing = Arc::downgrade(&shared);

@@ -81,10 +81,18 @@ impl Bounds {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use crossbeam_channel::bounded;
+
+    use super::super::super::tests::{arena, directory, is_denied};
+    use super::super::super::{BlockIo, IoBuffer, IoDone, IoPriority, Pages, open_direct};
     use super::super::in_flight::Load;
+    use super::super::{Files, UringIo};
     use super::*;
 
     const MIB: usize = 1 << 20;
+    const PATIENCE: Duration = Duration::from_secs(30);
 
     fn load(reads: (usize, usize), writes: (usize, usize)) -> FileLoad {
         let load = |(runs, bytes)| Load { runs, bytes };
@@ -118,6 +126,49 @@ mod tests {
         assert_eq!(room(&bounds, load((2, MIB), (2, 2 * MIB))), (true, true));
         assert!(bounds.has_room(FileId(2), IoKind::Read, load((2, 2 * MIB), (0, 0))), "the other drive has not");
         bounds.set_read_depth(FileId(9), ReadDepth { depth_bytes: 1, request_bytes: 1 });
+    }
+
+    /// The most bytes of reads that a ring has in flight of 48 that wait.
+    fn most_in_flight(depth: Option<ReadDepth>) -> Option<usize> {
+        let directory = directory();
+        let path = directory.path().join("region");
+        std::fs::write(&path, vec![7; 8 * MIB]).expect("a file");
+        let (file, ..) = open_direct(&path).expect("opened");
+        let arena = arena(1);
+        let engine = match UringIo::open(Files::adopt(&[file]).expect("adopted"), &arena, RingOptions::new(64)) {
+            Ok(engine) => engine,
+            Err(error) if is_denied(&error) => {
+                eprintln!("SKIPPED: this machine has no io_uring: {error}");
+                return None;
+            }
+            Err(error) => panic!("no engine: {error:#}"),
+        };
+        depth.into_iter().for_each(|depth| engine.set_read_depth(FileId(0), depth));
+        let (sender, receiver) = bounded(64);
+        let (release, released) = bounded::<()>(0);
+        let read = |megabyte: u64, done: IoDone| {
+            let buffer = Some(IoBuffer::Pages(Pages::new(MIB)));
+            let (offset, priority) = (megabyte * MIB as u64, IoPriority::Demand);
+            let request = IoRequest { file: FileId(0), kind: IoKind::Read, offset, buffer, priority, done };
+            assert!(engine.submit(request).is_ok());
+        };
+        // Holds up the ring until all others wait.
+        read(0, Box::new(move |_| drop(released.recv_timeout(PATIENCE))));
+        for number in 0..48 {
+            let sender = sender.clone();
+            read(number * 3 % 8, Box::new(move |completion| drop(sender.try_send(completion.result.is_ok()))));
+        }
+        drop(release);
+        assert!((0..48).all(|_| receiver.recv_timeout(PATIENCE).expect("a completion")));
+        Some(engine.shared.reads_bytes_max.load(Ordering::Acquire))
+    }
+
+    #[test]
+    fn a_ring_keeps_to_the_depth_it_was_given() {
+        let depth = ReadDepth { depth_bytes: 4 * MIB, request_bytes: MIB };
+        let Some(most) = most_in_flight(Some(depth)) else { return };
+        assert_eq!(most, 4 * MIB);
+        assert!(most_in_flight(None) > Some(4 * MIB), "it would have more");
     }
 
     #[test]

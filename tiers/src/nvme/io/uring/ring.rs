@@ -184,6 +184,11 @@ impl Ring {
             };
             let run = Run::new(run.drain(..).map(member).collect());
             self.taken.push(self.in_flight.insert(run));
+            #[cfg(test)]
+            for file in (0..inbox.full.len()).map(|file| FileId(file as u32)) {
+                let reads_bytes = self.in_flight.load(file).reads.bytes;
+                self.shared.reads_bytes_max.fetch_max(reads_bytes, std::sync::atomic::Ordering::AcqRel);
+            }
         }
         self.run = run;
         // With the ring full a completion comes before there is anything to do for a new request; so it is for what finds
