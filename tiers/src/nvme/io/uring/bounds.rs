@@ -86,7 +86,7 @@ mod tests {
     use crossbeam_channel::bounded;
 
     use super::super::super::tests::{arena, directory, is_denied};
-    use super::super::super::{BlockIo, IoBuffer, IoDone, IoPriority, Pages, open_direct};
+    use super::super::super::{BlockIo, IoBuffer, IoCompletion, IoDone, IoPriority, Pages, open_direct};
     use super::super::in_flight::Load;
     use super::super::{Files, UringIo};
     use super::*;
@@ -153,10 +153,18 @@ mod tests {
             assert!(engine.submit(request).is_ok());
         };
         // Holds up the ring until all others wait.
-        read(0, Box::new(move |_| drop(released.recv_timeout(PATIENCE))));
+        read(
+            0,
+            Box::new(move |_| {
+                let _ = released.recv_timeout(PATIENCE);
+            }),
+        );
         for number in 0..48 {
             let sender = sender.clone();
-            read(number * 3 % 8, Box::new(move |completion| drop(sender.try_send(completion.result.is_ok()))));
+            let done = move |completion: IoCompletion| {
+                let _ = sender.try_send(completion.result.is_ok());
+            };
+            read(number * 3 % 8, Box::new(done));
         }
         drop(release);
         assert!((0..48).all(|_| receiver.recv_timeout(PATIENCE).expect("a completion")));
