@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_tiers::{ArenaId, BlockKey, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
+use pegaflow_tiers::{ArenaId, BlockKey, DriveSpeed, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
 use serde::Serialize;
 
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
@@ -320,6 +320,8 @@ pub struct Stats {
     pub refused_ancestor_blocks: u64,
     /// The health of the drives under the store; those that do not tell are not in it.
     pub drives: Vec<DriveWear>,
+    /// How fast the store's drives are and how they are used, the home first; empty without a store.
+    pub drive_speeds: Vec<DriveSpeed>,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -176,7 +176,7 @@ pub struct NvmeConfig {
     /// Default: 8 MiB. Maximum: 16 GiB.
     #[serde(default = "default_scrub")]
     pub scrub: ByteSize,
-    /// Whether blocks are compressed on the drive, without loss: `auto` or `none`. Default: auto.
+    /// Whether blocks are compressed on the drive, without loss: `auto`, `always` or `none`. Default: auto.
     #[serde(default)]
     pub codec: CodecChoice,
     /// What may be written to the drive, on average: `500GiB/day`, or `1.5dwpd`, drive writes per day, where the drive

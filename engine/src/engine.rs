@@ -483,6 +483,7 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     (stats.index_full, stats.index_filled_rows, stats.index_rows) = (index.is_full, index.rows, index.rows_total);
     stats.codec_decode_bytes_per_second = of_store.decode_bytes_per_second;
     stats.io_engine = of_store.io_engine.into();
+    stats.drive_speeds = store.drive_speeds();
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.

@@ -10,7 +10,8 @@ pub use crate::placed::PlacedLoads;
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
-    CudaScratch, DeviceMemory, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport,
-    GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout,
-    NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck,
+    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem,
+    FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache,
+    LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment,
+    Result, Slot, StorePaths, fsck,
 };

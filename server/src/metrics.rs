@@ -141,6 +141,18 @@ fn describe() {
         "pegaflow_drive_media_errors",
         "Times that the drive found data that it could not correct."
     );
+    metrics::describe_gauge!(
+        "pegaflow_drive_read_bytes_per_second",
+        "What the drive is read with at its best; missing while not known."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_drive_write_bytes_per_second",
+        "What the drive is written with at its best, syncs included; missing while not known."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_drive_read_depth_bytes",
+        "Bytes of reads in flight with which the drive is almost at its best."
+    );
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -184,6 +196,18 @@ fn record(stats: &Stats, server: ServerGauges) {
         gauge("pegaflow_drive_written_bytes", wear.written_bytes as f64);
         gauge("pegaflow_drive_media_errors", wear.media_errors as f64);
     }
+    for speed in &stats.drive_speeds {
+        let path = speed.path.display().to_string();
+        for (name, value) in [
+            ("pegaflow_drive_read_bytes_per_second", speed.read_bytes_per_second),
+            ("pegaflow_drive_write_bytes_per_second", speed.write_bytes_per_second),
+            ("pegaflow_drive_read_depth_bytes", speed.read_depth_bytes),
+        ] {
+            if value > 0 {
+                metrics::gauge!(name, "path" => path.clone()).set(value as f64);
+            }
+        }
+    }
     metrics::gauge!("pegaflow_sessions").set(server.sessions as f64);
     metrics::gauge!("pegaflow_operations").set(server.operations as f64);
     metrics::gauge!("pegaflow_ready").set(f64::from(u8::from(server.is_ready)));
@@ -203,7 +227,7 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::DriveWear;
+    use pegaflow_engine::{DriveSpeed, DriveWear};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
@@ -216,6 +240,12 @@ mod tests {
             io_engine: "psync".into(),
             refused_unproven_blocks: 5,
             drives,
+            drive_speeds: vec![DriveSpeed {
+                path: "/nvme".into(),
+                read_bytes_per_second: 7,
+                read_depth_bytes: 8,
+                ..DriveSpeed::default()
+            }],
             ..Stats::default()
         };
         let text = metrics.render(&stats, ServerGauges { sessions: 2, ..ServerGauges::default() });
@@ -230,12 +260,15 @@ mod tests {
             "pegaflow_nvme_degraded{reason=\"device_gone\"} 0",
             "pegaflow_refused_blocks_total{reason=\"unproven\"} 5",
             "pegaflow_drive_used_percent{drive=\"nvme0\"} 12",
+            "pegaflow_drive_read_bytes_per_second{path=\"/nvme\"} 7",
+            "pegaflow_drive_read_depth_bytes{path=\"/nvme\"} 8",
             "pegaflow_sessions 2",
             "pegaflow_ready 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
         }
         assert!(text.contains("io_engine=\"psync\""));
+        assert!(!text.contains("pegaflow_drive_write_bytes_per_second{"), "what is not known is not told");
         let names: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
         let helps = text.lines().filter(|line| line.starts_with("# HELP")).count();
         assert_eq!(names.len(), helps, "every metric is described");

@@ -103,6 +103,8 @@ enum IoEngine {
 enum CodecOption {
     /// By the type of the numbers, where it saves room and this machine decodes as fast as the drive reads.
     Auto,
+    /// The same, however fast the drive reads: for room and wear.
+    Always,
     /// Stored as they are; what is compressed already stays readable.
     None,
 }
@@ -134,6 +136,7 @@ impl Options {
             },
             codec: match self.codec {
                 CodecOption::Auto => CodecChoice::Auto,
+                CodecOption::Always => CodecChoice::Always,
                 CodecOption::None => CodecChoice::None,
             },
             write_budget: self.write_budget,

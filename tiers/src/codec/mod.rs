@@ -22,7 +22,7 @@ pub use encoder::{Encoded, Encoder};
 pub use frame::CHUNK_BYTES;
 pub(crate) use lane::{Lane, Skip};
 
-/// Whether blocks are compressed on their way to the drive. What is on the drive is readable with either.
+/// Whether blocks are compressed on their way to the drive. What is on the drive is readable with any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CodecChoice {
@@ -30,6 +30,8 @@ pub enum CodecChoice {
     /// fast as the drive reads.
     #[default]
     Auto,
+    /// The same, however fast the drive reads: more fits on it and less is written, and blocks may come back more slowly.
+    Always,
     /// Blocks are stored as they are.
     None,
 }

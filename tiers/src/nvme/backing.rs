@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::calibration::CalibrationPlan;
 use super::config::StoreConfig;
 use super::io::{BlockIo, open_engine};
 use crate::dram::Arena;
@@ -32,6 +33,9 @@ pub(super) trait Backing: Send + Sync {
     /// # Errors
     /// What the file system reports.
     fn small_file(&self, path: &Path) -> Result<Box<dyn SmallFile>>;
+
+    /// How the drives are measured; `None` where they have no speed.
+    fn calibration(&self) -> Option<CalibrationPlan>;
 }
 
 /// A file that is read once and appended to now and then, by one thread at a time.
@@ -69,6 +73,10 @@ impl Backing for System {
 
     fn small_file(&self, path: &Path) -> Result<Box<dyn SmallFile>> {
         open_small_file(path).map(|file| Box::new(file) as _)
+    }
+
+    fn calibration(&self) -> Option<CalibrationPlan> {
+        Some(CalibrationPlan::default())
     }
 }
 

@@ -20,6 +20,8 @@ const SUPERBLOCK: &str = "superblock";
 pub(super) const REGIONS: &str = "regions.0";
 const NAMESPACES: &str = "namespaces";
 const INDEX: &str = "index";
+/// What was measured of the drives; see `calibration.rs`.
+const CALIBRATION: &str = "calibration.json";
 /// Taken and given back to see whether there is room; see [`check_writable`].
 const PROBE: &str = "probe";
 /// What RocksDB takes at once for a log, so that what passes the probe can be opened.
@@ -125,6 +127,11 @@ impl Directory {
     /// The directory of the index.
     pub(super) fn index(&self) -> PathBuf {
         self.path.join(INDEX)
+    }
+
+    /// The file of what was measured of the drives.
+    pub(super) fn calibration(&self) -> PathBuf {
+        self.path.join(CALIBRATION)
     }
 
     /// Removes the index, so that it can be rebuilt.

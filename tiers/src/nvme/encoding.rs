@@ -194,7 +194,7 @@ impl Encoders {
         };
         let threads = match choice {
             CodecChoice::None => 0,
-            CodecChoice::Auto => super::cores().div_ceil(4).min(ENCODERS_MAX),
+            CodecChoice::Auto | CodecChoice::Always => super::cores().div_ceil(4).min(ENCODERS_MAX),
         };
         let start = |number| {
             let jobs = Arc::clone(&jobs);
@@ -235,10 +235,10 @@ impl Encoders {
 
     /// Whether and how a record is to be encoded.
     fn plan(&self, record: &mut QueuedRecord) -> Plan {
-        let is_block = record.kind == HeaderKind::Kv && self.choice == CodecChoice::Auto;
+        let is_block = record.kind == HeaderKind::Kv && self.choice != CodecChoice::None;
         let Some(slot) = record.slot.as_ref().filter(|_| is_block) else { return Plan::Store };
         let Some(lane) = self.lane(record) else { return Plan::Store };
-        if !self.shared.pays_to_decode() {
+        if self.choice == CodecChoice::Auto && !self.shared.pays_to_decode() {
             return Plan::Skip(Skip::Speed);
         }
         let state = self.jobs.state.lock();

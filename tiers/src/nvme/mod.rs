@@ -5,6 +5,7 @@
 
 mod append;
 mod backing;
+mod calibration;
 mod config;
 mod counters;
 mod directory;
@@ -48,12 +49,13 @@ fn cores() -> usize {
 }
 
 pub use append::{Append, AppendDone};
+pub use calibration::{DepthOrigin, DriveSpeed};
 pub use config::{DriveConfig, StoreConfig};
 pub use fill::IndexFill;
 pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck};
 pub use io::{
-    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, open_direct,
-    open_engine,
+    BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, ReadDepth,
+    open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use io::{Fault, FaultAction, FaultPlan, Faulty, SavedImages, SimCrash, SimDisk, SimIo, SimOperation};

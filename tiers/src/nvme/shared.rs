@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::calibration::Calibration;
 use super::drive::Drive;
 use super::encoding::Spares;
 use super::fill::{Fill, FillPlan};
@@ -30,15 +31,17 @@ pub(super) struct Shared {
     pub(super) counts: Counts,
     /// Buffers for encoded records.
     pub(super) spares: Spares,
-    /// Bytes of payload per second that the verifiers decode, and that the drive reads; 0 while not known.
+    /// Bytes of payload per second that the verifiers decode; 0 while not known.
     decode_speed: AtomicU64,
-    drive_speed: AtomicU64,
+    /// How fast the drives are.
+    pub(super) calibration: Calibration,
     pub(super) policy: Arc<dyn ReclaimPolicy>,
     /// Whether the store takes writes.
     pub(super) poison: Poison,
 }
 
 impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "its parts")]
     pub(super) fn new(
         uuid: StoreUuid,
         drive: Arc<Drive>,
@@ -47,6 +50,7 @@ impl Shared {
         inbox: Arc<Inbox>,
         policy: Arc<dyn ReclaimPolicy>,
         plan: FillPlan,
+        calibration: Calibration,
     ) -> Self {
         Self {
             uuid,
@@ -59,7 +63,7 @@ impl Shared {
             counts: Counts::default(),
             spares: Spares::default(),
             decode_speed: AtomicU64::new(0),
-            drive_speed: AtomicU64::new(0),
+            calibration,
             policy,
             poison: Poison::default(),
         }
@@ -85,15 +89,10 @@ impl Shared {
         self.decode_speed.load(Ordering::Relaxed)
     }
 
-    /// Notes how many bytes per second the drives read at their best, all together.
-    pub(super) fn set_drive_speed(&self, bytes_per_second: u64) {
-        self.drive_speed.store(bytes_per_second, Ordering::Relaxed);
-    }
-
     /// Whether encoded records are read at least as fast as others: as long as the verifiers decode what the drive would
     /// read without. With a speed unknown they are: a core decodes more than a usual drive's share of it reads.
     pub(super) fn pays_to_decode(&self) -> bool {
-        let (decode, drive) = (self.decode_speed(), self.drive_speed.load(Ordering::Relaxed));
+        let (decode, drive) = (self.decode_speed(), self.calibration.read_bytes_per_second());
         decode == 0 || decode >= drive
     }
 

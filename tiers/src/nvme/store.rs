@@ -13,6 +13,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, Form, QueuedRecord};
 use super::backing::{Backing, System};
+use super::calibration::{self, CalibratedDrive, Calibration, DriveSpeed};
 use super::config::StoreConfig;
 use super::directory::{Directory, check_writable, preallocate, truncate};
 use super::drive::Drive;
@@ -22,7 +23,7 @@ use super::drive_table::DriveTable;
 use super::encoding::Encoders;
 use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
-use super::io::{BlockIo, IoPriority, open_direct};
+use super::io::{BlockIo, IoPriority, Metered, Meters, open_direct};
 use super::membership::{Listed, Plan};
 use super::namespaces::Namespaces;
 use super::page::{PAGE_BYTES, pages_of};
@@ -67,7 +68,7 @@ pub struct Store {
 struct Running {
     writer: JoinHandle<()>,
     writer_ended: Receiver<Result<()>>,
-    /// Those that verify, the one that writes records again, and those that encode.
+    /// Those that verify, the one that writes records again, those that encode, and the one that measures the drives.
     helpers: Vec<JoinHandle<()>>,
     fill: Option<JoinHandle<()>>,
     index: Arc<IndexLog>,
@@ -146,6 +147,18 @@ impl Store {
             }
         });
         let Prepared { io, superblock, plan, is_direct } = prepared?;
+        let files = region_files(&directory, &more_drives);
+        let calibrated = drives_to_calibrate(&files, superblock.store, &plan);
+        let (io, calibration) = match backing.calibration() {
+            None => (io, Calibration::off()),
+            Some(how) => {
+                let meters = Meters::new(1 + files.len());
+                let io: Arc<dyn BlockIo> = Arc::new(Metered::new(io, Arc::clone(&meters)));
+                let (cache, queue_depth) = (directory.calibration(), config.queue_depth);
+                let calibration = Calibration::load(how, meters, &*io, queue_depth, cache, calibrated);
+                (io, calibration)
+            }
+        };
         let region_pages = u32::try_from(superblock.region_bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let inbox = Arc::new(Inbox::new(config.write_queue_bytes));
         let places = plan.places();
@@ -159,6 +172,7 @@ impl Store {
             inbox,
             policy,
             filling,
+            calibration,
         ));
         let (uuid, region_bytes, opens) = (superblock.store, superblock.region_bytes, superblock.opens);
         let (report, handover) = recover(&shared, backing, &directory, superblock, &plan)?;
@@ -166,13 +180,17 @@ impl Store {
             directory.complete()?;
         }
         join(&mut more_drives, uuid, opens, &plan, Membership::Joined)?;
-        for (path, place) in region_files(&directory, &more_drives).iter().zip(&plan.listed) {
+        for (path, place) in files.iter().zip(&plan.listed) {
             truncate(path, u64::from(plan.regions_after(*place)) * region_bytes)?;
         }
         let index = Arc::clone(&handover.index);
         let writer = Writer::new(Arc::clone(&shared), WriterConfig::new(&config), handover);
         let mut store = Self::start(shared, &config, writer, index, directory, more_drives)?;
         store.is_direct = is_direct;
+        let measuring = calibration::start(&store.shared, arena, files, is_direct);
+        if let Some(running) = store.running.get_mut() {
+            running.helpers.extend(measuring);
+        }
         tracing::info!(path = %config.path.display(), ?report, io = store.shared.drive.io().name(), "the store is open");
         Ok((Arc::new(store), report))
     }
@@ -186,7 +204,7 @@ impl Store {
         more_drives: Vec<DriveDirectory>,
     ) -> Result<Self> {
         let (verifiers, mut helpers) = Verifiers::start(&shared)?;
-        if config.codec == CodecChoice::Auto {
+        if config.codec != CodecChoice::None {
             shared.set_decode_speed(measure_decoding());
         }
         helpers.push(writer.start_reinserter()?);
@@ -254,6 +272,7 @@ impl Store {
     /// `Closed`.
     #[expect(clippy::result_large_err, reason = "a refused request comes back whole to its caller")]
     pub fn append(&self, append: Append) -> Result<(), (Append, Error)> {
+        self.shared.calibration.disturb();
         let prepared = match self.shared.poisoned() {
             Some(error) => Err(error),
             None => self.check(&append),
@@ -429,6 +448,7 @@ impl Store {
         priority: IoPriority,
         done: ReadDone,
     ) -> Result<()> {
+        self.shared.calibration.disturb();
         let verifiers = self.verifiers.read();
         verifiers.as_ref().ok_or_else(closed)?.read(&self.shared, id, location, slot, priority, done)
     }
@@ -479,10 +499,22 @@ impl Store {
         running.as_ref().map(of_running).ok_or_else(closed)
     }
 
-    /// Tells how many bytes per second the drives read at their best, all together. Blocks are only encoded as long as the
-    /// store's threads decode at least as fast; while nobody has told they are.
-    pub fn set_drive_read_speed(&self, bytes_per_second: u64) {
-        self.shared.set_drive_speed(bytes_per_second);
+    /// How fast each drive is and how it is used, in the order of the configuration: measured in the background after the
+    /// open, at most once a week, and then as reads and writes show. Empty where nothing has a speed, in a simulation.
+    pub fn drive_speeds(&self) -> Vec<DriveSpeed> {
+        self.shared.calibration.speeds()
+    }
+
+    /// Makes the codec believe that each drive reads so many bytes per second.
+    #[cfg(test)]
+    pub(super) fn set_drive_read_speed(&self, bytes_per_second: u64) {
+        self.shared.calibration.know_read(bytes_per_second);
+    }
+
+    /// Waits until the drives are no longer measured; false at `deadline`.
+    #[cfg(test)]
+    pub(super) fn wait_calibrated(&self, deadline: Instant) -> bool {
+        self.shared.calibration.wait_ended(deadline)
     }
 
     /// All regions, by number.
@@ -576,6 +608,7 @@ impl Store {
     /// could not be closed in order: what was reported durable is durable all the same.
     pub fn close(&self, deadline: Instant) -> Result<()> {
         self.shared.fill.stop();
+        self.shared.calibration.stop();
         self.shared.inbox.end(Ending::Drain);
         let late = || {
             let message = "the drive did not take everything before the deadline; try again with more time";
@@ -593,6 +626,7 @@ impl Store {
         drop(self.verifiers.write().take());
         drop(self.encoders.write().take());
         if let Some(ended) = ended {
+            self.shared.calibration.save();
             ended.end(&self.shared);
         }
         result
@@ -633,6 +667,7 @@ impl Drop for Store {
     fn drop(&mut self) {
         let Some(running) = self.running.get_mut().take() else { return };
         self.shared.fill.stop();
+        self.shared.calibration.stop();
         self.shared.inbox.end(Ending::Abandon);
         drop(self.verifiers.get_mut().take());
         drop(self.encoders.get_mut().take());
@@ -676,6 +711,15 @@ fn open_file(path: &Path) -> Result<File> {
 /// The files of regions, by drive.
 fn region_files(directory: &Directory, more_drives: &[DriveDirectory]) -> Vec<PathBuf> {
     std::iter::once(directory.regions()).chain(more_drives.iter().map(DriveDirectory::regions)).collect()
+}
+
+/// The drives as a calibration names them.
+fn drives_to_calibrate(files: &[PathBuf], store: StoreUuid, plan: &Plan) -> Vec<CalibratedDrive> {
+    let drive = |(listed, regions): (usize, &PathBuf)| {
+        let drive = plan.uuid(listed).map_or("home".to_owned(), |uuid| format!("{uuid:?}"));
+        CalibratedDrive { regions: regions.clone(), name: format!("{drive} of {store:?}") }
+    };
+    files.iter().enumerate().map(drive).collect()
 }
 
 /// What is there before a store is recovered.

@@ -2,6 +2,7 @@
 //! that wrong bytes show whatever way they came.
 
 mod basics;
+mod calibrating;
 mod crashes;
 mod drives;
 mod encoded;

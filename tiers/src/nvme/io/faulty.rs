@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::operation::deliver;
-use super::{BlockIo, IO_ALIGN, IoBuffer, IoCompletion, IoDone, IoKind, IoRequest};
+use super::{BlockIo, FileId, IO_ALIGN, IoBuffer, IoCompletion, IoDone, IoKind, IoRequest, ReadDepth};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most operations whose end is held back at a time; more are refused with `Busy`.
@@ -287,6 +287,10 @@ impl<I: BlockIo> BlockIo for Faulty<I> {
             Err(_) => script.seen[kind as usize] -= 1,
         }
         outcome
+    }
+
+    fn set_read_depth(&self, file: FileId, depth: ReadDepth) {
+        self.inner.set_read_depth(file, depth);
     }
 
     fn close(&self) {

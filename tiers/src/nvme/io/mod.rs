@@ -9,6 +9,7 @@ mod direct;
 #[cfg(any(test, feature = "fault-injection"))]
 mod faulty;
 mod files;
+mod meter;
 mod operation;
 mod probe;
 mod psync;
@@ -26,6 +27,7 @@ pub use buffer::{IoBuffer, Pages};
 pub use direct::open_direct;
 #[cfg(any(test, feature = "fault-injection"))]
 pub use faulty::{Fault, FaultAction, FaultPlan, Faulty};
+pub(crate) use meter::{Metered, Meters};
 pub use probe::{IoChoice, open_engine};
 #[cfg(any(test, feature = "fault-injection"))]
 pub use sim::{SavedImages, SimCrash, SimDisk, SimIo, SimOperation};
@@ -92,6 +94,18 @@ pub struct IoCompletion {
     pub result: Result<()>,
 }
 
+/// How reads of a drive are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadDepth {
+    /// No more reads are started while so many bytes of reads are in flight, but for a second one.
+    pub depth_bytes: usize,
+    /// Neighbouring reads are made as one up to so many bytes.
+    pub request_bytes: usize,
+}
+
+/// How reads of a drive are made of which nothing is known.
+pub(crate) const READ_DEPTH_DEFAULT: ReadDepth = ReadDepth { depth_bytes: 32 << 20, request_bytes: 1 << 20 };
+
 /// An I/O engine.
 pub trait BlockIo: Send + Sync {
     /// Its name in logs and metrics: `io_uring` or `psync`.
@@ -107,6 +121,10 @@ pub trait BlockIo: Send + Sync {
     /// [`BlockIo::close`], `Poisoned` after the engine broke down, and `InvalidInput` for an unknown file, a missing
     /// buffer or an offset or length off the alignment; its `done` was not and will not be called by the engine.
     fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)>;
+
+    /// Bounds the reads of a file that are in flight, from now on. Only a hint: an engine that has other bounds ignores it,
+    /// which is the default.
+    fn set_read_depth(&self, _file: FileId, _depth: ReadDepth) {}
 
     /// Ends the engine: what is queued completes with `Closed`, what is in flight is waited for, however long that
     /// takes, since its memory cannot be given back before. May be called again. Called from a completion it only
@@ -125,6 +143,10 @@ impl<T: BlockIo + ?Sized> BlockIo for Arc<T> {
 
     fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)> {
         (**self).submit(request)
+    }
+
+    fn set_read_depth(&self, file: FileId, depth: ReadDepth) {
+        (**self).set_read_depth(file, depth);
     }
 
     fn close(&self) {

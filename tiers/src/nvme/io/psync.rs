@@ -39,7 +39,7 @@ impl PsyncIo {
 
     /// The same with transfers cut into pieces of another size.
     pub(super) fn with_pieces(files: Files, depth: usize, piece_bytes: usize) -> Result<Self> {
-        let shared = Shared { files, piece_bytes, queues: Mutex::default(), changed: Condvar::new() };
+        let shared = Shared { files, piece_bytes, queues: Mutex::new(Queues::shared()), changed: Condvar::new() };
         let shared = Arc::new(shared);
         let mut engine = Self { shared, threads: Mutex::default(), thread_ids: Vec::new() };
         for number in 0..depth.clamp(1, THREADS) {

@@ -38,7 +38,7 @@ macro_rules! conformance {
 }
 
 conformance! {
-    psync, psync_pieces, ring, ring_partly_registered, ring_unregistered, ring_pieces, faulty => [
+    psync, psync_pieces, ring, ring_partly_registered, ring_unregistered, ring_pieces, faulty, metered => [
         bytes_come_back_at_every_offset_size_and_memory,
         ten_thousand_operations_pass_through_a_depth_of_four,
         many_threads_submit_at_once,
@@ -76,6 +76,11 @@ mod engines {
     pub(super) fn faulty(file: &File, _: &Arc<Arena>, depth: usize) -> Result<Engine> {
         let inner = PsyncIo::open(Files::adopt(&[file])?, depth)?;
         Ok(Arc::new(Faulty::new(inner, FaultPlan::default())?))
+    }
+
+    pub(super) fn metered(file: &File, _: &Arc<Arena>, depth: usize) -> Result<Engine> {
+        let inner = Arc::new(PsyncIo::open(Files::adopt(&[file])?, depth)?);
+        Ok(Arc::new(Metered::new(inner, Meters::new(1))))
     }
 
     fn open_ring(file: &File, arena: &Arc<Arena>, options: RingOptions) -> Result<Engine> {

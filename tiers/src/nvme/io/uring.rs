@@ -1,9 +1,10 @@
 //! The io_uring engine: one named thread owns one ring; any thread may hand it requests through bounded queues.
 //! An eventfd, polled by the ring, wakes the thread; it blocks in the kernel otherwise and never spins. Requests enter
-//! by `submit`, wait in [`Queues`], move into the ring while fewer than `depth` are in flight, and leave by `done` on
+//! by `submit`, wait in [`Queues`], move into the ring while their drive has room ([`bounds`]), and leave by `done` on
 //! the ring's thread. [`ring`] is that thread, [`registered`] the arena as the kernel knows it: that thread registers
 //! it piece by piece as it becomes ready.
 
+mod bounds;
 #[cfg(test)]
 mod breakdown;
 #[cfg(test)]
@@ -21,10 +22,11 @@ use crossbeam_channel::bounded;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
+use self::bounds::Bounds;
 use super::files::Files;
 use super::operation::PIECE_BYTES;
 use super::queue::Queues;
-use super::{BlockIo, IoRequest};
+use super::{BlockIo, FileId, IoKind, IoRequest, READ_DEPTH_DEFAULT, ReadDepth};
 use crate::dram::Arena;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -34,13 +36,14 @@ pub(super) const DEPTH_MAX: usize = 4096;
 /// How a ring is made.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RingOptions {
-    /// The most operations in flight, 1 to [`DEPTH_MAX`].
+    /// The most operations in flight, 1 to [`DEPTH_MAX`]; each drive has its share of them.
     pub(super) depth: usize,
     /// Longer transfers are cut.
     pub(super) piece_bytes: usize,
     /// Neighbouring requests are handed to the kernel as one up to so many bytes; 0: never.
     pub(super) run_bytes: usize,
-    /// No more operations are started while so many bytes for each drive are in flight.
+    /// No more writes are started on a drive that has so many bytes of writes in flight, and no more reads while it has so
+    /// many of reads, unless [`BlockIo::set_read_depth`] says otherwise.
     pub(super) in_flight_bytes: usize,
     /// Bytes of the arena in one registered buffer; the kernel takes at most 1 GiB. Registering one holds up the ring.
     pub(super) buffer_bytes: usize,
@@ -53,8 +56,8 @@ impl RingOptions {
         Self {
             depth,
             piece_bytes: PIECE_BYTES,
-            run_bytes: 1 << 20,
-            in_flight_bytes: 32 << 20,
+            run_bytes: READ_DEPTH_DEFAULT.request_bytes,
+            in_flight_bytes: READ_DEPTH_DEFAULT.depth_bytes,
             buffer_bytes: 256 << 20,
             buffers_max: 1 << 14,
         }
@@ -75,19 +78,43 @@ pub(super) struct UringIo {
 /// What callers and the ring's thread share.
 struct Shared {
     files: Files,
+    bounds: Bounds,
     inbox: Mutex<Inbox>,
     /// Its counter is above zero when the thread is to look at the inbox.
     wake: OwnedFd,
-    /// For tests.
+    /// For tests, as is the most bytes of reads that were in flight on a file.
     #[cfg(test)]
     registered_bytes: std::sync::atomic::AtomicUsize,
+    #[cfg(test)]
+    reads_bytes_max: std::sync::atomic::AtomicUsize,
 }
 
-#[derive(Default)]
 struct Inbox {
     queues: Queues,
     /// Whether the thread may be blocked and would not notice a new request.
     wants_wake: bool,
+    /// By file: kinds of requests that have to wait for a completion whatever the thread does.
+    full: Vec<Full>,
+}
+
+/// Whether reads and writes of a file have to wait.
+#[derive(Debug, Clone, Copy, Default)]
+struct Full {
+    reads: bool,
+    writes: bool,
+}
+
+impl Inbox {
+    fn new(files: usize) -> Self {
+        Self { queues: Queues::by_file(files), wants_wake: false, full: vec![Full::default(); files] }
+    }
+
+    /// Whether the thread is to be woken for a request; says so once.
+    fn take_wake(&mut self, file: FileId, kind: IoKind) -> bool {
+        let full = self.full.get(file.0 as usize).copied().unwrap_or_default();
+        let must_wait = (kind == IoKind::Read && full.reads) || (kind == IoKind::Write && full.writes);
+        !must_wait && std::mem::take(&mut self.wants_wake)
+    }
 }
 
 impl UringIo {
@@ -101,12 +128,16 @@ impl UringIo {
         debug_assert!((1..=DEPTH_MAX).contains(&depth), "the depth was checked");
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::from_io("making an eventfd (see ulimit -n)", errno.into()))?;
+        let count = files.raw().len();
         let shared = Arc::new(Shared {
+            bounds: Bounds::new(count, options),
+            inbox: Mutex::new(Inbox::new(count)),
             files,
-            inbox: Mutex::default(),
             wake,
             #[cfg(test)]
             registered_bytes: Default::default(),
+            #[cfg(test)]
+            reads_bytes_max: Default::default(),
         });
         // What has become ready is registered while the ring is idle rather than before somebody's next request.
         let growing = Arc::downgrade(&shared);
@@ -155,14 +186,21 @@ impl BlockIo for UringIo {
         if let Err(error) = self.shared.files.check(&request) {
             return Err((request, error));
         }
+        let (file, kind) = (request.file, request.kind);
         let mut inbox = self.shared.inbox.lock();
         inbox.queues.push(request)?;
-        let wake = std::mem::take(&mut inbox.wants_wake);
+        let wake = inbox.take_wake(file, kind);
         drop(inbox);
         if wake {
             self.shared.wake();
         }
         Ok(())
+    }
+
+    fn set_read_depth(&self, file: FileId, depth: ReadDepth) {
+        self.shared.bounds.set_read_depth(file, depth);
+        // More may have room.
+        self.shared.wake();
     }
 
     fn close(&self) {

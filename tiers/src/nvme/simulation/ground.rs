@@ -11,6 +11,7 @@ use crate::dram::Arena;
 use crate::error::{Error, Result};
 use crate::index::{IndexLog, TwinEvents, TwinIndex};
 use crate::nvme::backing::{Backing, SmallFile, open_small_file};
+use crate::nvme::calibration::CalibrationPlan;
 use crate::nvme::config::StoreConfig;
 use crate::nvme::io::{BlockIo, SimDisk, SimIo, SimOperation};
 
@@ -40,6 +41,10 @@ impl Backing for SimBacking {
         let file = open_small_file(path)?;
         let file = file.metadata().map_err(|source| Error::from_io("looking at a small file", source))?;
         Ok(Box::new(OnDisk { disk: Arc::clone(&self.disk), number: file.ino() }))
+    }
+
+    fn calibration(&self) -> Option<CalibrationPlan> {
+        None
     }
 }
 

@@ -263,6 +263,12 @@ fn a_drive_faster_than_the_decoders_gets_blocks_as_they_are() {
     save(&place, &store, [(block_id(namespace, 2), floats(2))]);
     assert_eq!(store.stats().encoded_records, 1);
     close(store);
+    let always = Place { config: StoreConfig { codec: CodecChoice::Always, ..place.config.clone() }, ..place };
+    let store = always.open().0;
+    store.set_drive_read_speed(u64::MAX);
+    save(&always, &store, [(block_id(namespace, 3), floats(3))]);
+    assert_eq!(store.stats().encoded_records, 1);
+    close(store);
 }
 
 #[test]

@@ -1,21 +1,45 @@
-//! The runs that the kernel holds, by number. What is still in it when it is dropped is leaked, not freed: a
-//! closed ring does not mean that the drive has stopped writing to memory.
+//! The runs that the kernel holds, by number, and how much of them each file has. What is still in it when it is dropped
+//! is leaked, not freed: a closed ring does not mean that the drive has stopped writing to memory.
 
+use super::super::{FileId, IoKind};
 use super::run::Run;
 use crate::error::{Error, ErrorKind};
 
 /// Runs by number; the numbers are the `user_data` of the ring.
 pub(super) struct InFlight {
-    places: Vec<Option<(Run, usize)>>,
+    places: Vec<Option<Place>>,
     free: Vec<usize>,
-    /// Bytes of all of them, as they came in.
+    /// By file.
+    loads: Vec<FileLoad>,
+}
+
+/// A run, and as what it was counted in.
+struct Place {
+    run: Run,
+    file: FileId,
+    kind: IoKind,
     bytes: usize,
 }
 
+/// What the kernel holds of one file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct FileLoad {
+    pub(super) reads: Load,
+    pub(super) writes: Load,
+}
+
+/// Runs, and their bytes as they came in. Syncs do not count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Load {
+    pub(super) runs: usize,
+    pub(super) bytes: usize,
+}
+
 impl InFlight {
-    /// Room for `depth` runs; takes more if it must.
-    pub(super) fn new(depth: usize) -> Self {
-        Self { places: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect(), bytes: 0 }
+    /// Room for `depth` runs on `files` files; takes more runs if it must.
+    pub(super) fn new(depth: usize, files: usize) -> Self {
+        let loads = vec![FileLoad::default(); files];
+        Self { places: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect(), loads }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -26,31 +50,48 @@ impl InFlight {
         self.len() == 0
     }
 
-    /// Bytes that were to be transferred when they came in.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
+    /// What the kernel holds of a file.
+    pub(super) fn load(&self, file: FileId) -> FileLoad {
+        self.loads.get(file.0 as usize).copied().unwrap_or_default()
+    }
+
+    fn load_mut(&mut self, file: FileId, kind: IoKind) -> Option<&mut Load> {
+        let load = self.loads.get_mut(file.0 as usize)?;
+        match kind {
+            IoKind::Read => Some(&mut load.reads),
+            IoKind::Write => Some(&mut load.writes),
+            IoKind::Sync => None,
+        }
     }
 
     /// Keeps a run and returns its number.
     pub(super) fn insert(&mut self, run: Run) -> usize {
         let number = self.free.pop().unwrap_or(self.places.len());
+        let (file, kind) = run.first().map_or((FileId(u32::MAX), IoKind::Sync), |first| (first.file(), first.kind()));
         let bytes = run.bytes();
-        self.bytes += bytes;
+        if let Some(load) = self.load_mut(file, kind) {
+            load.runs += 1;
+            load.bytes += bytes;
+        }
+        let place = Some(Place { run, file, kind, bytes });
         match self.places.get_mut(number) {
-            Some(place) => *place = Some((run, bytes)),
-            None => self.places.push(Some((run, bytes))),
+            Some(free) => *free = place,
+            None => self.places.push(place),
         }
         number
     }
 
     pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Run> {
-        self.places.get_mut(number)?.as_mut().map(|(run, _)| run)
+        self.places.get_mut(number)?.as_mut().map(|place| &mut place.run)
     }
 
     pub(super) fn remove(&mut self, number: usize) -> Option<Run> {
-        let (run, bytes) = self.places.get_mut(number)?.take()?;
+        let Place { run, file, kind, bytes } = self.places.get_mut(number)?.take()?;
         self.free.push(number);
-        self.bytes -= bytes;
+        if let Some(load) = self.load_mut(file, kind) {
+            load.runs -= 1;
+            load.bytes -= bytes;
+        }
         Some(run)
     }
 
@@ -85,7 +126,7 @@ mod tests {
     fn memory_of_operations_given_up_is_never_reused() {
         let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(2 << 20) }).expect("memory");
         let ended = Arc::new(AtomicUsize::new(0));
-        let mut in_flight = InFlight::new(3);
+        let mut in_flight = InFlight::new(3, 1);
         for offset in 0..2 {
             let slot = Arc::new(arena.alloc(4096).expect("room"));
             let buffer = Some(IoBuffer::Slot { slot, bytes: 8192 });
@@ -101,7 +142,9 @@ mod tests {
             let request = IoRequest { file: FileId(0), kind: IoKind::Read, offset, buffer, priority, done };
             in_flight.insert(Run::new(vec![Operation::new(request, true, 4096)]));
         }
-        assert_eq!((in_flight.len(), in_flight.is_empty(), in_flight.bytes()), (2, false, 2 * 8192));
+        assert_eq!((in_flight.len(), in_flight.is_empty()), (2, false));
+        let (reads, writes) = (Load { runs: 2, bytes: 2 * 8192 }, Load::default());
+        assert_eq!(in_flight.load(FileId(0)), FileLoad { reads, writes });
         drop(in_flight);
         assert_eq!((ended.load(Ordering::SeqCst), arena.used_bytes()), (2, 2 * 8192));
     }

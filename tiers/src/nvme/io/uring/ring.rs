@@ -14,7 +14,7 @@ use crossbeam_channel::Sender;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::super::operation::{Operation, deliver, panic_text};
-use super::super::{IoCompletion, IoKind, IoRequest};
+use super::super::{FileId, IoCompletion, IoKind, IoRequest};
 use super::in_flight::InFlight;
 use super::registered::{Registered, register_most};
 use super::run::{Next, Run};
@@ -65,7 +65,6 @@ struct Ring {
     options: RingOptions,
     registered: Registered,
     has_registered_files: bool,
-    in_flight_bytes_max: usize,
     /// Whether the kernel has reads and writes of several pieces of registered memory.
     has_registered_vectors: bool,
     /// What is to be transferred alone after a run that it was in; at most the members of all runs in flight.
@@ -93,16 +92,13 @@ impl Ring {
             }
         };
         let registered = make_table(&ring, &arena, options);
-        // The first file has the superblocks, each other one is a drive.
-        let drives = shared.files.raw().len().saturating_sub(1).max(1);
         let mut ring = Self {
             ring,
-            in_flight: InFlight::new(depth),
+            in_flight: InFlight::new(depth, shared.files.raw().len()),
             shared,
             options,
             registered,
             has_registered_files,
-            in_flight_bytes_max: options.in_flight_bytes.saturating_mul(drives),
             has_registered_vectors,
             again: VecDeque::new(),
             is_wake_armed: false,
@@ -172,10 +168,13 @@ impl Ring {
             self.refuse_waiting();
             return Ok(true);
         }
-        let run_bytes = self.options.run_bytes.min(self.options.piece_bytes);
+        let bounds = &self.shared.bounds;
         let mut run = std::mem::take(&mut self.run);
-        while self.has_room() {
-            inbox.queues.pop_run(run_bytes, &mut run);
+        while self.in_flight.len() < self.options.depth {
+            let in_flight = &self.in_flight;
+            let has_room =
+                |request: &IoRequest| bounds.has_room(request.file, request.kind, in_flight.load(request.file));
+            inbox.queues.pop_run(has_room, |first| bounds.run_bytes(first), &mut run);
             if run.is_empty() {
                 break;
             }
@@ -185,10 +184,20 @@ impl Ring {
             };
             let run = Run::new(run.drain(..).map(member).collect());
             self.taken.push(self.in_flight.insert(run));
+            #[cfg(test)]
+            for file in (0..inbox.full.len()).map(|file| FileId(file as u32)) {
+                let reads_bytes = self.in_flight.load(file).reads.bytes;
+                self.shared.reads_bytes_max.fetch_max(reads_bytes, std::sync::atomic::Ordering::AcqRel);
+            }
         }
         self.run = run;
-        // With the ring full a completion comes before there is anything to do for a new request.
-        inbox.wants_wake = self.has_room();
+        // With the ring full a completion comes before there is anything to do for a new request; so it is for what finds
+        // its drive full.
+        inbox.wants_wake = self.in_flight.len() < self.options.depth;
+        for file in (0..inbox.full.len()).map(|file| FileId(file as u32)) {
+            let has_waiting = inbox.queues.has_waiting(file);
+            inbox.full[file.0 as usize] = bounds.full(file, self.in_flight.load(file), has_waiting);
+        }
         drop(inbox);
         let mut taken = std::mem::take(&mut self.taken);
         for number in taken.drain(..) {
@@ -196,10 +205,6 @@ impl Ring {
         }
         self.taken = taken;
         Ok(false)
-    }
-
-    fn has_room(&self) -> bool {
-        self.in_flight.len() < self.options.depth && self.in_flight.bytes() < self.in_flight_bytes_max
     }
 
     /// Completes what waits in the inbox with the reason why the engine ended.
