@@ -62,7 +62,10 @@ pub fn histories(first: u64, count: u64, progress: &ProgressBar, into: &mut Simu
             }
             match simulator.run(first + number) {
                 Ok(one) => own.add(&one),
-                Err(failure) => failures.lock().push(failure),
+                Err(failure) => {
+                    progress.suspend(|| eprintln!("{failure} (again with --seed {})", failure.seed));
+                    failures.lock().push(failure);
+                }
             }
             progress.inc(1);
         }

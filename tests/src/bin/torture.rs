@@ -27,6 +27,11 @@ const KILL_AFTER_MS_MAX: u64 = 300;
 /// How long a start may take before it counts as a hang.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const CHAIN_BLOCKS_MAX: usize = 24;
+const BLOCK_BYTES: u64 = 48 << 10;
+/// The capacity of the store that keeps everything, and the bytes given to it after which it is checked as a whole and
+/// made anew: a full store would rightly give up what is oldest.
+const LARGE_CAPACITY: &str = "4GiB";
+const LARGE_BYTES_MAX: u64 = 3 << 30;
 /// How long an open is taken to last before one was seen.
 const OPEN_TIME: Duration = Duration::from_millis(60);
 /// Tables in the index from which RocksDB merges them.
@@ -94,6 +99,8 @@ struct Scenario {
     keeps_all: bool,
     durable: Vec<Chain>,
     other: Vec<Chain>,
+    /// Bytes that the store was given since it was made.
+    given_bytes: u64,
     /// How long an open takes.
     open_time: Duration,
 }
@@ -167,14 +174,14 @@ impl Scenario {
         options.capacity = capacity.into();
         options.region = "4MiB".into();
         options.dram = "32MiB".into();
-        Ok(Self { options, keeps_all, durable: Vec::new(), other: Vec::new(), open_time: OPEN_TIME })
+        Ok(Self { options, keeps_all, durable: Vec::new(), other: Vec::new(), given_bytes: 0, open_time: OPEN_TIME })
     }
 
     fn worker(&self) -> Result<TestWorker> {
         let options = WorkerOptions {
             instance: "torture".into(),
             model: "torture".into(),
-            block_bytes: 48 * 1024,
+            block_bytes: BLOCK_BYTES,
             blocks: CHAIN_BLOCKS_MAX as u32,
             device: KvDevice::Host,
         };
@@ -183,6 +190,9 @@ impl Scenario {
 
     /// Starts the server, checks a sample of what must be there, works until the kill, kills.
     fn round(&mut self, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
+        if self.keeps_all && self.given_bytes > LARGE_BYTES_MAX {
+            self.make_anew(random, tally)?;
+        }
         tally.kills += 1;
         let aim = random.random_range(0..20);
         if aim < 5 {
@@ -264,6 +274,8 @@ impl Scenario {
         while started.elapsed() < Duration::from_secs(20) {
             let chain = Chain::new(random.random(), random.random_range(1..=CHAIN_BLOCKS_MAX));
             let outcome = worker.save(&chain, 0, chain.keys.len());
+            // With a page for the header; nothing shrinks.
+            self.given_bytes += chain.keys.len() as u64 * (BLOCK_BYTES + 4096);
             let is_saved = matches!(outcome, Ok(outcome) if outcome.saved as usize == chain.keys.len());
             if is_saved {
                 saved.push(chain)
@@ -309,6 +321,14 @@ impl Scenario {
         Ok(())
     }
 
+    /// Checks everything, and goes on with an empty store.
+    fn make_anew(&mut self, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
+        self.finish(random, tally)?;
+        std::fs::remove_dir_all(self.options.store())?;
+        (self.durable, self.other, self.given_bytes) = (Vec::new(), Vec::new(), 0);
+        Ok(())
+    }
+
     /// Checks everything after the last kill.
     fn finish(&mut self, random: &mut SmallRng, tally: &mut Tally) -> Result<()> {
         let mut server = self.options.start(START_TIMEOUT)?;
@@ -331,8 +351,10 @@ fn kill(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
     let mut random = SmallRng::seed_from_u64(seed);
     let temporary = tempfile::Builder::new().prefix("pegaflow-torture-").tempdir_in(".")?;
     let directory = arguments.directory.clone().unwrap_or_else(|| temporary.path().to_owned());
-    let mut scenarios =
-        [Scenario::new(&directory, "large", "4GiB", true)?, Scenario::new(&directory, "small", "48MiB", false)?];
+    let mut scenarios = [
+        Scenario::new(&directory, "large", LARGE_CAPACITY, true)?,
+        Scenario::new(&directory, "small", "48MiB", false)?,
+    ];
     let progress = progress(arguments.kills, "kills")?;
     let mut tally = Tally::default();
     while tally.kills < arguments.kills && tally.hangs < 5 {
