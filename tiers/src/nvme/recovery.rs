@@ -66,6 +66,8 @@ struct Recovery<'a> {
     report: RecoveryReport,
     changes: Vec<IndexChange>,
     marks: Vec<RegionMark>,
+    /// Whether something was found behind the marks that hides older records.
+    found_hiding: bool,
 }
 
 /// Reads a store and gets it ready for the writer, with the drives that it has from now on.
@@ -87,7 +89,14 @@ pub(super) fn recover(
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
     let begin = |index: IndexLog, index_rebuilt, headers: &Headers| -> Result<(Recovery<'_>, Vec<Live>)> {
         let report = RecoveryReport { clean: superblock.is_clean, index_rebuilt, ..RecoveryReport::default() };
-        let mut recovery = Recovery { shared, index: Arc::new(index), report, changes: Vec::new(), marks: Vec::new() };
+        let mut recovery = Recovery {
+            shared,
+            index: Arc::new(index),
+            report,
+            changes: Vec::new(),
+            marks: Vec::new(),
+            found_hiding: false,
+        };
         let live = recovery.restore_regions(&headers.found)?;
         if !index_rebuilt {
             fill::begin(shared, &recovery.index)?;
@@ -116,6 +125,10 @@ pub(super) fn recover(
     let may_reopen = !recovery.note_what_goes(plan, &mut counters)?;
     let mut open = recovery.end_logs(&live, &mut counters, |region| may_reopen && plan.after.has(region))?;
     recovery.commit()?;
+    // As the writer does: the drive that has it may be gone at the next open, and readers have seen what it says.
+    if recovery.found_hiding && shared.drive.drives() > 1 && !is_off!(SkipIndexSync) {
+        recovery.index.sync()?;
+    }
     recovery.drop_what_goes(plan, &mut counters)?;
     let (index, mut report) = (recovery.index, recovery.report);
     if report.index_rebuilt {
@@ -360,6 +373,7 @@ impl Recovery<'_> {
         let header = &found.header;
         let identity = &header.identity;
         let hides_older = header.replaces || header.kind == HeaderKind::Tombstone;
+        self.found_hiding |= hides_older;
         if hides_older && self.shared.regions.set_hiding(header.location.region) {
             let name = hiding_name(header.location.region);
             self.index.meta_put(&name, &header.location.generation.to_le_bytes())?;

@@ -126,6 +126,10 @@ mod on {
         SkipNamespaceSync,
         /// A failed write is reported as done.
         IgnoreFailedWrite,
+        /// An object is not marked as replacing a version whose region is being given up.
+        ForgetWhatIsReclaimed,
+        /// With several drives, the index does not make removals and replacements durable before they are reported.
+        SkipIndexSync,
     }
 
     /// Runs `work` with a protection switched off.

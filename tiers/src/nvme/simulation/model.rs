@@ -119,6 +119,12 @@ impl Model {
         self.given_up.insert((region, generation));
     }
 
+    /// What lies at some places is over.
+    pub(in crate::nvme) fn given_up_at(&mut self, is_over: impl Fn(&Location) -> bool) {
+        let locations = self.tracks.values().filter_map(|track| track.location).filter(is_over);
+        self.given_up.extend(locations.map(|location| (location.region, location.generation)));
+    }
+
     fn may_be_gone(&self, track: &Track) -> bool {
         track.location.is_none_or(|location| self.given_up.contains(&(location.region, location.generation)))
     }

@@ -33,7 +33,10 @@ fn nothing_is_lost_and_nothing_is_wrong_whatever_the_power_does() {
     for seed in seeds_from_environment(300) {
         match simulator.run(seed) {
             Ok(one) => tally.add(&one),
-            Err(failure) => failures.push(failure.to_string()),
+            Err(failure) => {
+                eprintln!("{failure}");
+                failures.push(failure.to_string());
+            }
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));

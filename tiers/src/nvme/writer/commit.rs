@@ -162,7 +162,7 @@ impl Writer {
         self.shared.commit(&self.index, &changes, &marks)?;
         self.marks.clear();
         // A drive may be gone at the next open, and with it the only other place that knows of a removal.
-        if self.lanes.len() > 1 && batch.iter().any(hides_older) {
+        if self.lanes.len() > 1 && batch.iter().any(hides_older) && !is_off!(SkipIndexSync) {
             self.index.sync()?;
         }
         Ok(())
