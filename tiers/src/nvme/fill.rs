@@ -265,13 +265,23 @@ fn give_up(shared: &Shared, error: &Error) {
 }
 
 impl Shared {
-    /// Applies changes and marks to `index`, and with that to lookups: all of them, or none in the case of an error.
+    /// Applies changes and marks to `index`, and with that to lookups: all of them, or none in the case of an error. With
+    /// `is_synced` they survive a power loss before anybody finds them.
     ///
     /// # Errors
     /// What the index reports.
-    pub(super) fn commit(&self, index: &IndexLog, changes: &[IndexChange], marks: &[RegionMark]) -> Result<()> {
+    pub(super) fn commit(
+        &self,
+        index: &IndexLog,
+        changes: &[IndexChange],
+        marks: &[RegionMark],
+        is_synced: bool,
+    ) -> Result<()> {
         let _alone = self.fill.source.write();
         index.commit(changes, marks)?;
+        if is_synced {
+            index.sync()?;
+        }
         self.publish(index, changes)
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backing::Backing;
-use super::counters::Counters;
+use super::counters::{Counters, knows_floor, note_floor};
 use super::directory::Directory;
 use super::fill;
 use super::membership::Plan;
@@ -113,7 +113,7 @@ pub(super) fn recover(
             shared.table.retain(|_| false);
             if !plan.lost_regions.is_empty() {
                 // Only the index could tell what the drives that are gone hid.
-                counters.raise_rebuild_floor()?;
+                counters.raise_rebuild_floor(None)?;
             }
             let refused = headers.take_below(counters.rebuild_floor());
             refused.iter().for_each(|region| shared.regions.clear(*region));
@@ -132,6 +132,7 @@ pub(super) fn recover(
     recovery.drop_what_goes(plan, &mut counters)?;
     let (index, mut report) = (recovery.index, recovery.report);
     if report.index_rebuilt {
+        note_floor(&index, counters.rebuild_floor())?;
         index.meta_put(STORE_NAME, shared.uuid.as_bytes())?;
         index.sync()?;
     }
@@ -223,8 +224,8 @@ fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counte
     shared.drive.sync_regions(regions.iter().copied())
 }
 
-/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, or, where a
-/// drive is gone, not the one of the last open.
+/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, a copy from before
+/// the rebuild floor was raised, or, where a drive is gone, not the one of the last open.
 fn open_index(
     shared: &Shared,
     backing: &dyn Backing,
@@ -238,7 +239,10 @@ fn open_index(
             .meta_get(STORE_NAME)?
             .is_some_and(|uuid| uuid == shared.uuid.as_bytes() || is_off!(BelieveForeignIndex));
         let opens = index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
-        if !is_ours || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens) {
+        if !is_ours
+            || !knows_floor(&index, superblock.rebuild_floor)?
+            || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens)
+        {
             return Ok(None);
         }
         index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
@@ -460,7 +464,7 @@ impl Recovery<'_> {
             }
         }
         if hides {
-            counters.raise_rebuild_floor()?;
+            counters.raise_rebuild_floor(Some(&self.index))?;
         }
         Ok(hides)
     }
@@ -530,6 +534,6 @@ impl Recovery<'_> {
 
     fn commit_changes(&mut self) -> Result<()> {
         let changes = std::mem::take(&mut self.changes);
-        self.shared.commit(&self.index, &changes, &[])
+        self.shared.commit(&self.index, &changes, &[], false)
     }
 }

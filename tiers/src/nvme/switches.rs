@@ -128,6 +128,8 @@ mod on {
         IgnoreFailedWrite,
         /// An object is not marked as replacing a version whose region is being given up.
         ForgetWhatIsReclaimed,
+        /// An older copy of the index is believed though what it lacks is nowhere else any more.
+        ForgetFloor,
         /// With several drives, the index does not make removals and replacements durable before they are reported.
         SkipIndexSync,
     }

@@ -131,7 +131,7 @@ impl History {
     /// After an open: what lies where, and what is over.
     pub(super) fn note_drives(&mut self) {
         let Some(store) = &self.world.store else { return };
-        if self.was_rebuilt {
+        if std::mem::take(&mut self.may_be_rebuilt) {
             let floor = self.world.rebuild_floor();
             self.model.given_up_at(|location| location.generation < floor);
         }
@@ -145,6 +145,7 @@ impl History {
             })
         };
         let leaving = std::mem::take(&mut drives.leaving);
+        self.have_left = !leaving.is_empty();
         self.model.given_up_at(|location| {
             leaving.contains(&location.region) && !is_there(location.region, location.generation)
         });

@@ -228,6 +228,10 @@ pub(super) struct History {
     pub(super) was_rebuilt: bool,
     /// Whether an older copy of the index was restored, and not opened yet.
     pub(super) has_older_index: bool,
+    /// Whether the index was made anew since the last open, or may have been in one that was cut.
+    pub(super) may_be_rebuilt: bool,
+    /// Whether regions may have left the store with the last open.
+    pub(super) have_left: bool,
     has_faults: bool,
     /// Whether the store has reported any failure.
     pub(super) has_failed: bool,
@@ -273,6 +277,8 @@ impl History {
             has_failed_sync: false,
             was_rebuilt: false,
             has_older_index: false,
+            may_be_rebuilt: false,
+            have_left: false,
             has_faults,
             has_failed: false,
             is_lied_to: false,
@@ -398,7 +404,7 @@ impl History {
     /// A new index knows what stands behind damage too; a copy of an earlier one is of no use any more.
     fn note_rebuild(&mut self, is_rebuilt: bool) {
         if is_rebuilt {
-            self.was_rebuilt = true;
+            (self.was_rebuilt, self.may_be_rebuilt) = (true, true);
             self.older_index = None;
         }
     }
@@ -412,7 +418,7 @@ impl History {
             let seen = self.world.look(id)?;
             self.tell(|| format!("found: record {name} {}", told(&seen)));
             self.count(&seen);
-            let judged = self.model.settle(name, &seen, self.was_rebuilt);
+            let judged = self.model.settle(name, &seen, self.was_rebuilt, self.have_left);
             self.forgive(judged)?;
         }
         self.was_rebuilt = false;
@@ -705,6 +711,7 @@ impl History {
     fn damage_index(&mut self) {
         if self.random.random_ratio(1, 8) {
             self.tell(|| "the index is lost".to_owned());
+            self.may_be_rebuilt = true;
             self.world.wipe_index();
         } else if self.random.random_ratio(1, 6)
             && let Some(older) = self.older_index.take()
@@ -712,7 +719,7 @@ impl History {
             self.tell(|| "an older index is restored".to_owned());
             self.world.backing.index.restore(&older);
             self.tally.older_indexes += 1;
-            self.has_older_index = true;
+            (self.has_older_index, self.may_be_rebuilt) = (true, true);
         }
     }
 
@@ -732,6 +739,7 @@ impl History {
             self.end(End::Close)?;
             if round == 1 {
                 self.world.wipe_index();
+                self.may_be_rebuilt = true;
             }
         }
         Ok(())

@@ -143,17 +143,18 @@ impl Model {
         }
     }
 
-    /// Judges what a store returns that was opened after a crash, and knows it from then on.
+    /// Judges what a store returns that was opened after a crash, and knows it from then on. Where regions have left, a
+    /// newer version that nobody was promised may have counted first and gone with one of them.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub(in crate::nvme) fn settle(&mut self, name: u64, seen: &Seen, was_rebuilt: bool) -> Verdict {
+    pub(in crate::nvme) fn settle(&mut self, name: u64, seen: &Seen, was_rebuilt: bool, have_left: bool) -> Verdict {
         let track = self.tracks.get(&name).cloned().unwrap_or_default();
         let mut next = track.clone();
         next.later.retain(|unsure| unsure.has_failed);
         match seen {
             Seen::Nothing => {
-                self.judge_absence(name, &track, was_rebuilt)?;
+                self.judge_absence(name, &track, was_rebuilt || have_left)?;
                 next.location = None;
                 // Hidden by a torn replacement, or gone with its region: where the index comes back it may be found again.
                 let may_come_back = self.may_be_gone(&track) || may_be_hidden(&track, was_rebuilt);

@@ -210,32 +210,49 @@ pub(super) fn replaced_while_reclaimed(history: &mut History) -> Step {
     assert_gone(history, 1)
 }
 
-/// A record of the home that is removed on another drive. Then the power goes, and with it what the index had not made
-/// durable; and the drive.
-pub(super) fn removed_on_a_drive_that_goes(history: &mut History) -> Step {
+/// A store with a second drive, in which a record of the home is about to be removed on that: the record.
+fn record_and_a_drive(history: &mut History) -> Step<u64> {
     history.end(End::Close)?;
     let path = drive_path(&history.world.store_path(), 1).with_file_name("besides");
     history.world.config.more_drives = vec![DriveConfig { path, capacity_bytes: 4 * REGION_BYTES }];
     history.open(false)?;
     // Records go to the drives in turn.
-    let locations = [put(history, 1, 1, 5000)?, put(history, 2, 1, 5000)?, put(history, 3, 1, 5000)?];
-    let store = history.world.store.clone();
-    let drive_of = |location: &Location| {
-        let regions = store.as_ref().map(|store| store.regions()).unwrap_or_default();
-        regions.iter().find(|info| info.region == location.region).map(|info| info.drive)
-    };
-    let is_next_besides = drive_of(&locations[2]) == Some(0);
-    let name = (1..).zip(&locations).find(|(_, location)| drive_of(location) == Some(0)).map_or(1, |(name, _)| name);
-    if !is_next_besides {
+    let mut drives = Vec::new();
+    for name in 1..=3 {
+        let location = put(history, name, 1, 5000)?;
+        let regions = history.world.store.as_ref().map(|store| store.regions()).unwrap_or_default();
+        drives.push(regions.iter().find(|info| info.region == location.region).map(|info| info.drive));
+    }
+    if drives[2] == Some(1) {
         put(history, 4, 1, 5000)?;
     }
-    drop(store);
+    Ok((1..).zip(drives).find(|(_, drive)| *drive == Some(0)).map_or(1, |(name, _)| name))
+}
+
+/// A record of the home that is removed on another drive. Then the power goes, and with it what the index had not made
+/// durable; and the drive.
+pub(super) fn removed_on_a_drive_that_goes(history: &mut History) -> Step {
+    let name = record_and_a_drive(history)?;
     remove(history, name)?;
-    // Nothing of the index's tail is left.
     history.world.end();
     history.world.disk().restart(1, SimCrash::PowerLoss);
     history.world.backing.index.lose_power(|_| 0);
     history.world.config.more_drives.clear();
+    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    assert_gone(history, name)
+}
+
+/// The drive with a removal went; then a copy of the index comes back that is from before the removal.
+pub(super) fn older_index_after_a_drive_went(history: &mut History) -> Step {
+    let name = record_and_a_drive(history)?;
+    let older = history.world.backing.index.copy();
+    remove(history, name)?;
+    history.end(End::Close)?;
+    history.world.config.more_drives.clear();
+    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    assert_gone(history, name)?;
+    history.end(End::Close)?;
+    history.world.backing.index.restore(&older);
     history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
     assert_gone(history, name)
 }
@@ -245,7 +262,7 @@ pub(super) fn removed_on_a_drive_that_goes(history: &mut History) -> Step {
 fn each_case_is_survived() {
     let directory = super::directory();
     let simulator = super::simulator(&directory);
-    let cases: [Scenario; 8] = [
+    let cases: [Scenario; 9] = [
         swapped_entries,
         misdirected_version,
         quarantined_object,
@@ -254,6 +271,7 @@ fn each_case_is_survived() {
         unreadable_region,
         replaced_while_reclaimed,
         removed_on_a_drive_that_goes,
+        older_index_after_a_drive_went,
     ];
     for case in cases {
         run(&simulator, case).unwrap_or_else(|failure| panic!("{failure}"));
