@@ -125,8 +125,10 @@ pub(super) fn recover(
     let may_reopen = !recovery.note_what_goes(plan, &mut counters)?;
     let mut open = recovery.end_logs(&live, &mut counters, |region| may_reopen && plan.after.has(region))?;
     recovery.commit()?;
-    // As the writer does: the drive that has it may be gone at the next open, and readers have seen what it says.
-    if recovery.found_hiding && shared.drive.drives() > 1 && !is_off!(SkipIndexSync) {
+    // As the writer does: the drive that has it may be gone at the next open, and readers have seen what it says. So may
+    // a region that goes now.
+    let may_be_gone = shared.drive.drives() > 1 || plan.during != plan.after;
+    if recovery.found_hiding && may_be_gone && !is_off!(SkipIndexSync) {
         recovery.index.sync()?;
     }
     recovery.drop_what_goes(plan, &mut counters)?;
