@@ -130,6 +130,8 @@ mod on {
         ForgetWhatIsReclaimed,
         /// An older copy of the index is believed though what it lacks is nowhere else any more.
         ForgetFloor,
+        /// With several drives, a superblock that an open has read is taken for durable.
+        TrustUnsyncedSuperblock,
         /// With several drives, the index does not make removals and replacements durable before they are reported.
         SkipIndexSync,
     }

@@ -89,6 +89,7 @@ noticed! {
     keep_unreadable_region: KeepUnreadableRegion by By::Scenario(scenarios::unreadable_region);
     skip_namespace_sync: SkipNamespaceSync by By::Histories;
     ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
+    trust_unsynced_superblock: TrustUnsyncedSuperblock by By::Scenario(scenarios::superblock_that_was_not_synced);
     forget_floor: ForgetFloor by By::Scenario(scenarios::older_index_after_a_drive_went);
     forget_what_is_reclaimed: ForgetWhatIsReclaimed by By::Scenario(scenarios::replaced_while_reclaimed);
     skip_index_sync: SkipIndexSync by By::Scenario(scenarios::removed_on_a_drive_that_goes);
