@@ -440,7 +440,9 @@ impl Recovery<'_> {
                 fenced.push(region);
                 self.shared.regions.set_used(region, end.page);
             }
-            if is_newest && end.page < region_pages && may_reopen(region) {
+            // What is written from now on lies above the rebuild floor; the seal of when it was raised may be lost.
+            let is_above = generation >= counters.rebuild_floor() || is_off!(WriteBelowFloor);
+            if is_newest && end.page < region_pages && is_above && may_reopen(region) {
                 self.shared.regions.reopen(region);
                 open.insert(drive_of(live), OpenRegion { region, generation, next_page: end.page });
             } else {

@@ -132,6 +132,8 @@ mod on {
         ForgetFloor,
         /// With several drives, a superblock that an open has read is taken for durable.
         TrustUnsyncedSuperblock,
+        /// After a crash a region below the rebuild floor is written on.
+        WriteBelowFloor,
         /// With several drives, the index does not make removals and replacements durable before they are reported.
         SkipIndexSync,
     }
