@@ -232,6 +232,8 @@ pub(super) struct History {
     pub(super) may_be_rebuilt: bool,
     /// Whether regions may have left the store with the last open.
     pub(super) have_left: bool,
+    /// Syncs that had failed when the last life ended.
+    failed_syncs: u64,
     has_faults: bool,
     /// Whether the store has reported any failure.
     pub(super) has_failed: bool,
@@ -279,6 +281,7 @@ impl History {
             has_older_index: false,
             may_be_rebuilt: false,
             have_left: false,
+            failed_syncs: 0,
             has_faults,
             has_failed: false,
             is_lied_to: false,
@@ -640,7 +643,9 @@ impl History {
         if self.world.store.is_none() {
             return Ok(());
         }
-        let is_poisoned = self.has_failed_sync;
+        // What a failed sync covered may be gone though programs still see it: a kill alone would hide that.
+        let is_poisoned = self.has_failed_sync || self.world.disk().failed_syncs() > self.failed_syncs;
+        self.failed_syncs = self.world.disk().failed_syncs();
         match end {
             End::Close if !self.world.disk().is_off() => {
                 self.pinned = None;
