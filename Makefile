@@ -59,7 +59,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-gpu bench-ttft bench-pairs bench-interference
-.PHONY: check-bytes kill-workers ptx doc clean
+.PHONY: check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -135,6 +135,9 @@ bench-interference: ## What loads and saves at full speed cost a decode batch. P
 
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)
+
+fixtures: toolchain ## Write the fixtures of the format that are missing in tiers/fixtures; touches no other
+	@cargo test --quiet -p pegaflow-tiers --lib write_missing_fixtures -- --ignored --nocapture
 
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc

@@ -269,6 +269,13 @@ mod tests {
         }
         assert!(text.contains("io_engine=\"psync\""));
         assert!(!text.contains("pegaflow_drive_write_bytes_per_second{"), "what is not known is not told");
+        for reason in PoisonReason::ALL {
+            let text =
+                metrics.render(&Stats { nvme_degraded: Some(reason), ..Stats::default() }, ServerGauges::default());
+            let is_one = |line: &str| line.starts_with("pegaflow_nvme_degraded{") && line.ends_with(" 1");
+            let ones: Vec<&str> = text.lines().filter(|line| is_one(line)).collect();
+            assert_eq!(ones, [format!("pegaflow_nvme_degraded{{reason=\"{}\"}} 1", reason.as_str())]);
+        }
         let names: Vec<_> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
         let helps = text.lines().filter(|line| line.starts_with("# HELP")).count();
         assert_eq!(names.len(), helps, "every metric is described");

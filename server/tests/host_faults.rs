@@ -135,7 +135,7 @@ fn a_low_limit_on_locked_memory_costs_one_warning() {
     server.assert_ready();
     let metrics = server.get("/metrics");
     if metrics.contains("io_engine=\"io_uring\"") {
-        let complaints = server.complaints("registered");
+        let complaints = server.complaints("the arena is not registered as a whole");
         assert!(complaints <= 1, "{}", server.log());
         println!("io_uring with {complaints} complaints");
     } else {
@@ -161,10 +161,24 @@ fn a_limit_on_file_sizes_that_is_met_while_running_does_not_kill() {
     let operation = worker.start_save(16).expect("accepted");
     worker.wait(operation);
     server.assert_degraded(&mut worker, "no_space");
+    assert_eq!(server.complaints("the drive takes no writes: the store"), 1, "{}", server.log());
     assert!(limit("unlimited").expect("prlimit").success());
     until("the store comes back", || server.has_metric("pegaflow_nvme_reopens_total 1"));
     server.assert_ready();
     worker.client.flush(PATIENCE).expect("durable");
+}
+
+#[test]
+fn a_limit_on_file_sizes_is_an_error_at_the_start() {
+    let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let store = place.path().join("store");
+    let limited = limited(&["--fsize", "16777216"]);
+    let output = command(&limited, place.path(), &store).stderr(Stdio::piped()).output().expect("runs");
+    let error = String::from_utf8(output.stderr).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(6), "{error}");
+    let last = error.lines().last().unwrap_or_default();
+    assert!(last.contains("larger than a file may be here") && last.contains("ulimit -f"), "{error}");
+    assert!(!store.join("VERSION").exists() && !store.join("regions.0").exists(), "nothing is left behind");
 }
 
 /// A shell of its own mounts, where that is allowed; the server sees the mount, and so do we through `/proc`.
@@ -213,6 +227,8 @@ fn a_file_system_that_fills_up_ends_in_dram_only_until_there_is_room() {
         (pegaflow_engine::InstanceId("other".into()), spec.namespace.with("filler", "x".repeat(60_000)));
     other.client.register(spec, other.memory()).expect("taken");
     server.assert_degraded(&mut worker, "no_space");
+    let first = ["a namespace could not be written: the store", "the index took no commit: the store"];
+    assert_eq!(first.map(|line| server.complaints(line)).iter().sum::<usize>(), 1, "{}", server.log());
     until("it is tried again", || !server.has_metric("pegaflow_nvme_failed_reopens_total 0"));
     assert!(!server.has_metric("pegaflow_nvme_capacity_bytes 0"), "what is on the drive can still be read");
     std::fs::remove_file(&filler).expect("room again");

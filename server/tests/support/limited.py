@@ -1,6 +1,6 @@
 """Runs a command with less than it would like: limits, forbidden system calls, capabilities taken away.
 
-usage: limited.py [--memlock BYTES] [--no-io-uring] -- COMMAND [ARGUMENT]...
+usage: limited.py [--memlock BYTES] [--fsize BYTES] [--no-io-uring] -- COMMAND [ARGUMENT]...
 """
 
 import ctypes
@@ -51,6 +51,9 @@ def main() -> None:
     while arguments and (option := arguments.pop(0)) != "--":
         if option == "--memlock":
             limit_memlock(int(arguments.pop(0)))
+        elif option == "--fsize":
+            size = int(arguments.pop(0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         elif option == "--no-io-uring":
             forbid_io_uring()
         else:

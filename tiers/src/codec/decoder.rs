@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use zstd::zstd_safe::DCtx;
 
 use super::Codec;
-use super::frame::{Chunk, corrupt, read_table};
+use super::frame::{Chunk, corrupt, head_bytes, read_head, read_table};
 use super::planes::Split;
 use crate::error::Result;
 
@@ -55,6 +55,32 @@ impl Decoder {
             let raw = if chunk.is_raw() { stored } else { self.scratch.decode(codec, stored, chunk.raw_bytes)? };
             hasher.update(raw);
             each(raw);
+        }
+        Ok(hasher.digest())
+    }
+
+    /// Decodes a frame of `frame_bytes` that is read piece by piece, and throws away what comes out: takes the memory of a
+    /// table and a chunk, at most 2 MiB, whatever the frame is. `read` fills a buffer from an offset of the frame. Returns
+    /// the XXH3 checksum of the payload.
+    ///
+    /// # Errors
+    /// `Corrupt` as [`Decoder::decode_each`], and what `read` reports.
+    pub fn decode_from(
+        &mut self,
+        codec: Codec,
+        frame_bytes: usize,
+        raw_bytes: u64,
+        read: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>,
+    ) -> Result<u64> {
+        let mut stored = vec![0; head_bytes(frame_bytes, raw_bytes)?];
+        read(0, &mut stored)?;
+        read_head(codec, &stored, frame_bytes, raw_bytes, &mut self.chunks)?;
+        let mut hasher = Xxh3Default::new();
+        for chunk in &self.chunks {
+            stored.resize(chunk.stored_bytes, 0);
+            read(chunk.at, &mut stored)?;
+            let raw = if chunk.is_raw() { &stored } else { self.scratch.decode(codec, &stored, chunk.raw_bytes)? };
+            hasher.update(raw);
         }
         Ok(hasher.digest())
     }

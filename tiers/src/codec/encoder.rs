@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use zstd::zstd_safe::{CCtx, CParameter, ParamSwitch};
 
-use super::frame::{CHUNK_BYTES, frame_bytes, table_bytes, write_table};
+use super::frame::{CHUNK_BYTES, frame_of, table_bytes, write_table};
 use super::planes::{GROUP, Split};
 use super::{Codec, decoder};
 
@@ -74,7 +74,7 @@ impl Encoder {
                 return None;
             }
         }
-        let bytes = frame_bytes(chunks, end - first);
+        let bytes = frame_of(chunks, end - first);
         if from + bytes > end_max || bytes > payload.len() - payload.len() / WORTH_PART {
             return None;
         }

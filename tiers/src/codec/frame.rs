@@ -23,7 +23,7 @@ pub(super) fn table_bytes(chunks: usize) -> usize {
 }
 
 /// The bytes of a frame with these chunks.
-pub(super) fn frame_bytes(chunks: usize, stored: usize) -> usize {
+pub(super) fn frame_of(chunks: usize, stored: usize) -> usize {
     (table_bytes(chunks) + stored).next_multiple_of(FRAME_ALIGN)
 }
 
@@ -51,27 +51,52 @@ impl Chunk {
     }
 }
 
-/// Reads the table of a frame into `chunks` and checks that all of it fits together, before anything is decoded:
-/// afterwards every chunk lies in the frame, is no longer than what it decodes to, and they decode to `raw_bytes` together.
+/// The bytes at the start of a frame that its table lies in, whatever chunks it has.
+///
+/// # Errors
+/// `Corrupt` if nothing of this length is encoded.
+pub(super) fn head_bytes(frame_bytes: usize, raw_bytes: u64) -> Result<usize> {
+    if !(1..=RAW_BYTES_MAX).contains(&raw_bytes) {
+        return Err(corrupt("length"));
+    }
+    Ok(table_bytes(raw_bytes.div_ceil(FRAME_ALIGN as u64) as usize).min(frame_bytes))
+}
+
+/// As [`read_head`], of a whole frame.
 ///
 /// # Errors
 /// `Corrupt` with what is wrong.
 pub(super) fn read_table(codec: Codec, frame: &[u8], raw_bytes: u64, chunks: &mut Vec<Chunk>) -> Result<()> {
+    read_head(codec, frame, frame.len(), raw_bytes, chunks)
+}
+
+/// Reads the table of a frame, of which `head` is the start, into `chunks` and checks that all of it fits together, before anything is decoded:
+/// afterwards every chunk lies in the frame, is no longer than what it decodes to, and they decode to `raw_bytes` together.
+///
+/// # Errors
+/// `Corrupt` with what is wrong.
+pub(super) fn read_head(
+    codec: Codec,
+    head: &[u8],
+    frame_bytes: usize,
+    raw_bytes: u64,
+    chunks: &mut Vec<Chunk>,
+) -> Result<()> {
     chunks.clear();
     let is_raw_right = (1..=RAW_BYTES_MAX).contains(&raw_bytes)
         && (!codec.has_planes() || raw_bytes.is_multiple_of(planes::GROUP as u64));
-    if !is_raw_right || !frame.len().is_multiple_of(FRAME_ALIGN) || frame.is_empty() || frame.len() as u64 > raw_bytes {
+    if !is_raw_right || !frame_bytes.is_multiple_of(FRAME_ALIGN) || frame_bytes == 0 || frame_bytes as u64 > raw_bytes {
         return Err(corrupt("length"));
     }
     let word = |at: usize| {
-        let bytes = frame.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        let bytes = head.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
         bytes.map(|bytes| u32::from_le_bytes(bytes) as usize).ok_or_else(|| corrupt("table"))
     };
     let (chunk_bytes, count) = (word(0)?, word(4)?);
     if !chunk_bytes.is_power_of_two() || !(FRAME_ALIGN..=CHUNK_BYTES_MAX).contains(&chunk_bytes) {
         return Err(corrupt("chunk size"));
     }
-    if count as u64 != raw_bytes.div_ceil(chunk_bytes as u64) || table_bytes(count) > frame.len() {
+    if count as u64 != raw_bytes.div_ceil(chunk_bytes as u64) || table_bytes(count) > frame_bytes {
         return Err(corrupt("number of chunks"));
     }
     let mut left = raw_bytes as usize;
@@ -86,10 +111,10 @@ pub(super) fn read_table(codec: Codec, frame: &[u8], raw_bytes: u64, chunks: &mu
         stored += bytes;
         left -= raw;
     }
-    if frame_bytes(count, stored) != frame.len() {
+    if frame_of(count, stored) != frame_bytes {
         return Err(corrupt("sum of chunk lengths"));
     }
-    let first = frame.len() - stored;
+    let first = frame_bytes - stored;
     chunks.iter_mut().for_each(|chunk| chunk.at += first);
     Ok(())
 }

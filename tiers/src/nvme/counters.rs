@@ -5,14 +5,19 @@ use std::sync::Arc;
 
 use super::drive::Drive;
 use super::drive_table::DriveTable;
+use super::page::get_u64;
 use super::superblock::Superblock;
 use super::switches::is_off;
 use crate::error::{Error, ErrorKind, Result};
+use crate::index::IndexLog;
 
 /// Generations reserved at once; a region takes two for each life.
 const GENERATION_STEP: u64 = 1 << 10;
 /// Sequences reserved at once.
 const SEQUENCE_STEP: u64 = 1 << 20;
+
+/// The name in the index under which the rebuild floor stands that it knows of.
+const FLOOR_NAME: &str = "floor";
 
 /// The counters, and the superblock that bounds them.
 pub(super) struct Counters {
@@ -82,12 +87,16 @@ impl Counters {
     }
 
     /// Notes that what hid old versions in regions of a generation used so far is gone: an index that is made anew takes
-    /// none of them. Nothing may be written to them from now on.
+    /// none of them. Nothing may be written to them from now on. `index` is the one that knows what was hidden, if there is
+    /// one: it is told first, so that no older copy of it is believed later.
     ///
     /// # Errors
-    /// What the drive reports.
-    pub(super) fn raise_rebuild_floor(&mut self) -> Result<()> {
+    /// What the drive or the index reports.
+    pub(super) fn raise_rebuild_floor(&mut self, index: Option<&IndexLog>) -> Result<()> {
         let floor = self.next_generation;
+        if let Some(index) = index {
+            note_floor(index, floor)?;
+        }
         self.write(|superblock| superblock.rebuild_floor = floor)
     }
 
@@ -117,6 +126,23 @@ impl Counters {
         self.superblock = next;
         Ok(())
     }
+}
+
+/// Notes the rebuild floor in an index that knows what was hidden when it was raised.
+///
+/// # Errors
+/// What the index reports.
+pub(super) fn note_floor(index: &IndexLog, floor: u64) -> Result<()> {
+    index.meta_put(FLOOR_NAME, &floor.to_le_bytes())
+}
+
+/// Whether an index knows what was hidden when the rebuild floor was raised to this.
+///
+/// # Errors
+/// What the index reports.
+pub(super) fn knows_floor(index: &IndexLog, floor: u64) -> Result<bool> {
+    let noted = index.meta_get(FLOOR_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
+    Ok(noted >= floor || is_off!(ForgetFloor))
 }
 
 fn take(next: &mut u64, ceiling: u64) -> Result<u64> {

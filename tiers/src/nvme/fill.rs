@@ -265,13 +265,23 @@ fn give_up(shared: &Shared, error: &Error) {
 }
 
 impl Shared {
-    /// Applies changes and marks to `index`, and with that to lookups: all of them, or none in the case of an error.
+    /// Applies changes and marks to `index`, and with that to lookups: all of them, or none in the case of an error. With
+    /// `is_synced` they survive a power loss before anybody finds them.
     ///
     /// # Errors
     /// What the index reports.
-    pub(super) fn commit(&self, index: &IndexLog, changes: &[IndexChange], marks: &[RegionMark]) -> Result<()> {
+    pub(super) fn commit(
+        &self,
+        index: &IndexLog,
+        changes: &[IndexChange],
+        marks: &[RegionMark],
+        is_synced: bool,
+    ) -> Result<()> {
         let _alone = self.fill.source.write();
         index.commit(changes, marks)?;
+        if is_synced {
+            index.sync()?;
+        }
         self.publish(index, changes)
     }
 
@@ -280,12 +290,25 @@ impl Shared {
     /// # Errors
     /// What the log reports, while the table is being filled.
     pub(super) fn try_locate(&self, id: &RecordId) -> Result<Option<Location>> {
+        Ok(self.try_find(id)?.and_then(|location| self.regions.resolve(location)))
+    }
+
+    /// Whether a record is there, or was and may be again: its region is being given up, which may not succeed, or not
+    /// outlive a crash.
+    ///
+    /// # Errors
+    /// As [`Shared::try_locate`].
+    pub(super) fn may_be_there(&self, id: &RecordId) -> Result<bool> {
+        Ok(self.try_find(id)?.is_some_and(|location| self.regions.may_hold(&location)))
+    }
+
+    /// What the index has for a record; the region may be over.
+    fn try_find(&self, id: &RecordId) -> Result<Option<Location>> {
         let is_filling = self.fill.is_filling.load(Ordering::Acquire);
-        let found = match self.table.get(id.fingerprint()) {
-            None if is_filling => self.ask(&[*id])?.pop().flatten(),
-            known => known,
-        };
-        Ok(found.and_then(|location| self.regions.resolve(location)))
+        match self.table.get(id.fingerprint()) {
+            None if is_filling => Ok(self.ask(&[*id])?.pop().flatten()),
+            known => Ok(known),
+        }
     }
 
     /// As [`Shared::try_locate`]; what the log can not say is not there.

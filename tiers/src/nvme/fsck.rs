@@ -5,6 +5,7 @@
 //! What a crash leaves and the next open mends by itself (rows of regions given up since, records behind the marks) is
 //! counted apart and is no problem.
 
+mod payload;
 mod report;
 
 use std::collections::HashMap;
@@ -32,6 +33,7 @@ use super::scan::{AtDamage, Found, ScanRange, scan};
 use super::store::Store;
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
 use crate::block::{RecordId, RecordKind};
+use crate::codec::Decoder;
 use crate::dram::{Arena, ArenaConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexLog, IndexRow, Location, RegionMark};
@@ -150,6 +152,7 @@ struct Check {
     /// By identity, the largest sequence that a tombstone hides.
     tombstones: HashMap<RecordId, u64>,
     candidates: Vec<Candidate>,
+    decoder: Decoder,
 }
 
 impl Check {
@@ -192,6 +195,7 @@ impl Check {
             damaged_objects: Vec::new(),
             tombstones: HashMap::new(),
             candidates: Vec::new(),
+            decoder: Decoder::new(),
         })
     }
 
@@ -304,8 +308,9 @@ impl Check {
             let what = format!("the index covers sequence {}, which was never reserved", mark.sequence);
             self.report.note(FsckProblem::WrongCounter, Some(region), Some(mark.page), what);
         }
+        let undecodable = self.decode_all(found.values_mut())?;
         for row in &rows {
-            self.row(row, found.get(&row.location.page));
+            self.row(row, found.get(&row.location.page), &undecodable);
         }
         let covered = mark.map_or(HEADER_SLOTS, |mark| mark.page);
         for record in found.values() {
@@ -315,14 +320,15 @@ impl Check {
     }
 
     /// A row, and the record that a scan found in its place.
-    fn row(&mut self, row: &IndexRow, found: Option<&Found>) {
+    fn row(&mut self, row: &IndexRow, found: Option<&Found>, undecodable: &HashMap<u32, String>) {
         let problem = match found {
-            Some(found) => self.disagreement(row, found),
+            Some(found) => self.disagreement(row, found, undecodable.get(&row.location.page)),
             None => Some(self.what_lies_there(row)),
         };
         let Some((problem, what)) = problem else { return };
         self.report.note(problem, Some(row.location.region), Some(row.location.page), what);
-        let is_damaged = matches!(problem, FsckProblem::BadChecksum | FsckProblem::UnreadableRecord);
+        let is_damaged =
+            matches!(problem, FsckProblem::BadChecksum | FsckProblem::Undecodable | FsckProblem::UnreadableRecord);
         match found.filter(|_| problem == FsckProblem::WrongRow) {
             Some(found) => self.rows.extend(
                 [IndexChange::Remove { id: row.id, sequence: u64::MAX }].into_iter().chain(put(row.id, &found.header)),
@@ -332,11 +338,19 @@ impl Check {
         }
     }
 
-    fn disagreement(&self, row: &IndexRow, found: &Found) -> Option<(FsckProblem, String)> {
+    fn disagreement(
+        &self,
+        row: &IndexRow,
+        found: &Found,
+        undecodable: Option<&String>,
+    ) -> Option<(FsckProblem, String)> {
         let header = &found.header;
         let identity = self.namespaces.identity(&row.id);
         if identity.as_ref() != Some(&header.identity) {
             return Some((FsckProblem::WrongIdentity, "the record is somebody else's".into()));
+        }
+        if let Some(why) = undecodable {
+            return Some((FsckProblem::Undecodable, why.clone()));
         }
         if !found.is_intact {
             return Some((FsckProblem::BadChecksum, "the payload does not match its checksum".into()));

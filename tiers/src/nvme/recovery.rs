@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backing::Backing;
-use super::counters::Counters;
+use super::counters::{Counters, knows_floor, note_floor};
 use super::directory::Directory;
 use super::fill;
 use super::membership::Plan;
@@ -66,6 +66,8 @@ struct Recovery<'a> {
     report: RecoveryReport,
     changes: Vec<IndexChange>,
     marks: Vec<RegionMark>,
+    /// Whether something was found behind the marks that hides older records.
+    found_hiding: bool,
 }
 
 /// Reads a store and gets it ready for the writer, with the drives that it has from now on.
@@ -87,7 +89,14 @@ pub(super) fn recover(
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
     let begin = |index: IndexLog, index_rebuilt, headers: &Headers| -> Result<(Recovery<'_>, Vec<Live>)> {
         let report = RecoveryReport { clean: superblock.is_clean, index_rebuilt, ..RecoveryReport::default() };
-        let mut recovery = Recovery { shared, index: Arc::new(index), report, changes: Vec::new(), marks: Vec::new() };
+        let mut recovery = Recovery {
+            shared,
+            index: Arc::new(index),
+            report,
+            changes: Vec::new(),
+            marks: Vec::new(),
+            found_hiding: false,
+        };
         let live = recovery.restore_regions(&headers.found)?;
         if !index_rebuilt {
             fill::begin(shared, &recovery.index)?;
@@ -104,7 +113,7 @@ pub(super) fn recover(
             shared.table.retain(|_| false);
             if !plan.lost_regions.is_empty() {
                 // Only the index could tell what the drives that are gone hid.
-                counters.raise_rebuild_floor()?;
+                counters.raise_rebuild_floor(None)?;
             }
             let refused = headers.take_below(counters.rebuild_floor());
             refused.iter().for_each(|region| shared.regions.clear(*region));
@@ -116,9 +125,16 @@ pub(super) fn recover(
     let may_reopen = !recovery.note_what_goes(plan, &mut counters)?;
     let mut open = recovery.end_logs(&live, &mut counters, |region| may_reopen && plan.after.has(region))?;
     recovery.commit()?;
+    // As the writer does: the drive that has it may be gone at the next open, and readers have seen what it says. So may
+    // a region that goes now.
+    let may_be_gone = shared.drive.drives() > 1 || plan.during != plan.after;
+    if recovery.found_hiding && may_be_gone && !is_off!(SkipIndexSync) {
+        recovery.index.sync()?;
+    }
     recovery.drop_what_goes(plan, &mut counters)?;
     let (index, mut report) = (recovery.index, recovery.report);
     if report.index_rebuilt {
+        note_floor(&index, counters.rebuild_floor())?;
         index.meta_put(STORE_NAME, shared.uuid.as_bytes())?;
         index.sync()?;
     }
@@ -210,8 +226,8 @@ fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counte
     shared.drive.sync_regions(regions.iter().copied())
 }
 
-/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, or, where a
-/// drive is gone, not the one of the last open.
+/// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, a copy from before
+/// the rebuild floor was raised, or, where a drive is gone, not the one of the last open.
 fn open_index(
     shared: &Shared,
     backing: &dyn Backing,
@@ -225,7 +241,10 @@ fn open_index(
             .meta_get(STORE_NAME)?
             .is_some_and(|uuid| uuid == shared.uuid.as_bytes() || is_off!(BelieveForeignIndex));
         let opens = index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
-        if !is_ours || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens) {
+        if !is_ours
+            || !knows_floor(&index, superblock.rebuild_floor)?
+            || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens)
+        {
             return Ok(None);
         }
         index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
@@ -360,6 +379,7 @@ impl Recovery<'_> {
         let header = &found.header;
         let identity = &header.identity;
         let hides_older = header.replaces || header.kind == HeaderKind::Tombstone;
+        self.found_hiding |= hides_older;
         if hides_older && self.shared.regions.set_hiding(header.location.region) {
             let name = hiding_name(header.location.region);
             self.index.meta_put(&name, &header.location.generation.to_le_bytes())?;
@@ -420,7 +440,9 @@ impl Recovery<'_> {
                 fenced.push(region);
                 self.shared.regions.set_used(region, end.page);
             }
-            if is_newest && end.page < region_pages && may_reopen(region) {
+            // What is written from now on lies above the rebuild floor; the seal of when it was raised may be lost.
+            let is_above = generation >= counters.rebuild_floor() || is_off!(WriteBelowFloor);
+            if is_newest && end.page < region_pages && is_above && may_reopen(region) {
                 self.shared.regions.reopen(region);
                 open.insert(drive_of(live), OpenRegion { region, generation, next_page: end.page });
             } else {
@@ -446,7 +468,7 @@ impl Recovery<'_> {
             }
         }
         if hides {
-            counters.raise_rebuild_floor()?;
+            counters.raise_rebuild_floor(Some(&self.index))?;
         }
         Ok(hides)
     }
@@ -516,6 +538,6 @@ impl Recovery<'_> {
 
     fn commit_changes(&mut self) -> Result<()> {
         let changes = std::mem::take(&mut self.changes);
-        self.shared.commit(&self.index, &changes, &[])
+        self.shared.commit(&self.index, &changes, &[], false)
     }
 }

@@ -113,6 +113,13 @@ impl Regions {
             .is_some_and(|region| region.state != RegionState::Free && region.generation == location.generation)
     }
 
+    /// As [`Regions::holds`], of a location with the low 16 bits of a generation.
+    pub(super) fn may_hold(&self, location: &Location) -> bool {
+        self.regions.lock().get(location.region as usize).is_some_and(|region| {
+            region.state != RegionState::Free && region.generation & 0xffff == location.generation & 0xffff
+        })
+    }
+
     /// A number for one access, for [`Regions::touch`].
     pub(super) fn next_tick(&self) -> u64 {
         self.tick.fetch_add(1, Ordering::Relaxed)

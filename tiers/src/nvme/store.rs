@@ -36,7 +36,7 @@ use super::regions::{RegionPins, Regions};
 use super::shared::Shared;
 use super::stats::{StoreStats, WriteVolume};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
-use super::switches;
+use super::switches::{self, is_off};
 use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
@@ -767,6 +767,11 @@ fn prepare(
         .map(|(((path, _), identity), regions)| Listed { path, identity, regions })
         .collect();
     let plan = Plan::new(&known, &listed)?;
+    // A drive may be one open ahead of the home, not two: what an open has read that could not sync the superblock has to
+    // be durable before the drives note the next one. The same bytes in the same place: torn, they are those that were.
+    if !directory.is_new() && !more_drives.is_empty() && !known.is_clean && !is_off!(TrustUnsyncedSuperblock) {
+        Drive::write_superblock(&*io, &known)?;
+    }
     for (path, place) in region_files(directory, more_drives).iter().zip(&plan.listed) {
         preallocate(path, u64::from(plan.during.regions_of(*place)) * known.region_bytes)?;
     }

@@ -126,6 +126,16 @@ mod on {
         SkipNamespaceSync,
         /// A failed write is reported as done.
         IgnoreFailedWrite,
+        /// An object is not marked as replacing a version whose region is being given up.
+        ForgetWhatIsReclaimed,
+        /// An older copy of the index is believed though what it lacks is nowhere else any more.
+        ForgetFloor,
+        /// With several drives, a superblock that an open has read is taken for durable.
+        TrustUnsyncedSuperblock,
+        /// After a crash a region below the rebuild floor is written on.
+        WriteBelowFloor,
+        /// With several drives, the index does not make removals and replacements durable before they are reported.
+        SkipIndexSync,
     }
 
     /// Runs `work` with a protection switched off.

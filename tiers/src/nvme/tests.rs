@@ -8,6 +8,7 @@ mod drives;
 mod encoded;
 mod faults;
 mod filling;
+mod fixtures;
 mod fsck;
 mod reclaiming;
 mod reinserting;

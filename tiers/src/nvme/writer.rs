@@ -529,10 +529,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Whether there is an older version. If the index can not say, there may be.
+    /// Whether there may be an older version: also if its region is being given up, or the index can not say.
     fn is_known(&self, id: &RecordId) -> bool {
-        self.changes_pending.contains_key(&id.fingerprint())
-            || self.shared.try_locate(id).map_or(true, |found| found.is_some())
+        let is_there = || match is_off!(ForgetWhatIsReclaimed) {
+            true => self.shared.try_locate(id).map(|found| found.is_some()),
+            false => self.shared.may_be_there(id),
+        };
+        self.changes_pending.contains_key(&id.fingerprint()) || is_there().unwrap_or(true)
     }
 
     /// The header that a record gets at its place.

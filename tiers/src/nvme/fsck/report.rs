@@ -32,6 +32,8 @@ pub enum FsckProblem {
     Orphan,
     /// A record whose payload does not match its checksum.
     BadChecksum,
+    /// A record whose payload is as it was written, and can not be decoded to what its header says.
+    Undecodable,
     /// A row that points to the record of somebody else.
     WrongIdentity,
     /// A row with other lengths, another sequence or another parent than its record.
@@ -92,6 +94,8 @@ pub struct FsckReport {
     pub orphans: u64,
     /// Records whose payload does not match its checksum.
     pub bad_checksums: u64,
+    /// Records whose payload matches its checksum and can not be decoded.
+    pub undecodable: u64,
     /// Rows that point to somebody else's record.
     pub wrong_identities: u64,
     /// Rows that say something else than their record.
@@ -129,6 +133,7 @@ impl FsckReport {
             FsckProblem::RowWithoutRecord => &mut self.rows_without_record,
             FsckProblem::Orphan => &mut self.orphans,
             FsckProblem::BadChecksum => &mut self.bad_checksums,
+            FsckProblem::Undecodable => &mut self.undecodable,
             FsckProblem::WrongIdentity => &mut self.wrong_identities,
             FsckProblem::WrongRow => &mut self.wrong_rows,
             FsckProblem::UnreadableRecord => &mut self.unreadable_records,

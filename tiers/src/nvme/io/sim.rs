@@ -12,6 +12,7 @@ mod file;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -72,6 +73,8 @@ struct State {
     is_off: bool,
     is_inline: bool,
     faults: Vec<Planned>,
+    /// A file whose device goes with the operation of this number.
+    gone: Option<(u64, u64)>,
     fired: u64,
     failed_syncs: u64,
     is_told: bool,
@@ -94,6 +97,7 @@ struct Planned {
 struct InFlight {
     operation: Operation,
     file: u64,
+    offset: u64,
     /// The number of its write in the file, or of the last event before a sync was asked for.
     mark: u64,
     fault: Option<FaultAction>,
@@ -115,6 +119,7 @@ impl SimDisk {
                 is_off: false,
                 is_inline: false,
                 faults: Vec::new(),
+                gone: None,
                 fired: 0,
                 failed_syncs: 0,
                 is_told: false,
@@ -173,6 +178,29 @@ impl SimDisk {
         self.state.lock().faults.push(Planned { number, is_of_write: true, action });
     }
 
+    /// Lets the writes to a part of the files fail that wait to be ended; how many those are.
+    pub fn fail_pending_writes(&self, part: Range<u64>) -> usize {
+        let mut state = self.state.lock();
+        let is_meant = |waits: &&mut InFlight| waits.operation.kind() == IoKind::Write && part.contains(&waits.offset);
+        let failed =
+            state.pending.iter_mut().filter(is_meant).map(|waits| waits.fault = Some(FaultAction::Errno(libc::EIO)));
+        let failed = failed.count();
+        state.fired += failed as u64;
+        failed
+    }
+
+    /// Takes the device of a file away: every operation on it fails with ENXIO from the operation with this number on,
+    /// until [`SimDisk::restart`] or [`SimDisk::bring_back`]. At most one is gone at a time.
+    pub fn remove_at(&self, number: u64, file: &File) -> io::Result<()> {
+        self.state.lock().gone = Some((number, file.metadata()?.ino()));
+        Ok(())
+    }
+
+    /// The device that was taken away is there again.
+    pub fn bring_back(&self) {
+        self.state.lock().gone = None;
+    }
+
     /// Says on standard error what is done and what fails.
     pub fn tell(&self) {
         self.state.lock().is_told = true;
@@ -225,7 +253,7 @@ impl SimDisk {
             }
         }
         state.random = random;
-        (state.is_off, state.cut_at, state.is_inline) = (false, u64::MAX, false);
+        (state.is_off, state.cut_at, state.is_inline, state.gone) = (false, u64::MAX, false, None);
     }
 
     /// Reads the image of a real file as programs see it.
@@ -306,6 +334,9 @@ impl SimDisk {
     fn begin(&self, file: u64, request: IoRequest) -> InFlight {
         let mut state = self.state.lock();
         let mut fault = state.note(SimOperation::Drive(request.kind), request.offset);
+        if state.is_gone(file) {
+            fault = Some(FaultAction::Errno(libc::ENXIO));
+        }
         let now = state.now;
         let mut mark = now;
         if let (IoKind::Write, Some(buffer), false) = (request.kind, &request.buffer, state.is_off) {
@@ -331,7 +362,8 @@ impl SimDisk {
         if matches!(fault, Some(FaultAction::Short { bytes }) if bytes < IO_ALIGN) {
             fault = None;
         }
-        InFlight { operation: Operation::new(request, true, PIECE_BYTES), file, mark, fault }
+        let offset = request.offset;
+        InFlight { operation: Operation::new(request, true, PIECE_BYTES), file, offset, mark, fault }
     }
 
     /// Makes an operation, and calls its completion.
@@ -346,6 +378,10 @@ impl SimDisk {
 }
 
 impl State {
+    fn is_gone(&self, file: u64) -> bool {
+        self.gone.is_some_and(|(number, gone)| gone == file && self.operations >= number)
+    }
+
     /// Counts an operation; what is planned for it.
     fn note(&mut self, what: SimOperation, offset: u64) -> Option<FaultAction> {
         // Without power nothing happens; what threads still try depends on their timing.
@@ -377,6 +413,11 @@ impl State {
         }
         self.now += 1;
         let now = self.now;
+        if self.is_gone(in_flight.file) && !matches!(in_flight.fault, Some(FaultAction::Errno(_))) {
+            // It was on its way when the device went.
+            in_flight.fault = Some(FaultAction::Errno(libc::ENXIO));
+            self.fired += 1;
+        }
         let file = self.files.entry(in_flight.file).or_default();
         let operation = &mut in_flight.operation;
         let mut piece = operation.piece();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::drives::{Drives, drives_of};
 use super::model::{Fact, Model, Seen, content};
 use super::world::{PAYLOAD_BYTES_MAX, Rule, World};
 use super::{SimFailure, SimFailureKind};
@@ -33,8 +34,8 @@ const CUT_OPENS_MAX: u32 = 3;
 pub struct SimOptions {
     /// A directory for the real names; best on tmpfs.
     pub directory: PathBuf,
-    /// Drives of the store. Only 1 is known.
-    pub drives: usize,
+    /// Drives of the store at first: 1 to 3. Default: 1, but two or three in one history of three.
+    pub drives: Option<usize>,
     /// What there is more of.
     pub bias: SimBias,
     /// A protection that is switched off.
@@ -53,12 +54,14 @@ pub enum SimBias {
     Faults,
     /// Most lives end with a kill, and the next open with a power loss.
     Kills,
+    /// Every store has several drives, which come and go.
+    Drives,
 }
 
 impl SimOptions {
-    /// One drive, everything on.
+    /// Everything on.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Self { directory: directory.into(), drives: 1, bias: SimBias::None, sabotage: None, is_told: false }
+        Self { directory: directory.into(), drives: None, bias: SimBias::None, sabotage: None, is_told: false }
     }
 }
 
@@ -95,6 +98,14 @@ pub struct SimTally {
     pub operations: u64,
     /// Faults that were injected besides.
     pub faults: u64,
+    /// Histories that began with several drives.
+    pub on_drives: u64,
+    /// Drives that went for good.
+    pub retired: u64,
+    /// Drives that joined, or joined again.
+    pub joined: u64,
+    /// Drives that became smaller or larger.
+    pub resized: u64,
     /// A digest of the histories.
     pub trace: u64,
 }
@@ -118,6 +129,10 @@ impl SimTally {
             (&mut self.kept_tombstones, other.kept_tombstones),
             (&mut self.operations, other.operations),
             (&mut self.faults, other.faults),
+            (&mut self.on_drives, other.on_drives),
+            (&mut self.retired, other.retired),
+            (&mut self.joined, other.joined),
+            (&mut self.resized, other.resized),
         ];
         for (sum, more) in pairs {
             *sum += more;
@@ -148,7 +163,9 @@ impl Simulator {
     /// What was wrong.
     pub fn run(&self, seed: u64) -> Result<SimTally, SimFailure> {
         self.guarded(seed, |path, arena| {
-            History::new(path, seed, arena, self.options.is_told).biased(self.options.bias).run()
+            let bias = self.options.bias;
+            let drives = self.options.drives.unwrap_or_else(|| drives_of(seed, bias));
+            History::on_drives(drives, path, seed, arena, self.options.is_told).biased(bias).run()
         })
     }
 
@@ -193,10 +210,10 @@ pub(super) enum End {
 }
 
 pub(super) struct History {
-    random: SmallRng,
+    pub(super) random: SmallRng,
     pub(super) world: World,
     pub(super) model: Model,
-    tally: SimTally,
+    pub(super) tally: SimTally,
     operation: u64,
     /// Whose record each operation is that has not ended.
     owners: HashMap<u64, u64>,
@@ -208,21 +225,38 @@ pub(super) struct History {
     maybe_given_up: Vec<(u32, u64)>,
     older_index: Option<TwinIndex>,
     has_failed_sync: bool,
-    was_rebuilt: bool,
+    pub(super) was_rebuilt: bool,
+    /// Whether an older copy of the index was restored, and not opened yet.
+    pub(super) has_older_index: bool,
+    /// Whether the index was made anew since the last open, or may have been in one that was cut.
+    pub(super) may_be_rebuilt: bool,
+    /// Whether regions may have left the store with the last open.
+    pub(super) have_left: bool,
+    /// Syncs that had failed when the last life ended.
+    failed_syncs: u64,
     has_faults: bool,
     /// Whether the store has reported any failure.
     pub(super) has_failed: bool,
     /// Whether a drive that lies is simulated: then what was durable may be lost or old, and only bytes are judged.
     pub(super) is_lied_to: bool,
-    bias: SimBias,
+    pub(super) bias: SimBias,
     is_told: bool,
+    /// What happens to the drives; `None` in a history of one drive.
+    pub(super) drives: Option<Drives>,
 }
 
 impl History {
+    /// A history of a store on one drive.
     pub(super) fn new(path: &Path, seed: u64, arena: &Arc<Arena>, is_told: bool) -> Self {
+        Self::on_drives(1, path, seed, arena, is_told)
+    }
+
+    fn on_drives(drives: usize, path: &Path, seed: u64, arena: &Arc<Arena>, is_told: bool) -> Self {
         let mut random = SmallRng::seed_from_u64(seed ^ 0x5eed_0000_0000_0000);
         let rule = [Rule::Oldest, Rule::Newest, Rule::LeastRecent, Rule::Random][random.random_range(0..4)];
-        let mut world = World::new(path, seed, random.random_range(5..10), rule, arena);
+        let most = if drives == 1 { 5..10 } else { 4..7 };
+        let regions: Vec<u64> = (0..drives).map(|_| random.random_range(most.clone())).collect();
+        let mut world = World::new(path, seed, &regions, rule, arena);
         world.config.queue_depth = [1, 2, 4, 8][random.random_range(0..4)];
         let has_faults = random.random_ratio(1, 6);
         if is_told {
@@ -232,7 +266,8 @@ impl History {
             random,
             world,
             model: Model::default(),
-            tally: SimTally { seeds: 1, ..SimTally::default() },
+            tally: SimTally { seeds: 1, on_drives: u64::from(drives > 1), ..SimTally::default() },
+            drives: (drives > 1).then(|| Drives::new(path, drives)),
             operation: 0,
             owners: HashMap::new(),
             version: 0,
@@ -243,6 +278,10 @@ impl History {
             older_index: None,
             has_failed_sync: false,
             was_rebuilt: false,
+            has_older_index: false,
+            may_be_rebuilt: false,
+            have_left: false,
+            failed_syncs: 0,
             has_faults,
             has_failed: false,
             is_lied_to: false,
@@ -269,7 +308,7 @@ impl History {
         Ok(self.tally)
     }
 
-    fn tell(&self, what: impl FnOnce() -> String) {
+    pub(super) fn tell(&self, what: impl FnOnce() -> String) {
         if self.is_told {
             eprintln!("{:>6} {}", self.world.disk().operations(), what());
         }
@@ -282,6 +321,7 @@ impl History {
             6..8 => End::Kill,
             _ => End::Close,
         };
+        self.change_drives();
         let is_killed = self.bias == SimBias::Kills;
         let is_cut_somewhere = !is_killed && end != End::Close && self.random.random_bool(0.6);
         if self.open(is_killed || is_cut_somewhere)? {
@@ -289,6 +329,7 @@ impl History {
                 self.cut_somewhere();
             }
             self.inject_faults();
+            self.lose_a_drive();
             self.work()?;
         }
         self.end(end)?;
@@ -347,6 +388,7 @@ impl History {
                     self.tally.rebuilt += u64::from(report.index_rebuilt);
                     self.note_rebuild(report.index_rebuilt);
                     self.world.disk().cut_power_at(u64::MAX);
+                    self.note_drives();
                     self.look_at_everything()?;
                     return Ok(true);
                 }
@@ -365,7 +407,7 @@ impl History {
     /// A new index knows what stands behind damage too; a copy of an earlier one is of no use any more.
     fn note_rebuild(&mut self, is_rebuilt: bool) {
         if is_rebuilt {
-            self.was_rebuilt = true;
+            (self.was_rebuilt, self.may_be_rebuilt) = (true, true);
             self.older_index = None;
         }
     }
@@ -379,7 +421,7 @@ impl History {
             let seen = self.world.look(id)?;
             self.tell(|| format!("found: record {name} {}", told(&seen)));
             self.count(&seen);
-            let judged = self.model.settle(name, &seen, self.was_rebuilt);
+            let judged = self.model.settle(name, &seen, self.was_rebuilt, self.have_left);
             self.forgive(judged)?;
         }
         self.was_rebuilt = false;
@@ -601,7 +643,9 @@ impl History {
         if self.world.store.is_none() {
             return Ok(());
         }
-        let is_poisoned = self.has_failed_sync;
+        // What a failed sync covered may be gone though programs still see it: a kill alone would hide that.
+        let is_poisoned = self.has_failed_sync || self.world.disk().failed_syncs() > self.failed_syncs;
+        self.failed_syncs = self.world.disk().failed_syncs();
         match end {
             End::Close if !self.world.disk().is_off() => {
                 self.pinned = None;
@@ -626,6 +670,8 @@ impl History {
 
     fn note_after_end(&mut self) -> Step {
         self.world.store = None;
+        // Devices are there when a store is opened.
+        self.world.disk().bring_back();
         // A region may have been given up in the course of the end.
         self.maybe_given_up.extend(self.world.policy.take_chosen());
         for (region, generation) in std::mem::take(&mut self.maybe_given_up) {
@@ -670,6 +716,7 @@ impl History {
     fn damage_index(&mut self) {
         if self.random.random_ratio(1, 8) {
             self.tell(|| "the index is lost".to_owned());
+            self.may_be_rebuilt = true;
             self.world.wipe_index();
         } else if self.random.random_ratio(1, 6)
             && let Some(older) = self.older_index.take()
@@ -677,6 +724,7 @@ impl History {
             self.tell(|| "an older index is restored".to_owned());
             self.world.backing.index.restore(&older);
             self.tally.older_indexes += 1;
+            (self.has_older_index, self.may_be_rebuilt) = (true, true);
         }
     }
 
@@ -696,6 +744,7 @@ impl History {
             self.end(End::Close)?;
             if round == 1 {
                 self.world.wipe_index();
+                self.may_be_rebuilt = true;
             }
         }
         Ok(())

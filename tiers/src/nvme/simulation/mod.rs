@@ -3,6 +3,7 @@
 //! For tests and for `make torture`; `docs/reliability.md` says what is simulated.
 
 mod damage;
+mod drives;
 mod ground;
 mod history;
 mod model;

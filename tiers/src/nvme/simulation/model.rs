@@ -119,6 +119,12 @@ impl Model {
         self.given_up.insert((region, generation));
     }
 
+    /// What lies at some places is over.
+    pub(in crate::nvme) fn given_up_at(&mut self, is_over: impl Fn(&Location) -> bool) {
+        let locations = self.tracks.values().filter_map(|track| track.location).filter(is_over);
+        self.given_up.extend(locations.map(|location| (location.region, location.generation)));
+    }
+
     fn may_be_gone(&self, track: &Track) -> bool {
         track.location.is_none_or(|location| self.given_up.contains(&(location.region, location.generation)))
     }
@@ -137,17 +143,18 @@ impl Model {
         }
     }
 
-    /// Judges what a store returns that was opened after a crash, and knows it from then on.
+    /// Judges what a store returns that was opened after a crash, and knows it from then on. Where regions have left, a
+    /// newer version that nobody was promised may have counted first and gone with one of them.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub(in crate::nvme) fn settle(&mut self, name: u64, seen: &Seen, was_rebuilt: bool) -> Verdict {
+    pub(in crate::nvme) fn settle(&mut self, name: u64, seen: &Seen, was_rebuilt: bool, have_left: bool) -> Verdict {
         let track = self.tracks.get(&name).cloned().unwrap_or_default();
         let mut next = track.clone();
         next.later.retain(|unsure| unsure.has_failed);
         match seen {
             Seen::Nothing => {
-                self.judge_absence(name, &track, was_rebuilt)?;
+                self.judge_absence(name, &track, was_rebuilt || have_left)?;
                 next.location = None;
                 // Hidden by a torn replacement, or gone with its region: where the index comes back it may be found again.
                 let may_come_back = self.may_be_gone(&track) || may_be_hidden(&track, was_rebuilt);

@@ -11,15 +11,28 @@ fn directory() -> tempfile::TempDir {
 }
 
 fn simulator(directory: &tempfile::TempDir) -> Simulator {
-    let options = SimOptions { is_told: std::env::var("TELL").is_ok(), ..SimOptions::new(directory.path()) };
+    let (is_told, bias) = (std::env::var("TELL").is_ok(), bias_from_environment());
+    let options = SimOptions { is_told, bias, ..SimOptions::new(directory.path()) };
     Simulator::new(options).expect("memory")
+}
+
+fn bias_from_environment() -> SimBias {
+    match std::env::var("BIAS").as_deref() {
+        Ok("drives") => SimBias::Drives,
+        Ok("faults") => SimBias::Faults,
+        Ok("kills") => SimBias::Kills,
+        _ => SimBias::None,
+    }
 }
 
 fn seeds_from_environment(default: u64) -> std::ops::Range<u64> {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     match number("SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SEEDS").unwrap_or(default),
+        None => {
+            let first = number("FIRST").unwrap_or(0);
+            first..first + number("SEEDS").unwrap_or(default)
+        }
     }
 }
 
@@ -33,7 +46,10 @@ fn nothing_is_lost_and_nothing_is_wrong_whatever_the_power_does() {
     for seed in seeds_from_environment(300) {
         match simulator.run(seed) {
             Ok(one) => tally.add(&one),
-            Err(failure) => failures.push(failure.to_string()),
+            Err(failure) => {
+                eprintln!("{failure}");
+                failures.push(failure.to_string());
+            }
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));

@@ -19,16 +19,20 @@ use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{Location, TwinIndex};
 use crate::nvme::append::Append;
-use crate::nvme::config::StoreConfig;
+use crate::nvme::config::{DriveConfig, StoreConfig};
 use crate::nvme::fill::FillPlan;
 use crate::nvme::io::{IoPriority, SavedImages, SimCrash, SimDisk};
+use crate::nvme::page::PAGE_BYTES;
 use crate::nvme::policy::{ReclaimPolicy, RegionInfo};
 use crate::nvme::recovery::RecoveryReport;
 use crate::nvme::store::Store;
+use crate::nvme::superblock::{SUPERBLOCK_COPIES, Superblock};
 use crate::nvme::switches;
 
 /// How long anything may take before it counts as a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of every region: the fewest that there are.
+pub(in crate::nvme) const REGION_BYTES: u64 = 64 << 10;
 /// Payload bytes of every slot: the largest record of a region of 64 KiB.
 pub(in crate::nvme) const PAYLOAD_BYTES_MAX: usize = 13 * 4096;
 
@@ -37,6 +41,8 @@ pub(in crate::nvme) struct SimPolicy {
     rule: Rule,
     disk: Arc<SimDisk>,
     random: Mutex<SmallRng>,
+    /// What goes first, if it can.
+    preferred: Mutex<Option<u32>>,
     chosen: Mutex<Vec<(u32, u64)>>,
 }
 
@@ -50,14 +56,21 @@ pub(in crate::nvme) enum Rule {
 }
 
 impl SimPolicy {
-    fn new(rule: Rule, disk: &Arc<SimDisk>) -> Arc<Self> {
+    pub(in crate::nvme) fn new(rule: Rule, disk: &Arc<SimDisk>) -> Arc<Self> {
         let random = Mutex::new(SmallRng::seed_from_u64(0));
-        Arc::new(Self { rule, disk: Arc::clone(disk), random, chosen: Mutex::default() })
+        let (preferred, chosen) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { rule, disk: Arc::clone(disk), random, preferred, chosen })
     }
 
     /// Chance begins anew: what a store without power still asked for is forgotten.
     fn reseed(&self, seed: u64) {
         *self.random.lock() = SmallRng::seed_from_u64(seed);
+    }
+
+    /// From now on a region goes before all others.
+    #[cfg(test)]
+    pub(in crate::nvme) fn prefer(&self, region: Option<u32>) {
+        *self.preferred.lock() = region;
     }
 
     /// The lives of regions that were chosen since this was last asked.
@@ -69,7 +82,10 @@ impl SimPolicy {
 impl ReclaimPolicy for SimPolicy {
     fn victim(&self, candidates: &[RegionInfo]) -> Option<u32> {
         let oldest = candidates.iter().min_by_key(|info| info.first_sequence)?;
+        let preferred = *self.preferred.lock();
+        let preferred = candidates.iter().find(|info| Some(info.region) == preferred);
         let victim = match self.rule {
+            _ if preferred.is_some() => preferred?,
             Rule::Oldest => oldest,
             Rule::Newest => candidates.iter().max_by_key(|info| info.first_sequence)?,
             Rule::LeastRecent => candidates.iter().min_by_key(|info| info.last_access)?,
@@ -104,16 +120,21 @@ pub(in crate::nvme) struct World {
 }
 
 impl World {
-    /// A machine with an empty drive, whose names are in the directory `path`.
-    pub(in crate::nvme) fn new(path: &Path, seed: u64, regions: u64, rule: Rule, arena: &Arc<Arena>) -> Self {
-        let region_bytes = 64 << 10;
+    /// A machine with empty drives of so many regions each, the home first; their names are in the directory `path`.
+    pub(in crate::nvme) fn new(path: &Path, seed: u64, regions: &[u64], rule: Rule, arena: &Arc<Arena>) -> Self {
+        let (home, more) = regions.split_first().unwrap_or((&0, &[]));
+        let drive = |(number, regions): (u64, &u64)| DriveConfig {
+            path: drive_path(path, number),
+            capacity_bytes: regions * REGION_BYTES,
+        };
         let config = StoreConfig {
             queue_depth: 8,
             // Encoders are threads with a timing of their own.
             codec: CodecChoice::None,
             // There is no clock: groups end when they are flushed, full, or when a region is wanted.
             commit_interval: Duration::from_secs(24 * 3600),
-            ..StoreConfig::new(path.join("store"), regions * region_bytes, region_bytes)
+            more_drives: (1..).zip(more).map(drive).collect(),
+            ..StoreConfig::new(path.join("store"), home * REGION_BYTES, REGION_BYTES)
         };
         let disk = SimDisk::new(seed);
         Self {
@@ -164,6 +185,22 @@ impl World {
     /// Where the store is.
     pub(in crate::nvme) fn store_path(&self) -> PathBuf {
         self.config.path.clone()
+    }
+
+    /// The file of regions of a drive, which stands for its image; 0 is the home.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub(in crate::nvme) fn regions_file(&self, drive: usize) -> std::io::Result<File> {
+        let path = self.config.drives().nth(drive).map(|(path, _)| path.join("regions.0"));
+        File::open(path.unwrap_or_default())
+    }
+
+    /// Regions of a lower generation are not taken when the index is made anew.
+    pub(in crate::nvme) fn rebuild_floor(&self) -> u64 {
+        let bytes = SUPERBLOCK_COPIES as usize * PAGE_BYTES;
+        let copies = self.file("superblock").and_then(|file| self.disk().bytes_of(&file, 0, bytes)).unwrap_or_default();
+        Superblock::newest(copies.chunks_exact(PAGE_BYTES)).map_or(0, |superblock| superblock.rebuild_floor)
     }
 
     /// Opens the store.
@@ -332,6 +369,11 @@ impl World {
     pub(in crate::nvme) fn wipe_index(&self) {
         drop(std::fs::remove_dir_all(self.store_path().join("index")));
     }
+}
+
+/// Where a further drive is.
+pub(in crate::nvme) fn drive_path(path: &Path, number: u64) -> PathBuf {
+    path.join(format!("drive{number}"))
 }
 
 fn closed() -> Error {

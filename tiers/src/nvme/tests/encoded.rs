@@ -290,3 +290,53 @@ fn what_does_not_fit_in_the_encoders_queue_is_stored_as_it_is() {
     }
     close(store);
 }
+
+#[test]
+fn a_check_of_a_closed_store_decodes_what_is_encoded() {
+    let place = Place::new(IoChoice::Auto, 16);
+    let store = place.open().0;
+    let namespace = namespace(&store, "bf16");
+    let ids: Vec<RecordId> = (0..6).map(|name| block_id(namespace, name)).collect();
+    save(&place, &store, (0..6).map(|name| (ids[name as usize], floats(name))));
+    assert_eq!(store.stats().encoded_records, 6);
+    let reseal = |record: &mut [u8]| {
+        let frame = PAGE_BYTES..record.len();
+        let checksum = xxhash_rust::xxh3::xxh3_64(&record[frame]);
+        record[208..216].copy_from_slice(&checksum.to_le_bytes());
+        seal(&mut record[..PAGE_BYTES]);
+    };
+    // All checksums of what is stored are right: only decoding can tell.
+    damage(&place, &store, ids[1], |record| {
+        record[PAGE_BYTES + 4] ^= 1;
+        reseal(record);
+    });
+    damage(&place, &store, ids[2], |record| {
+        let end = record.len();
+        record[end - 40..].fill(0xff);
+        reseal(record);
+    });
+    damage(&place, &store, ids[3], |record| {
+        record[216] ^= 1;
+        reseal(record);
+    });
+    damage(&place, &store, ids[4], |record| {
+        record[58] = 9;
+        reseal(record);
+    });
+    close(store);
+    let paths = StorePaths { home: place.store_path(), more_drives: Vec::new() };
+    let report = fsck(&paths, false, &mut |_| ()).expect("checked");
+    assert_eq!((report.undecodable, report.problems, report.bad_checksums), (4, 4, 0), "{report:?}");
+    let told: Vec<&str> = report.findings.iter().map(|finding| finding.what.as_str()).collect();
+    for what in ["number of chunks", "compressed chunk", "decodes to checksum", "codec 9"] {
+        assert!(told.iter().any(|told| told.contains(what)), "{what}: {told:?}");
+    }
+    let report = fsck(&paths, true, &mut |_| ()).expect("repaired");
+    assert!(report.is_good() && report.repaired == 4, "{report:?}");
+    let store = place.open().0;
+    for name in 0..6 {
+        let found = load(&place, &store, ids[name as usize]);
+        assert!(found == (!(1..5).contains(&name)).then(|| floats(name)), "block {name}");
+    }
+    close(store);
+}

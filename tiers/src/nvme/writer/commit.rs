@@ -159,12 +159,10 @@ impl Writer {
         self.note_hiding_regions(batch)?;
         let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
         let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
-        self.shared.commit(&self.index, &changes, &marks)?;
-        self.marks.clear();
         // A drive may be gone at the next open, and with it the only other place that knows of a removal.
-        if self.lanes.len() > 1 && batch.iter().any(hides_older) {
-            self.index.sync()?;
-        }
+        let is_synced = self.lanes.len() > 1 && batch.iter().any(hides_older) && !is_off!(SkipIndexSync);
+        self.shared.commit(&self.index, &changes, &marks, is_synced)?;
+        self.marks.clear();
         Ok(())
     }
 

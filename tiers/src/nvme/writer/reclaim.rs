@@ -188,7 +188,7 @@ impl Writer {
         if self.shared.regions.begin_reclaim(info.region).is_none() {
             return false;
         }
-        if let Err(error) = self.counters.raise_rebuild_floor() {
+        if let Err(error) = self.counters.raise_rebuild_floor(Some(&self.index)) {
             self.shared.poison("noting the regions that no index is made from failed", &error);
             self.shared.regions.abort_reclaim(info.region);
             return false;

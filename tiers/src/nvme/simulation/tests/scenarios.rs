@@ -2,10 +2,13 @@
 
 use super::super::history::{End, History, Simulator, Step, id_of};
 use super::super::model::{Fact, Seen};
+use super::super::world::{REGION_BYTES, Rule, SimPolicy, drive_path};
 use super::super::{SimFailure, SimFailureKind};
 use crate::block::RecordKind;
 use crate::index::Location;
-use crate::nvme::io::{FaultAction, IoKind, SimOperation};
+use crate::nvme::config::DriveConfig;
+use crate::nvme::io::{FaultAction, IoKind, SimCrash, SimOperation};
+use crate::nvme::policy::{RegionInfo, RegionState};
 
 const PAGE_BYTES: u64 = 4096;
 const REGIONS: &str = "regions.0";
@@ -173,18 +176,124 @@ pub(super) fn unreadable_region(history: &mut History) -> Step {
     assert_gone(history, 0)
 }
 
+/// A version that comes while the region of the one before it is being given up. That does not succeed; then the region
+/// of the newer one goes, and the index is lost.
+pub(super) fn replaced_while_reclaimed(history: &mut History) -> Step {
+    history.world.policy = SimPolicy::new(Rule::Newest, &history.world.backing.disk);
+    history.end(End::Close)?;
+    history.open(false)?;
+    let old = put(history, 1, 1, 40_000)?;
+    for name in 2..8 {
+        put(history, name, 1, 40_000)?;
+    }
+    // The last free region is taken, so the first one is to be given up. Its header is not written.
+    history.world.policy.prefer(Some(old.region));
+    history.append(8, RecordKind::Object, Fact::There { version: 1, bytes: 40_000 })?;
+    history.catch_up()?;
+    let is_going = |info: &RegionInfo| info.region == old.region && info.state == RegionState::Reclaiming;
+    let regions = history.world.store.as_ref().map(|store| store.regions()).unwrap_or_default();
+    if !regions.iter().any(is_going) {
+        return Err((SimFailureKind::Refused, format!("region {} is not being given up: {regions:?}", old.region)));
+    }
+    let headers = [0, 2].map(|page| offset_of(history, &Location { page, ..old }));
+    if history.world.disk().fail_pending_writes(headers[0]..headers[1]) == 0 {
+        return Err((SimFailureKind::Refused, "the header is not on its way".to_owned()));
+    }
+    history.world.policy.prefer(None);
+    let new = put(history, 1, 2, 5000)?;
+    history.world.policy.prefer(Some(new.region));
+    for name in 20..40 {
+        put(history, name, 1, 40_000)?;
+    }
+    assert_gone(history, 1)?;
+    rebuild(history)?;
+    assert_gone(history, 1)
+}
+
+/// A store with a second drive, in which a record of the home is about to be removed on that: the record.
+fn record_and_a_drive(history: &mut History) -> Step<u64> {
+    history.end(End::Close)?;
+    let path = drive_path(&history.world.store_path(), 1).with_file_name("besides");
+    history.world.config.more_drives = vec![DriveConfig { path, capacity_bytes: 4 * REGION_BYTES }];
+    history.open(false)?;
+    // Records go to the drives in turn.
+    let mut drives = Vec::new();
+    for name in 1..=3 {
+        let location = put(history, name, 1, 5000)?;
+        let regions = history.world.store.as_ref().map(|store| store.regions()).unwrap_or_default();
+        drives.push(regions.iter().find(|info| info.region == location.region).map(|info| info.drive));
+    }
+    if drives[2] == Some(1) {
+        put(history, 4, 1, 5000)?;
+    }
+    Ok((1..).zip(drives).find(|(_, drive)| *drive == Some(0)).map_or(1, |(name, _)| name))
+}
+
+/// A record of the home that is removed on another drive. Then the power goes, and with it what the index had not made
+/// durable; and the drive.
+pub(super) fn removed_on_a_drive_that_goes(history: &mut History) -> Step {
+    let name = record_and_a_drive(history)?;
+    remove(history, name)?;
+    history.world.end();
+    history.world.disk().restart(1, SimCrash::PowerLoss);
+    history.world.backing.index.lose_power(|_| 0);
+    history.world.config.more_drives.clear();
+    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    assert_gone(history, name)
+}
+
+/// The drive with a removal went; then a copy of the index comes back that is from before the removal.
+pub(super) fn older_index_after_a_drive_went(history: &mut History) -> Step {
+    let name = record_and_a_drive(history)?;
+    let older = history.world.backing.index.copy();
+    remove(history, name)?;
+    history.end(End::Close)?;
+    history.world.config.more_drives.clear();
+    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    assert_gone(history, name)?;
+    history.end(End::Close)?;
+    history.world.backing.index.restore(&older);
+    history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    assert_gone(history, name)
+}
+
+/// An open can not sync the superblock; the next one reads it all the same, and the power goes. The home is then where it
+/// was, and the drives must not be further than one open ahead.
+pub(super) fn superblock_that_was_not_synced(history: &mut History) -> Step {
+    record_and_a_drive(history)?;
+    // Which of the operations of an open that sync is does not matter: each fails once, some times.
+    for round in 0..150 {
+        history.end(End::Kill)?;
+        let disk = std::sync::Arc::clone(&history.world.backing.disk);
+        disk.inject(disk.operations() + 1 + round % 30, FaultAction::Errno(libc::EIO));
+        if history.world.open().is_err() {
+            disk.cut_power_at(disk.operations() + 2);
+            drop(history.world.open());
+        }
+        history.world.end();
+        disk.restart(round, SimCrash::PowerLoss);
+        history.world.backing.index.lose_power(|batches| batches);
+        history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    }
+    Ok(())
+}
+
 /// The store takes what it reads for damaged or missing, not the machine.
 #[test]
 fn each_case_is_survived() {
     let directory = super::directory();
     let simulator = super::simulator(&directory);
-    let cases: [Scenario; 6] = [
+    let cases: [Scenario; 10] = [
         swapped_entries,
         misdirected_version,
         quarantined_object,
         foreign_index,
         damage_before_a_removal,
         unreadable_region,
+        replaced_while_reclaimed,
+        removed_on_a_drive_that_goes,
+        older_index_after_a_drive_went,
+        superblock_that_was_not_synced,
     ];
     for case in cases {
         run(&simulator, case).unwrap_or_else(|failure| panic!("{failure}"));

@@ -12,17 +12,24 @@ enum By {
     Histories,
     /// Histories with more of something.
     Biased(SimBias),
+    /// One history with several drives, where it takes too many to meet another such.
+    Seed(u64),
     Flips,
     Scenario(Scenario),
 }
 
 fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
     let directory = super::directory();
-    let bias = if let By::Biased(bias) = by { *bias } else { SimBias::None };
+    let bias = match by {
+        By::Biased(bias) => *bias,
+        By::Seed(_) => SimBias::Drives,
+        _ => SimBias::None,
+    };
     let options = SimOptions { sabotage, bias, ..SimOptions::new(directory.path()) };
     let simulator = Simulator::new(options).expect("memory");
     match by {
         By::Histories | By::Biased(_) => (0..SEEDS_MAX).find_map(|seed| simulator.run(seed).err()),
+        By::Seed(seed) => simulator.run(*seed).err(),
         By::Flips => simulator.flips(8, 50).err(),
         By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
     }
@@ -89,4 +96,9 @@ noticed! {
     keep_unreadable_region: KeepUnreadableRegion by By::Scenario(scenarios::unreadable_region);
     skip_namespace_sync: SkipNamespaceSync by By::Histories;
     ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
+    trust_unsynced_superblock: TrustUnsyncedSuperblock by By::Scenario(scenarios::superblock_that_was_not_synced);
+    write_below_floor: WriteBelowFloor by By::Seed(20_125);
+    forget_floor: ForgetFloor by By::Scenario(scenarios::older_index_after_a_drive_went);
+    forget_what_is_reclaimed: ForgetWhatIsReclaimed by By::Scenario(scenarios::replaced_while_reclaimed);
+    skip_index_sync: SkipIndexSync by By::Scenario(scenarios::removed_on_a_drive_that_goes);
 }
