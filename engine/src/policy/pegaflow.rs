@@ -58,7 +58,7 @@ pub struct PegaflowConfig {
 
 impl Default for PegaflowConfig {
     fn default() -> Self {
-        Self { write_hurdle: 2.0, recompute_knee_blocks: f32::INFINITY, remembered_max: 1 << 16, seed: 1 }
+        Self { write_hurdle: 1.0, recompute_knee_blocks: f32::INFINITY, remembered_max: 1 << 16, seed: 1 }
     }
 }
 

@@ -1,9 +1,9 @@
 //! Ages of blocks, in steps that grow with age: hazards change fast for the young and slowly for the old.
 
 /// Steps of age.
-pub(super) const AGES: usize = 48;
+pub(super) const AGES: usize = 40;
 /// Where the first step ends, in seconds. Each two steps double it: the last one begins at 12 days.
-const FIRST_END: f32 = 0.125;
+const FIRST_END: f32 = 1.0;
 
 /// Where a step begins, in seconds.
 pub(super) fn begin(step: usize) -> f32 {
