@@ -16,7 +16,7 @@ const SIGHTINGS_MAX: usize = 1 << 16;
 /// Rounds through all factors at each fit; a fit starts from the last one.
 const ROUNDS: usize = 3;
 /// The weight of priors, in uses.
-const PRIOR_USES: f32 = 8.0;
+const PRIOR_USES: f32 = 3.0;
 const PRIOR_USES_GLOBAL: f32 = 2.0;
 /// Before anything was seen: this many uses a second of the youngest, falling with age, so that the oldest leave first.
 const FRESH_HAZARD: f32 = 0.1;
@@ -139,19 +139,26 @@ impl Hazard {
         let weights = &mut self.factors.weights[feature];
         let mut uses = [0.0f64; VALUES];
         let mut expected = [0.0f64; VALUES];
+        let mut sightings = [0.0f32; VALUES];
         for (seen, multiplier) in seen.iter().zip(multipliers.iter()) {
             let (rhythm, value) = (seen.class.rhythm(), seen.class.value(feature));
             let total = cumulative[rhythm][seen.step] + self.factors.base[rhythm][seen.step] * seen.in_step;
             expected[value] += f64::from(multiplier * total / weights[value]);
             uses[value] += f64::from(u8::from(seen.is_use));
+            sightings[value] += 1.0;
         }
-        let mut changes = [1.0; VALUES];
+        let mut fitted = [1.0; VALUES];
         for value in 0..VALUES {
             let prior = self.prior.weights[feature][value];
-            let fitted = (uses[value] as f32 + PRIOR_USES) / (expected[value] as f32 + PRIOR_USES / prior);
-            let fitted = fitted.clamp(FACTOR_MIN, FACTOR_MAX);
-            changes[value] = fitted / weights[value];
-            weights[value] = fitted;
+            fitted[value] = (uses[value] as f32 + PRIOR_USES) / (expected[value] as f32 + PRIOR_USES / prior);
+        }
+        // Only ratios of weights mean anything: their mean stays at one, so that the base is that of the common block.
+        let mean = (0..VALUES).map(|value| sightings[value] * fitted[value].ln()).sum::<f32>() / seen.len().max(1) as f32;
+        let mut changes = [1.0; VALUES];
+        for value in 0..VALUES {
+            let normal = (fitted[value] / mean.exp()).clamp(FACTOR_MIN, FACTOR_MAX);
+            changes[value] = normal / weights[value];
+            weights[value] = normal;
         }
         for (seen, multiplier) in seen.iter().zip(multipliers) {
             *multiplier *= changes[seen.class.value(feature)];
