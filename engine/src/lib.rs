@@ -14,6 +14,7 @@ mod known_namespaces;
 mod lease;
 mod load;
 mod lookup;
+mod miss_ratio;
 mod objects;
 mod operations;
 mod placed;

@@ -6,6 +6,7 @@ pub use crate::api::{
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
+pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 pub use crate::replay::{

@@ -13,6 +13,8 @@ mod tree;
 mod watch;
 mod worth;
 
+use std::cell::Cell;
+
 use self::class::{Class, Evidence, tail_bucket};
 use self::hazard::Hazard;
 use self::levels::{Levels, NONE, level};
@@ -30,7 +32,7 @@ const TURN_REACH: u8 = 1;
 /// Fewer new sightings than this change no fit.
 const FIT_SIGHTINGS_MIN: usize = 64;
 /// A fit follows when the sightings have grown, or were replaced, by one part of so many.
-const FIT_PART: usize = 16;
+const FIT_PART: usize = 8;
 /// Looks at blocks that have grown older, for each request and for each of its blocks.
 const AGED_PER_REQUEST: usize = 64;
 const AGED_PER_BLOCK: usize = 4;
@@ -76,7 +78,7 @@ pub struct PegaflowPolicy {
     now: u32,
     /// The nodes of the last request's chain, and where in it the next search begins.
     path: Vec<u32>,
-    hint: usize,
+    hint: Cell<usize>,
     /// Sightings since the last fit.
     news: usize,
     /// The age at which blocks leave, in seconds: a moving mean.
@@ -104,7 +106,7 @@ impl PegaflowPolicy {
             epoch_ms: None,
             now: 0,
             path: Vec::new(),
-            hint: 0,
+            hint: Cell::new(0),
             news: 0,
             leaving_age: 0.0,
             unit_bytes: 0.0,
@@ -281,11 +283,12 @@ impl PegaflowPolicy {
     }
 
     /// The node of a block, most likely one of the last request's.
-    fn find(&mut self, key: u64) -> Option<u32> {
-        for position in self.hint..(self.hint + 2).min(self.path.len()) {
+    fn find(&self, key: u64) -> Option<u32> {
+        let hint = self.hint.get();
+        for position in hint..(hint + 2).min(self.path.len()) {
             let at = self.path[position];
             if self.tree.nodes[at as usize].key == key {
-                self.hint = position;
+                self.hint.set(position);
                 return Some(at);
             }
         }
@@ -302,7 +305,7 @@ impl Policy for PegaflowPolicy {
             self.unit_bytes = request.chain.first().map_or(0.0, |block| block.bytes as f32);
         }
         self.forget_some();
-        self.hint = 0;
+        self.hint.set(0);
         let (mut deepest, mut known) = (None, 0);
         for (depth, block) in request.chain.iter().enumerate() {
             let found = self.tree.find(block.key);
@@ -385,7 +388,7 @@ impl Policy for PegaflowPolicy {
     }
 
     fn contains(&self, key: u64) -> bool {
-        self.tree.find(key).is_some_and(|at| self.tree.nodes[at as usize].is_here)
+        self.find(key).is_some_and(|at| self.tree.nodes[at as usize].is_here)
     }
 
     fn len(&self) -> usize {

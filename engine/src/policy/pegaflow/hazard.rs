@@ -14,7 +14,7 @@ use super::class::{Class, FEATURES, RHYTHMS, VALUES};
 /// Sightings that are remembered.
 const SIGHTINGS_MAX: usize = 1 << 16;
 /// Rounds through all factors at each fit; a fit starts from the last one.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 1;
 /// The weight of priors, in uses.
 const PRIOR_USES: f32 = 3.0;
 const PRIOR_USES_GLOBAL: f32 = 2.0;
