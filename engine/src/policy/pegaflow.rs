@@ -370,8 +370,8 @@ impl Policy for PegaflowPolicy {
 
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
         self.lowest()?;
-        let from_the_lowest = self.levels.from_the_lowest(&self.tree.nodes).take(PINNED_MAX);
-        let victim = from_the_lowest.into_iter().find(|at| may_leave(self.tree.nodes[*at as usize].key))?;
+        let lowest_first = self.levels.lowest_first(&self.tree.nodes).take(PINNED_MAX);
+        let victim = lowest_first.into_iter().find(|at| may_leave(self.tree.nodes[*at as usize].key))?;
         let node = self.tree.nodes[victim as usize];
         let age = seconds(self.now - node.last);
         self.leaving_age += (age - self.leaving_age) / 1024.0;

@@ -80,7 +80,8 @@ mod tests {
         let class = Class::new(&evidence);
         let values: Vec<usize> = (0..FEATURES).map(|feature| class.value(feature)).collect();
         assert_eq!((class.rhythm(), values), (4, vec![2, 4, 1, 0, 7, 5]));
-        let none = Class::new(&Evidence { gap: None, turn: 1, blocks_after: 0, uses: 0, blocks: 0, tenant: 0, ..evidence });
+        let none =
+            Class::new(&Evidence { gap: None, turn: 1, blocks_after: 0, uses: 0, blocks: 0, tenant: 0, ..evidence });
         assert_eq!(none, Class::default());
     }
 

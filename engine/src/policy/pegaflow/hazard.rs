@@ -153,7 +153,8 @@ impl Hazard {
             fitted[value] = (uses[value] as f32 + PRIOR_USES) / (expected[value] as f32 + PRIOR_USES / prior);
         }
         // Only ratios of weights mean anything: their mean stays at one, so that the base is that of the common block.
-        let mean = (0..VALUES).map(|value| sightings[value] * fitted[value].ln()).sum::<f32>() / seen.len().max(1) as f32;
+        let mean =
+            (0..VALUES).map(|value| sightings[value] * fitted[value].ln()).sum::<f32>() / seen.len().max(1) as f32;
         let mut changes = [1.0; VALUES];
         for value in 0..VALUES {
             let normal = (fitted[value] / mean.exp()).clamp(FACTOR_MIN, FACTOR_MAX);

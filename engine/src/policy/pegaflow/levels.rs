@@ -60,7 +60,7 @@ impl Levels {
     }
 
     /// All blocks, those of the lowest level first.
-    pub(super) fn from_the_lowest<'a, N: Linked>(&'a self, nodes: &'a [N]) -> impl Iterator<Item = u32> + 'a {
+    pub(super) fn lowest_first<'a, N: Linked>(&'a self, nodes: &'a [N]) -> impl Iterator<Item = u32> + 'a {
         let first = |level: usize| self.by_worth.get(level).map_or(NONE, |ends| ends.0[0]);
         let lists = (self.filled.trailing_zeros() as usize..LEVELS).map(first);
         lists.flat_map(move |first| {

@@ -56,7 +56,6 @@ impl Node {
     pub(super) fn level(&self) -> u8 {
         self.links.level
     }
-
 }
 
 /// All nodes.

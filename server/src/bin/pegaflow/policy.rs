@@ -77,14 +77,20 @@ pub(crate) fn policy(command: &PolicyCommand) -> Result<()> {
 
 fn replay(options: &ReplayOptions) -> Result<()> {
     let capacity = |text: &String| blocks_of(text, options.block_bytes);
-    let sizes = options.capacities.iter().map(|text| Ok((text.clone(), capacity(text)?))).collect::<Result<Vec<_>>>()?;
+    let sizes =
+        options.capacities.iter().map(|text| Ok((text.clone(), capacity(text)?))).collect::<Result<Vec<_>>>()?;
     let dram = options.dram.as_ref().map(capacity).transpose()?;
     let (name, trace) = match (&options.trace, options.synthetic) {
         (Some(path), _) => (path.display().to_string(), trace_file::read(path)?),
         (None, Some(workload)) => (workload.name().to_string(), workload.trace(options.seed)),
         (None, None) => return Err(Error::new(ErrorKind::InvalidInput, "neither a trace nor --synthetic is given")),
     };
-    eprintln!("{name}: {} requests, {} references to {} blocks", trace.len(), trace.references(), trace.unique_blocks());
+    eprintln!(
+        "{name}: {} requests, {} references to {} blocks",
+        trace.len(),
+        trace.references(),
+        trace.unique_blocks()
+    );
     let setup = run::Setup {
         policies: &options.policies,
         sizes: &sizes,

@@ -31,7 +31,10 @@ impl Done {
 pub(super) fn print(results: &[Done], has_dram: bool) {
     let of = |who: &str, size: &str| results.iter().find(|done| done.who.to_string() == who && done.size.0 == size);
     let tiers = if has_dram { "     dram     drive" } else { "" };
-    println!("{:>10}  {:<11} {:>7}{tiers} {:>9} {:>12} {:>12}", "size", "policy", "hits", "writes", "writes/lru", "gap closed");
+    println!(
+        "{:>10}  {:<11} {:>7}{tiers} {:>9} {:>12} {:>12}",
+        "size", "policy", "hits", "writes", "writes/lru", "gap closed"
+    );
     for done in results {
         let (lru, best) = (of("lru", &done.size.0), of("optimal", &done.size.0));
         let ratio = lru.map_or(f64::NAN, |lru| done.writes() as f64 / lru.writes().max(1) as f64);

@@ -40,7 +40,8 @@ pub(super) struct Done {
 /// All replays, in the order in which they are shown.
 pub(super) fn all(trace: &Trace, setup: &Setup<'_>) -> Vec<Done> {
     let who = setup.policies.iter().map(|policy| Who::Policy(*policy));
-    let who: Vec<Who> = who.chain([Who::Optimal]).chain(setup.hurdles.iter().map(|hurdle| Who::Hurdle(*hurdle))).collect();
+    let who: Vec<Who> =
+        who.chain([Who::Optimal]).chain(setup.hurdles.iter().map(|hurdle| Who::Hurdle(*hurdle))).collect();
     let jobs: Vec<_> = who.iter().flat_map(|who| setup.sizes.iter().map(|size| (*who, size))).collect();
     let bar = ProgressBar::new((jobs.len() * trace.len()) as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent} % of {len} requests, {eta} left") {

@@ -64,7 +64,8 @@ mod tests {
         file
     }
 
-    const LINES: &[u8] = b"{\"timestamp\": 0, \"input_length\": 9, \"hash_ids\": [0, 1]}\n\n{\"timestamp\":7,\"hash_ids\":[]}\n";
+    const LINES: &[u8] =
+        b"{\"timestamp\": 0, \"input_length\": 9, \"hash_ids\": [0, 1]}\n\n{\"timestamp\":7,\"hash_ids\":[]}\n";
 
     #[test]
     fn plain_and_compressed_traces_are_the_same() {

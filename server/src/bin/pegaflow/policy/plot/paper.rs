@@ -70,7 +70,8 @@ impl Pixels {
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_compression(png::Compression::High);
         let written = encoder.write_header().and_then(|mut writer| writer.write_image_data(&self.bytes));
-        written.map_err(|error| Error::new(ErrorKind::InvalidInput, format!("the picture cannot be encoded: {error}")))?;
+        written
+            .map_err(|error| Error::new(ErrorKind::InvalidInput, format!("the picture cannot be encoded: {error}")))?;
         Ok(file)
     }
 }
