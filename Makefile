@@ -33,6 +33,12 @@ MIB ?= 512
 # Keys in the index of `bench-index`; REAL=1 writes their blocks too.
 KEYS ?= 10000000
 REAL ?=
+# What `bench-policy` replays: a trace, or one of chat, agents, rag and scans; sizes in blocks or bytes; and at how many
+# blocks it measures what a policy costs.
+TRACE ?=
+SYNTHETIC ?= chat
+CAPACITIES ?= 500,2000,5000,10000,20000,50000
+BLOCKS ?= 10000000
 # An interpreter with vLLM for GPUs, for the benches that need one, and the systems that `bench-ttft` measures.
 PYTHON ?= python3
 ONLY ?=
@@ -58,8 +64,8 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-gpu bench-ttft bench-pairs bench-interference
-.PHONY: check-bytes kill-workers fixtures ptx doc clean
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-policy bench-gpu bench-ttft bench-pairs
+.PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -116,6 +122,12 @@ bench-index: server ## Lookups, memory and opens of the index; rows without payl
 
 bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)')
+
+bench-policy: server ## Policies on a trace: hits, writes, the optimum; cost at 10M blocks. TRACE=file or SYNTHETIC=chat, CAPACITIES=a,b,c
+	@mkdir -p $(TARGET)/policy
+	@$(CARGO_OUT)/release/pegaflow policy cost --blocks $(BLOCKS) --policies lru,pegaflow
+	@$(CARGO_OUT)/release/pegaflow policy replay $(if $(TRACE),'$(TRACE)',--synthetic $(SYNTHETIC)) --capacities $(CAPACITIES) \
+	    --plot $(TARGET)/policy/$(if $(TRACE),$(basename $(notdir $(TRACE))),$(SYNTHETIC)) $(OPTIONS)
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')

@@ -6,7 +6,12 @@ pub use crate::api::{
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
+pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
+pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+pub use crate::replay::{
+    ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay, replay_optimal,
+};
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,

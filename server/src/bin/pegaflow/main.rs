@@ -1,6 +1,8 @@
 //! The command line of operators: asks a running server over its socket, and checks stores that no server has open.
 #![deny(unsafe_code)]
 
+mod policy;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,6 +14,8 @@ use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, Result, StorePaths
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::Value;
+
+use policy::PolicyCommand;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -64,6 +68,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compares policies of what is kept, on traces of requests. Needs no server.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// Tries now to open a store again that went out of use, instead of at the server's next attempt.
     Reopen {
         /// The longest wait, in seconds.
@@ -76,6 +85,7 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = match &options.command {
         Command::Verify { paths, repair, json } => verify(paths, *repair, *json),
+        Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
     match outcome {
@@ -107,8 +117,8 @@ fn run(options: &Options) -> Result<()> {
             client.reopen_store(Duration::from_secs(timeout))?;
             println!("the store is in use");
         }
-        // Needs no server.
-        Command::Verify { .. } => {}
+        // Need no server.
+        Command::Verify { .. } | Command::Policy { .. } => {}
         Command::Ping => {
             let started = Instant::now();
             let stats = client.stats()?;

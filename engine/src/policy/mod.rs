@@ -1,0 +1,153 @@
+//! Which blocks stay in a tier, and which are worth being written to it. Pure logic behind one trait: no clock, no
+//! threads, no I/O; time and the seed of random choices come from outside, so that a trace replays to the same result.
+//!
+//! A policy keeps order, not bytes: whoever owns the tier asks [`Policy::admits`], makes room with [`Policy::evict`] and
+//! tells with [`Policy::insert`] and [`Policy::remove`] what is there. Pins are the owner's answer to `may_leave`; what
+//! has outlived its time to live the owner removes.
+
+mod adaptive;
+mod fifo;
+mod least_recent;
+mod pegaflow;
+mod random;
+mod s3fifo;
+
+use std::fmt;
+use std::hash::BuildHasherDefault;
+use std::str::FromStr;
+
+pub use pegaflow::{PegaflowConfig, PegaflowPolicy};
+
+use crate::residency::KeyHasher;
+pub(crate) use random::SplitMix;
+
+/// Hashes of keys, which are hashes already.
+pub(crate) type Build = BuildHasherDefault<KeyHasher>;
+
+/// A block as a policy sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PolicyBlock {
+    /// The fingerprint of its identity. It covers all blocks before it in its chain.
+    pub key: u64,
+    /// What it takes in the tier, in bytes; or 1, where the capacity is counted in blocks.
+    pub bytes: u32,
+}
+
+/// A request for a chain of blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct PolicyRequest<'a> {
+    /// Its blocks, from the first of the chain to the last: those that are there and those that are not.
+    pub chain: &'a [PolicyBlock],
+    /// Whose it is: a hash of its cache salt or namespace; 0 if nobody says.
+    pub tenant: u64,
+    /// When it arrived, in ms since any fixed time. Time never runs backwards.
+    pub now_ms: u64,
+}
+
+/// Decides who stays in one tier.
+///
+/// For each request the owner calls [`Policy::request`] with the whole chain, then for each of its blocks either
+/// [`Policy::touch`] (it is there) or [`Policy::admits`], [`Policy::evict`] until there is room, and [`Policy::insert`].
+/// Blocks may also come later, or never.
+pub trait Policy: Send {
+    /// A request arrives.
+    fn request(&mut self, request: &PolicyRequest<'_>);
+
+    /// A block that is there is used by the request.
+    fn touch(&mut self, _key: u64) {}
+
+    /// Whether a block that is not there is worth a write; `is_full` says whether another one would have to leave for it.
+    /// `parent` is the block before it in its chain. Default: always.
+    fn admits(&mut self, _block: &PolicyBlock, _parent: Option<u64>, _is_full: bool) -> bool {
+        true
+    }
+
+    /// The block is there from now on.
+    fn insert(&mut self, block: &PolicyBlock, parent: Option<u64>);
+
+    /// Takes out the block that is worth least among those that `may_leave`; `None` if there is none, or none was found
+    /// in a bounded search.
+    fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64>;
+
+    /// The block has gone for another reason.
+    fn remove(&mut self, key: u64);
+
+    /// Whether the block is there.
+    fn contains(&self, key: u64) -> bool;
+
+    /// Blocks that are there.
+    fn len(&self) -> usize;
+
+    /// Whether nothing is there.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the owner hands over the blocks of a request from the last to the first. Policies that know only the order
+    /// of arrival need that, or else roots would leave before their leaves. One that knows the tree takes them as they
+    /// come.
+    fn takes_last_first(&self) -> bool {
+        true
+    }
+}
+
+/// Which policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PolicyChoice {
+    /// Least recently used leaves first.
+    Lru,
+    /// In order of arrival.
+    Fifo,
+    /// S3-FIFO (Yang and others, "FIFO queues are all you need for cache eviction", SOSP 2023).
+    S3Fifo,
+    /// ARC (Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003).
+    Arc,
+    /// Ours, see [`PegaflowPolicy`].
+    Pegaflow,
+}
+
+impl PolicyChoice {
+    /// All, in the order in which they are shown.
+    pub const ALL: [Self; 5] = [Self::Lru, Self::Fifo, Self::S3Fifo, Self::Arc, Self::Pegaflow];
+
+    /// Its name in configuration and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lru => "lru",
+            Self::Fifo => "fifo",
+            Self::S3Fifo => "s3fifo",
+            Self::Arc => "arc",
+            Self::Pegaflow => "pegaflow",
+        }
+    }
+
+    /// An empty policy for a tier of `capacity_bytes`; `config` is for ours only.
+    pub fn build(self, capacity_bytes: u64, config: PegaflowConfig) -> Box<dyn Policy> {
+        match self {
+            Self::Lru => Box::new(least_recent::LeastRecent::new()),
+            Self::Fifo => Box::new(fifo::Fifo::new()),
+            Self::S3Fifo => Box::new(s3fifo::S3Fifo::new(capacity_bytes)),
+            Self::Arc => Box::new(adaptive::Adaptive::new(capacity_bytes)),
+            Self::Pegaflow => Box::new(PegaflowPolicy::new(config)),
+        }
+    }
+}
+
+impl fmt::Display for PolicyChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PolicyChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|choice| choice.name() == text);
+        found.ok_or_else(|| format!("'{text}' is no policy; there are {}", known()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! What policies cost: CPU time for each block that a request touches, and memory for each block in the tier.
+
+use pegaflow_engine::{PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, json};
+
+/// Blocks of a conversation's first turn, and of each further one.
+const FIRST_BLOCKS: u32 = 16;
+const TURN_BLOCKS: u32 = 4;
+/// Blocks touched while the clock runs.
+const TOUCHES: usize = 4_000_000;
+const REQUESTS_PER_S: u64 = 1000;
+
+/// Prints a table, and a JSON object as the last line.
+pub(super) fn measure(blocks: u64, policies: &[PolicyChoice]) {
+    println!("{:<10} {:>16} {:>16}", "policy", "ns per touch", "bytes per block");
+    let mut report = Map::new();
+    for choice in policies {
+        let before = resident_bytes();
+        let config = PegaflowConfig { remembered_max: 1 << 16, ..PegaflowConfig::default() };
+        let mut load = Load::new(choice.build(blocks, config), blocks as usize);
+        while load.policy.len() < blocks as usize {
+            load.request();
+        }
+        let bytes = resident_bytes().saturating_sub(before) as f64 / blocks as f64;
+        // Until the tier's blocks have begun to leave.
+        load.run(TOUCHES / 4);
+        let started = cpu_ns();
+        let touches = load.run(TOUCHES);
+        let ns = cpu_ns().saturating_sub(started) as f64 / touches as f64;
+        println!("{:<10} {ns:>16.0} {bytes:>16.0}", choice.name());
+        report.insert(choice.name().into(), json!({ "ns_per_touch": ns, "bytes_per_block": bytes }));
+    }
+    println!("{}", json!({ "blocks": blocks, "policies": report }));
+}
+
+/// Conversations that begin all the time; every other request goes on with one of the past.
+struct Load {
+    policy: Box<dyn Policy>,
+    capacity: usize,
+    random: StdRng,
+    /// Blocks of each conversation so far.
+    conversations: Vec<u32>,
+    requests: u64,
+    chain: Vec<PolicyBlock>,
+}
+
+impl Load {
+    fn new(policy: Box<dyn Policy>, capacity: usize) -> Self {
+        let random = StdRng::seed_from_u64(1);
+        Self { policy, capacity, random, conversations: Vec::new(), requests: 0, chain: Vec::new() }
+    }
+
+    fn run(&mut self, touches: usize) -> usize {
+        let mut done = 0;
+        while done < touches {
+            done += self.request();
+        }
+        done
+    }
+
+    fn request(&mut self) -> usize {
+        self.requests += 1;
+        let at = if self.requests % 2 == 0 && !self.conversations.is_empty() {
+            self.random.random_range(0..self.conversations.len())
+        } else {
+            self.conversations.push(0);
+            self.conversations.len() - 1
+        };
+        let Some(blocks) = self.conversations.get_mut(at) else { return 0 };
+        *blocks += if *blocks == 0 { FIRST_BLOCKS } else { TURN_BLOCKS };
+        let key =
+            |depth: u32| (((at as u64) << 24) | u64::from(depth)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        let blocks = 0..*blocks;
+        self.chain.clear();
+        self.chain.extend(blocks.map(|depth| PolicyBlock { key: key(depth), bytes: 1 }));
+        let now_ms = self.requests * 1000 / REQUESTS_PER_S;
+        self.policy.request(&PolicyRequest { chain: &self.chain, tenant: 0, now_ms });
+        let last_first = self.policy.takes_last_first();
+        for step in 0..self.chain.len() {
+            let place = if last_first { self.chain.len() - 1 - step } else { step };
+            let Some(block) = self.chain.get(place) else { continue };
+            let parent = place.checked_sub(1).and_then(|before| self.chain.get(before)).map(|parent| parent.key);
+            if self.policy.contains(block.key) {
+                self.policy.touch(block.key);
+                continue;
+            }
+            let is_full = self.policy.len() >= self.capacity;
+            if self.policy.admits(block, parent, is_full) && (!is_full || self.policy.evict(&mut |_| true).is_some()) {
+                self.policy.insert(block, parent);
+            }
+        }
+        self.chain.len()
+    }
+}
+
+/// What this thread has computed for, in ns.
+fn cpu_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// What this process has in memory.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
