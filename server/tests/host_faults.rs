@@ -172,7 +172,7 @@ fn a_limit_on_file_sizes_that_is_met_while_running_does_not_kill() {
 fn a_limit_on_file_sizes_is_an_error_at_the_start() {
     let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
     let store = place.path().join("store");
-    let limited = limited(&["--fsize", "16777216"]);
+    let limited = limited(&["--fsize", "41943040"]);
     let output = command(&limited, place.path(), &store).stderr(Stdio::piped()).output().expect("runs");
     let error = String::from_utf8(output.stderr).expect("UTF-8");
     assert_eq!(output.status.code(), Some(6), "{error}");

@@ -62,7 +62,7 @@ impl Load {
 
     fn request(&mut self) -> usize {
         self.requests += 1;
-        let at = if self.requests % 2 == 0 && !self.conversations.is_empty() {
+        let at = if self.requests.is_multiple_of(2) && !self.conversations.is_empty() {
             self.random.random_range(0..self.conversations.len())
         } else {
             self.conversations.push(0);
