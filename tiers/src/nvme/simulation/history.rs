@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::drives::{Drives, drives_of};
-use super::model::{Fact, Model, Seen, content};
+use super::model::{BLOCK_VERSION, Fact, Model, Seen, content};
 use super::world::{PAYLOAD_BYTES_MAX, Rule, World};
 use super::{SimFailure, SimFailureKind};
 use crate::block::{BlockKey, GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
@@ -508,7 +508,7 @@ impl History {
     fn put_block(&mut self) -> Step {
         let name = OBJECTS + self.random.random_range(0..BLOCKS);
         // The bytes of a block follow from its key.
-        self.append(name, RecordKind::Kv, Fact::There { version: 0, bytes: BLOCK_BYTES })
+        self.append(name, RecordKind::Kv, Fact::There { version: BLOCK_VERSION, bytes: BLOCK_BYTES })
     }
 
     fn remove(&mut self) -> Step {

@@ -9,6 +9,9 @@ use rand::{RngCore, SeedableRng};
 use super::SimFailureKind;
 use crate::index::Location;
 
+/// The version of every block: its bytes follow from its key. Objects begin above.
+pub(in crate::nvme) const BLOCK_VERSION: u64 = 0;
+
 /// What can be true of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::nvme) enum Fact {
@@ -23,8 +26,18 @@ pub(in crate::nvme) enum Fact {
 struct Unsure {
     operation: u64,
     fact: Fact,
-    /// It was reported as failed while the power was there: it may come back as long as nothing newer is durable.
-    has_failed: bool,
+    /// It may be found in a later life, as long as nothing newer is durable: it was reported as failed while the power was
+    /// there, or is a copy of a block behind one that went.
+    may_come_back: bool,
+}
+
+impl Unsure {
+    /// What is left of it where the newest record of the identity may have gone with its region. Blocks are never flagged
+    /// as replaced: nothing but an entry of the index, which is gone too, stood before an older copy.
+    fn behind_what_went(&self) -> Option<Self> {
+        let is_block = matches!(self.fact, Fact::There { version: BLOCK_VERSION, .. });
+        (is_block || self.may_come_back).then_some(Self { may_come_back: true, ..*self })
+    }
 }
 
 /// What is known of one record.
@@ -95,7 +108,7 @@ impl Model {
 
     /// An operation was accepted.
     pub(in crate::nvme) fn accepted(&mut self, name: u64, operation: u64, fact: Fact) {
-        let unsure = Unsure { operation, fact, has_failed: false };
+        let unsure = Unsure { operation, fact, may_come_back: false };
         self.tracks.entry(name).or_default().later.push(unsure);
     }
 
@@ -111,7 +124,7 @@ impl Model {
     /// An operation was reported as failed by a store with power.
     pub(in crate::nvme) fn failed(&mut self, name: u64, operation: u64) {
         let later = self.tracks.entry(name).or_default().later.iter_mut();
-        later.filter(|unsure| unsure.operation == operation).for_each(|unsure| unsure.has_failed = true);
+        later.filter(|unsure| unsure.operation == operation).for_each(|unsure| unsure.may_come_back = true);
     }
 
     /// A life of a region is over, or may be.
@@ -151,7 +164,7 @@ impl Model {
     pub(in crate::nvme) fn settle(&mut self, name: u64, seen: &Seen, was_rebuilt: bool, have_left: bool) -> Verdict {
         let track = self.tracks.get(&name).cloned().unwrap_or_default();
         let mut next = track.clone();
-        next.later.retain(|unsure| unsure.has_failed);
+        next.later.retain(|unsure| unsure.may_come_back);
         match seen {
             Seen::Nothing => {
                 self.judge_absence(name, &track, was_rebuilt || have_left)?;
@@ -160,6 +173,9 @@ impl Model {
                 let may_come_back = self.may_be_gone(&track) || may_be_hidden(&track, was_rebuilt);
                 if !may_come_back {
                     next.sure = Fact::Absent;
+                }
+                if have_left {
+                    next.later = track.later.iter().filter_map(Unsure::behind_what_went).collect();
                 }
             }
             Seen::Bytes(location, found) => {
@@ -196,5 +212,58 @@ impl Model {
             ),
             None => (SimFailureKind::WrongBytes, format!("record {name} has wrong bytes at {location:?}: {track:?}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: usize = 100;
+
+    fn put(model: &mut Model, operation: u64, version: u64) {
+        model.accepted(1, operation, Fact::There { version, bytes: BYTES });
+    }
+
+    fn place(region: u32) -> Location {
+        Location { region, generation: 1, page: 2, pages: 2 }
+    }
+
+    /// Two copies that nobody was promised, of which the newer one went with its region.
+    fn after_the_newer_went(version: u64, newer: u64) -> Model {
+        let mut model = Model::default();
+        put(&mut model, 1, version);
+        put(&mut model, 2, newer);
+        model.settle(1, &Seen::Nothing, false, true).expect("a region has left");
+        model
+    }
+
+    fn come_back(model: &mut Model, version: u64) -> Verdict {
+        model.settle(1, &Seen::Bytes(place(0), content(1, version, BYTES)), true, false)
+    }
+
+    #[test]
+    fn an_older_copy_of_a_block_may_be_found_where_the_newer_one_went() {
+        let mut model = after_the_newer_went(BLOCK_VERSION, BLOCK_VERSION);
+        model.settle(1, &Seen::Nothing, false, false).expect("nothing was promised");
+        come_back(&mut model, BLOCK_VERSION).expect("the same bytes");
+        assert!(model.settle(1, &Seen::Nothing, true, false).is_err(), "it was found, so it stays");
+    }
+
+    #[test]
+    fn an_older_version_of_an_object_may_not() {
+        assert!(come_back(&mut after_the_newer_went(1, 2), 1).is_err());
+        let mut model = Model::default();
+        put(&mut model, 1, BLOCK_VERSION);
+        model.settle(1, &Seen::Nothing, false, false).expect("nothing was promised");
+        assert!(come_back(&mut model, BLOCK_VERSION).is_err(), "no region has left: a crash has cut it off");
+    }
+
+    #[test]
+    fn nor_a_block_that_was_removed_meanwhile() {
+        let mut model = after_the_newer_went(BLOCK_VERSION, BLOCK_VERSION);
+        model.accepted(1, 3, Fact::Absent);
+        model.durable(1, 3, place(1));
+        assert!(come_back(&mut model, BLOCK_VERSION).is_err());
     }
 }

@@ -53,8 +53,20 @@ fn nothing_is_lost_and_nothing_is_wrong_whatever_the_power_does() {
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
-    assert!(tally.reclaimed > 0 && tally.crashes_in_open > 0 && tally.kept_tombstones > 0, "{tally:?}");
+    let has_met_all = tally.reclaimed > 0 && tally.crashes_in_open > 0 && tally.kept_tombstones > 0;
+    assert!(has_met_all || tally.seeds < 100, "{tally:?}");
     println!("{tally:?} in {:?}", started.elapsed());
+}
+
+/// Histories that failed once, because of the store or of the oracle.
+#[test]
+fn what_failed_once_does_not_fail_again() {
+    let directory = directory();
+    let seeds = [(SimBias::Drives, 21_735), (SimBias::None, 24_542)];
+    for (bias, seed) in seeds {
+        let simulator = Simulator::new(SimOptions { bias, ..SimOptions::new(directory.path()) }).expect("memory");
+        simulator.run(seed).unwrap_or_else(|failure| panic!("{bias:?}: {failure}"));
+    }
 }
 
 #[test]

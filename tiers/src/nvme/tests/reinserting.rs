@@ -221,6 +221,32 @@ fn a_bad_record_is_not_written_again() {
     assert_eq!((get(&place, &store, 1), get(&place, &store, 2)), (None, None));
 }
 
+/// A drive that goes while its records are to be written again: they are there when it is.
+#[test]
+fn what_a_drive_that_is_gone_can_not_read_is_not_to_blame() {
+    let (place, asked, go) = gated(4);
+    let (store, drive) = place.open_faulty(FaultPlan::default());
+    put(&place, &store, (1..4).map(|name| (name, 1, HOT_BYTES)));
+    let origin = store.locate(&object_id(1)).expect("there");
+    store.note_uses((1..4).map(object_id));
+    fill(&place, &store, 100);
+    asked.recv_timeout(PATIENCE).expect("the policy is asked");
+    let (first, action) = (drive.seen(IoKind::Read) + 1, FaultAction::Errno(libc::ENXIO));
+    drive.inject(Fault { kind: IoKind::Read, first, times: u64::MAX, action });
+    go.send(()).expect("it waits");
+    drop(go);
+    let deadline = soon();
+    while drive.fired() == 0 || store.poison_reason().is_none() {
+        assert!(Instant::now() < deadline, "the store has not noticed: {:?}", store.stats());
+        std::thread::yield_now();
+    }
+    assert_eq!(store.poison_reason(), Some(PoisonReason::DeviceGone));
+    assert_eq!((store.stats().bad_reads, store.locate(&object_id(1))), (0, Some(origin)));
+    drop((store, drive));
+    let (store, _) = place.open();
+    (1..4).for_each(|name| assert_object(&place, &store, name, 1, HOT_BYTES));
+}
+
 #[test]
 fn what_is_new_never_waits_for_what_is_kept() {
     let (place, asked, go) = gated(4);

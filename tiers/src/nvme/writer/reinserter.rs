@@ -17,6 +17,7 @@ use crate::nvme::append::{Done, Form, QueuedRecord};
 use crate::nvme::inbox::Copied;
 use crate::nvme::page::{PAGE_BYTES, pages_of};
 use crate::nvme::policy::{RecordInfo, ResidentBlock};
+use crate::nvme::read::is_drive_gone;
 use crate::nvme::record_header::RecordHeader;
 use crate::nvme::shared::Shared;
 use crate::nvme::stats::add;
@@ -195,6 +196,9 @@ impl Work<'_> {
         let pins = self.shared.regions.pin(&[from]).ok()?;
         let read = self.shared.drive.read(from.region, from.page, from.pages);
         drop(pins);
+        if read.is_ok() {
+            self.shared.poison.note_good_read();
+        }
         let found = read.and_then(|image| self.identify(entry, from, image.as_slice()).map(|found| (image, found)));
         let (image, (id, header)) = match found {
             Ok(found) => found,
@@ -244,10 +248,12 @@ impl Work<'_> {
     }
 
     /// As a read that fails: no longer found, and soon forgotten by the log too. Of a record whose header is not to be
-    /// believed only the fingerprint is known; its row goes with the region.
+    /// believed only the fingerprint is known; its row goes with the region. Of a drive that is gone no record is to blame.
     fn quarantine(&self, entry: &TableEntry, id: Option<RecordId>, from: Location, error: &Error) {
-        if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) {
-            return;
+        match error.kind() {
+            ErrorKind::Io if is_drive_gone(self.shared, &from, error) => return,
+            ErrorKind::Corrupt | ErrorKind::Io => {}
+            _ => return,
         }
         add(&self.shared.counts.bad_reads, 1);
         tracing::warn!(?id, ?from, error = format!("{error:#}"), "a record can not be used; it is quarantined");
