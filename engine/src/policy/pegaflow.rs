@@ -398,3 +398,6 @@ impl Policy for PegaflowPolicy {
         false
     }
 }
+
+#[cfg(test)]
+mod tests;
