@@ -8,6 +8,7 @@
 mod age;
 mod class;
 mod hazard;
+mod index;
 mod levels;
 mod tree;
 mod watch;
@@ -47,7 +48,7 @@ const HORIZON: f32 = 4.0;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PegaflowConfig {
     /// A newcomer must be worth this many times the block that would leave for it. 1 and less for memory, where a write
-    /// costs nothing; more saves writes. Default: 2.
+    /// costs nothing; more saves writes. Default: 1.
     pub write_hurdle: f32,
     /// Depth in a chain, in blocks, at which recomputing a block costs twice as much as at the beginning, because
     /// attention reads all tokens before it. Default: infinite; every hit counts the same.
@@ -271,15 +272,11 @@ impl PegaflowPolicy {
     /// Forgets blocks that are not here, if they are too many. Between two requests only: the path names nodes.
     fn forget_some(&mut self) {
         self.path.clear();
-        let mut looks = FORGOTTEN_MAX;
-        while self.tree.is_overfull() && looks > 0 {
-            looks -= 1;
-            if let Some(watched) = self.tree.forget()
-                && let Some((_, sighting)) = self.watch.end(watched, self.now, false)
-            {
+        self.tree.forget(FORGOTTEN_MAX, |watched| {
+            if let Some((_, sighting)) = self.watch.end(watched, self.now, false) {
                 self.hazard.add(sighting);
             }
-        }
+        });
     }
 
     /// The node of a block, most likely one of the last request's.
@@ -306,14 +303,16 @@ impl Policy for PegaflowPolicy {
         }
         self.forget_some();
         self.hint.set(0);
+        // Nobody is added before all were looked for: so these reads of cold memory need not wait for each other.
+        self.path.extend(request.chain.iter().map(|block| self.tree.find(block.key).unwrap_or(NONE)));
         let (mut deepest, mut known) = (None, 0);
-        for (depth, block) in request.chain.iter().enumerate() {
-            let found = self.tree.find(block.key);
-            if let Some(at) = found {
-                (deepest, known) = (Some(at), depth + 1);
+        for (depth, (block, at)) in request.chain.iter().zip(&mut self.path).enumerate() {
+            if *at == NONE {
+                // Twice in one chain it is the same block.
+                *at = self.tree.find(block.key).unwrap_or_else(|| self.tree.add(block.key, depth as u32));
+            } else {
+                (deepest, known) = (Some(*at), depth + 1);
             }
-            let at = found.unwrap_or_else(|| self.tree.add(block.key, depth as u32));
-            self.path.push(at);
         }
         let turn = self.turn(deepest);
         for position in 0..self.path.len() {
@@ -399,3 +398,6 @@ impl Policy for PegaflowPolicy {
         false
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,7 +49,11 @@ impl S3Fifo {
 
     /// Moves along the small queue: who was used more than once goes to the main one; the first who was not leaves.
     fn evict_small(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+        let mut pinned = 0;
         for _ in 0..self.small.len() {
+            if pinned == PINNED_MAX {
+                break;
+            }
             let (key, ()) = self.small.pop_lru()?;
             let entry = self.entries.get_mut(&key)?;
             if entry.uses > 1 {
@@ -63,6 +67,7 @@ impl S3Fifo {
                 self.remember(key, bytes);
                 return Some(key);
             } else {
+                pinned += 1;
                 self.small.put(key, ());
             }
         }

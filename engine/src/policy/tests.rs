@@ -99,6 +99,24 @@ fn pinned_blocks_stay() {
 }
 
 #[test]
+fn a_search_among_pinned_blocks_ends() {
+    for choice in PolicyChoice::ALL {
+        let mut policy = choice.build(6000, eager());
+        for now in 0..6000 {
+            ask(policy.as_mut(), &chain(now, 1), now, 6000);
+        }
+        let mut asked = 0;
+        let mut is_pinned = |_| {
+            asked += 1;
+            false
+        };
+        assert_eq!(policy.evict(&mut is_pinned), None, "{choice}");
+        assert!(asked <= 4 * least_recent::PINNED_MAX, "{choice} asked {asked} times");
+        assert_eq!(policy.len(), 6000, "{choice}");
+    }
+}
+
+#[test]
 fn ours_that_has_learned_nothing_is_least_recently_used_leaves_first() {
     let mut policy = PegaflowPolicy::new(eager());
     for conversation in 0..4 {

@@ -109,3 +109,15 @@ fn a_replay_repeats_itself_and_seeds_differ() {
     let run = || replay(&trace, &[tier(PolicyChoice::Pegaflow, 25)], &mut |_| {});
     assert_eq!(run(), run());
 }
+
+#[test]
+fn a_higher_hurdle_saves_writes() {
+    let trace = Synthetic::Rag.trace(1);
+    let writes = [0.0, 1.0, 4.0].map(|write_hurdle| {
+        let config = PegaflowConfig { write_hurdle, ..PegaflowConfig::default() };
+        replay(&trace, &[ReplayTier { config, ..tier(PolicyChoice::Pegaflow, 1000) }], &mut |_| {}).tiers[0].writes
+    });
+    assert!(writes[1] * 10 < writes[0] * 9 && writes[2] * 10 < writes[1] * 9, "{writes:?}");
+    let lru = replay(&trace, &[tier(PolicyChoice::Lru, 1000)], &mut |_| {}).tiers[0].writes;
+    assert!(writes[1] < lru, "{writes:?}, lru {lru}");
+}

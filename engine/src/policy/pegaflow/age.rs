@@ -1,13 +1,24 @@
 //! Ages of blocks, in steps that grow with age: hazards change fast for the young and slowly for the old.
 
-/// Steps of age.
+/// Steps of age. The first ends after a second, each two double it: the last one begins at 6 days.
 pub(super) const AGES: usize = 40;
-/// Where the first step ends, in seconds. Each two steps double it: the last one begins at 12 days.
-const FIRST_END: f32 = 1.0;
+
+/// Where each step begins, in seconds; after the last one, where that would end.
+const BEGINS: [f32; AGES + 1] = {
+    let mut begins = [0.0, 1.0, std::f32::consts::SQRT_2];
+    let mut all = [0.0; AGES + 1];
+    let mut step = 1;
+    while step <= AGES {
+        all[step] = begins[1];
+        begins = [0.0, begins[2], begins[1] * 2.0];
+        step += 1;
+    }
+    all
+};
 
 /// Where a step begins, in seconds.
 pub(super) fn begin(step: usize) -> f32 {
-    if step == 0 { 0.0 } else { FIRST_END * ((step - 1) as f32 / 2.0).exp2() }
+    BEGINS[step]
 }
 
 /// How long a step is, in seconds.
@@ -15,9 +26,18 @@ pub(super) fn width(step: usize) -> f32 {
     begin(step + 1) - begin(step)
 }
 
-/// The step of an age in seconds.
+/// The step of an age in seconds, which is not negative. Half steps of the logarithm are in the bits of the number.
 pub(super) fn step(age: f32) -> usize {
-    if age < FIRST_END { 0 } else { (((age / FIRST_END).log2() * 2.0) as usize + 1).min(AGES - 1) }
+    const SQRT_2: u32 = std::f32::consts::SQRT_2.to_bits();
+    const ONE: u32 = 1.0f32.to_bits();
+    let bits = age.to_bits();
+    if bits < ONE {
+        return 0;
+    }
+    let beyond = bits - ONE;
+    let doublings = (beyond >> 23) as usize;
+    let is_upper_half = (beyond & 0x7f_ffff) >= SQRT_2 - ONE;
+    (1 + 2 * doublings + usize::from(is_upper_half)).min(AGES - 1)
 }
 
 #[cfg(test)]
@@ -30,6 +50,10 @@ mod tests {
             let at = step(age);
             assert!(begin(at) <= age * 1.0001 && age <= begin(at + 1) * 1.0001, "{age} in {at}");
         }
-        assert_eq!(step(1e9), AGES - 1);
+        assert_eq!((step(0.999_99), step(1e9), step(f32::INFINITY)), (0, AGES - 1, AGES - 1));
+        for at in 1..AGES {
+            let exact = ((at - 1) as f32 / 2.0).exp2();
+            assert!((begin(at) / exact - 1.0).abs() < 1e-6 && step(begin(at)) == at, "step {at}");
+        }
     }
 }

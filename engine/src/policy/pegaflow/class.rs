@@ -6,8 +6,8 @@ pub(super) const FEATURES: usize = 6;
 pub(super) const VALUES: usize = 8;
 /// Classes of the gap before the last use: 0 for none, then each twice as long as the one before.
 pub(super) const RHYTHMS: usize = 16;
-/// Gaps below this many seconds are of the shortest class.
-const SHORTEST_GAP: f32 = 0.5;
+/// Gaps below one through this many seconds are of the shortest class.
+const SHORTEST_GAP_INVERSE: f32 = 2.0;
 
 /// What was known of a block when it was used last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,10 +44,9 @@ pub(super) fn tail_bucket(blocks_after: usize) -> u32 {
 
 impl Class {
     pub(super) fn new(evidence: &Evidence) -> Self {
-        let rhythm = evidence.gap.map_or(0, |gap| {
-            let doublings = (gap / SHORTEST_GAP).max(1.0).log2() as u32;
-            (1 + doublings).min(RHYTHMS as u32 - 1)
-        });
+        let rhythm = evidence
+            .gap
+            .map_or(0, |gap| (log_bucket((gap * SHORTEST_GAP_INVERSE) as usize).max(1)).min(RHYTHMS as u32 - 1));
         let values = [
             evidence.turn.saturating_sub(1),
             tail_bucket(evidence.blocks_after),

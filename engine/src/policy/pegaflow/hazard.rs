@@ -4,7 +4,7 @@
 //! `hazard(class, age) = base[rhythm][age] * product of weight[feature][value]`. Each factor is the number of uses that
 //! were seen over the number that the other factors expect, drawn towards its prior as if a few uses more had been seen
 //! that agree with it (a gamma prior); so little evidence changes little. The fit goes through the factors in turns
-//! (iterative proportional fitting).
+//! (iterative proportional fitting), once, and starts from the last one.
 
 use std::collections::VecDeque;
 
@@ -13,8 +13,6 @@ use super::class::{Class, FEATURES, RHYTHMS, VALUES};
 
 /// Sightings that are remembered.
 const SIGHTINGS_MAX: usize = 1 << 16;
-/// Rounds through all factors at each fit; a fit starts from the last one.
-const ROUNDS: usize = 1;
 /// The weight of priors, in uses.
 const PRIOR_USES: f32 = 3.0;
 const PRIOR_USES_GLOBAL: f32 = 2.0;
@@ -42,17 +40,29 @@ pub(super) struct Sighting {
 pub(super) struct Factors {
     base: Vec<[f32; AGES]>,
     weights: [[f32; VALUES]; FEATURES],
+    /// Logarithms of the weights, to base 2.
+    doublings: [[f32; VALUES]; FEATURES],
 }
 
 impl Factors {
     fn fresh() -> Self {
         let falling = std::array::from_fn(|at| FRESH_HAZARD / (1.0 + begin(at) + width(at) / 2.0));
-        Self { base: vec![falling; RHYTHMS], weights: [[1.0; VALUES]; FEATURES] }
+        Self { base: vec![falling; RHYTHMS], weights: [[1.0; VALUES]; FEATURES], doublings: [[0.0; VALUES]; FEATURES] }
+    }
+
+    /// To be called when weights have changed.
+    fn weighed(&mut self) {
+        self.doublings = self.weights.map(|weights| weights.map(f32::log2));
     }
 
     /// How much more likely than the base a class is to be used.
-    pub(super) fn multiplier(&self, class: Class) -> f32 {
+    fn multiplier(&self, class: Class) -> f32 {
         self.weights.iter().enumerate().map(|(feature, weights)| weights[class.value(feature)]).product()
+    }
+
+    /// The same as a logarithm to base 2.
+    pub(super) fn doublings(&self, class: Class) -> f32 {
+        self.doublings.iter().enumerate().map(|(feature, doublings)| doublings[class.value(feature)]).sum()
     }
 
     /// Uses a second of a rhythm, for each step of age.
@@ -69,12 +79,14 @@ pub(super) struct Hazard {
     /// Whether the prior comes from an earlier run, and says more than that hazards fall.
     has_note: bool,
     window: VecDeque<Sighting>,
+    /// What the next fit fills again.
+    seen: Vec<Seen>,
 }
 
 impl Hazard {
     pub(super) fn new() -> Self {
         let fresh = Factors::fresh();
-        Self { factors: fresh.clone(), prior: fresh, has_note: false, window: VecDeque::new() }
+        Self { factors: fresh.clone(), prior: fresh, has_note: false, window: VecDeque::new(), seen: Vec::new() }
     }
 
     pub(super) fn factors(&self) -> &Factors {
@@ -94,25 +106,36 @@ impl Hazard {
 
     /// Fits the factors to the window and to those that are still watched.
     pub(super) fn fit(&mut self, watched: impl Iterator<Item = Sighting>) {
-        let seen: Vec<Seen> = self.window.iter().copied().chain(watched).map(Seen::new).collect();
-        let mut multipliers: Vec<f32> = seen.iter().map(|seen| self.factors.multiplier(seen.class)).collect();
-        for _ in 0..ROUNDS {
-            self.fit_base(&seen, &multipliers);
-            let cumulative: Vec<[f32; AGES]> = self.factors.base.iter().map(cumulate).collect();
-            for feature in 0..FEATURES {
-                self.fit_weights(feature, &seen, &mut multipliers, &cumulative);
+        let mut seen = std::mem::take(&mut self.seen);
+        seen.clear();
+        seen.extend(self.window.iter().copied().chain(watched).map(|sighting| Seen::new(sighting, &self.factors)));
+        self.fit_base(&seen);
+        let cumulative: Vec<[f32; AGES]> = self.factors.base.iter().map(cumulate).collect();
+        let mut counts = [[Count::default(); VALUES]; FEATURES];
+        for seen in &mut seen {
+            let rhythm = seen.class.rhythm();
+            seen.expected *= cumulative[rhythm][seen.step] + self.factors.base[rhythm][seen.step] * seen.in_step;
+            for (feature, counts) in counts.iter_mut().enumerate() {
+                let count = &mut counts[seen.class.value(feature)];
+                count.sightings += 1;
+                count.uses += u32::from(seen.is_use);
             }
         }
+        for (feature, counts) in counts.iter().enumerate() {
+            self.fit_weights(feature, &mut seen, counts);
+        }
+        self.factors.weighed();
+        self.seen = seen;
     }
 
-    fn fit_base(&mut self, seen: &[Seen], multipliers: &[f32]) {
+    fn fit_base(&mut self, seen: &[Seen]) {
         let mut uses = vec![[0.0f64; AGES]; RHYTHMS];
         let mut ends = vec![[0.0f64; AGES]; RHYTHMS];
         let mut time = vec![[0.0f64; AGES]; RHYTHMS];
-        for (seen, &multiplier) in seen.iter().zip(multipliers) {
+        for seen in seen {
             let (rhythm, at) = (seen.class.rhythm(), seen.step);
-            ends[rhythm][at] += f64::from(multiplier);
-            time[rhythm][at] += f64::from(multiplier * seen.in_step);
+            ends[rhythm][at] += f64::from(seen.expected);
+            time[rhythm][at] += f64::from(seen.expected * seen.in_step);
             uses[rhythm][at] += f64::from(u8::from(seen.is_use));
         }
         // Who ended in a later step has been through all of the earlier ones.
@@ -135,34 +158,30 @@ impl Hazard {
         }
     }
 
-    fn fit_weights(&mut self, feature: usize, seen: &[Seen], multipliers: &mut [f32], cumulative: &[[f32; AGES]]) {
+    fn fit_weights(&mut self, feature: usize, seen: &mut [Seen], counts: &[Count; VALUES]) {
         let weights = &mut self.factors.weights[feature];
-        let mut uses = [0.0f64; VALUES];
-        let mut expected = [0.0f64; VALUES];
-        let mut sightings = [0.0f32; VALUES];
-        for (seen, multiplier) in seen.iter().zip(multipliers.iter()) {
-            let (rhythm, value) = (seen.class.rhythm(), seen.class.value(feature));
-            let total = cumulative[rhythm][seen.step] + self.factors.base[rhythm][seen.step] * seen.in_step;
-            expected[value] += f64::from(multiplier * total / weights[value]);
-            uses[value] += f64::from(u8::from(seen.is_use));
-            sightings[value] += 1.0;
+        // Two sums of each, in turns, so that the next need not wait for the last.
+        let mut expected = [[0.0f64; VALUES]; 2];
+        for (at, seen) in seen.iter().enumerate() {
+            expected[at % 2][seen.class.value(feature)] += f64::from(seen.expected);
         }
         let mut fitted = [1.0; VALUES];
         for value in 0..VALUES {
             let prior = self.prior.weights[feature][value];
-            fitted[value] = (uses[value] as f32 + PRIOR_USES) / (expected[value] as f32 + PRIOR_USES / prior);
+            let expected = (expected[0][value] + expected[1][value]) as f32 / weights[value];
+            fitted[value] = (counts[value].uses as f32 + PRIOR_USES) / (expected + PRIOR_USES / prior);
         }
         // Only ratios of weights mean anything: their mean stays at one, so that the base is that of the common block.
-        let mean =
-            (0..VALUES).map(|value| sightings[value] * fitted[value].ln()).sum::<f32>() / seen.len().max(1) as f32;
+        let mean = (0..VALUES).map(|value| counts[value].sightings as f32 * fitted[value].ln()).sum::<f32>()
+            / seen.len().max(1) as f32;
         let mut changes = [1.0; VALUES];
         for value in 0..VALUES {
             let normal = (fitted[value] / mean.exp()).clamp(FACTOR_MIN, FACTOR_MAX);
             changes[value] = normal / weights[value];
             weights[value] = normal;
         }
-        for (seen, multiplier) in seen.iter().zip(multipliers) {
-            *multiplier *= changes[seen.class.value(feature)];
+        for seen in seen {
+            seen.expected *= changes[seen.class.value(feature)];
         }
     }
 
@@ -186,6 +205,7 @@ impl Hazard {
             let Some(number) = numbers.next().filter(|number| number.is_finite()) else { return false };
             *place = number.clamp(least, FACTOR_MAX);
         }
+        factors.weighed();
         (self.factors, self.prior, self.has_note) = (factors.clone(), factors, true);
         true
     }
@@ -197,15 +217,25 @@ struct Seen {
     step: usize,
     /// Seconds since the step began.
     in_step: f32,
+    /// The multiplier of its class; once the base is known, how many uses were to be expected.
+    expected: f32,
     is_use: bool,
 }
 
 impl Seen {
-    fn new(sighting: Sighting) -> Self {
+    fn new(sighting: Sighting, factors: &Factors) -> Self {
         let step = step(sighting.age);
         let in_step = (sighting.age - begin(step)).clamp(0.0, width(step));
-        Self { class: sighting.class, step, in_step, is_use: sighting.is_use }
+        let expected = factors.multiplier(sighting.class);
+        Self { class: sighting.class, step, in_step, expected, is_use: sighting.is_use }
     }
+}
+
+/// Of the sightings with one value of a feature.
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    sightings: u32,
+    uses: u32,
 }
 
 /// Expected uses before each step begins.

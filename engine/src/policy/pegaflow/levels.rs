@@ -5,8 +5,7 @@ use super::age::AGES;
 
 /// Levels of worth, four to a doubling.
 pub(super) const LEVELS: usize = 128;
-const LEVELS_PER_DOUBLING: f32 = 4.0;
-const LEVEL_OF_ONE: f32 = 100.0;
+const LEVEL_OF_ONE: i32 = 100;
 
 /// No block.
 pub(super) const NONE: u32 = u32::MAX;
@@ -36,9 +35,15 @@ pub(super) trait Linked {
 #[derive(Debug, Clone, Copy)]
 struct Ends([u32; 2]);
 
-/// The level of a worth.
+/// The level of a worth, which is not negative. The whole part of its logarithm is its exponent; where in a doubling it
+/// lies, the bits behind that say.
 pub(super) fn level(worth: f32) -> u8 {
-    worth.log2().mul_add(LEVELS_PER_DOUBLING, LEVEL_OF_ONE).clamp(0.0, LEVELS as f32 - 1.0) as u8
+    /// The bits of 2 to the power of 1/4, 2/4 and 3/4.
+    const QUARTERS: [u32; 3] = [0x18_37f0, 0x35_04f3, 0x57_44fd];
+    let bits = worth.to_bits();
+    let doublings = (bits >> 23) as i32 - 127;
+    let quarters = QUARTERS.iter().filter(|quarter| bits & 0x7f_ffff >= **quarter).count() as i32;
+    (LEVEL_OF_ONE + 4 * doublings + quarters).clamp(0, LEVELS as i32 - 1) as u8
 }
 
 /// The lists.
@@ -111,5 +116,21 @@ fn unlink(ends: &mut Ends, nodes: &mut [impl Linked], at: u32, of: fn(&mut Links
     match after {
         NONE => ends.0[1] = before,
         after => of(nodes[after as usize].links())[0] = before,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_quarters_of_doublings() {
+        let mut worth = 1e-7f32;
+        while worth < 50.0 {
+            let exact = f64::from(worth).log2() * 4.0 + 100.0;
+            assert_eq!(f64::from(level(worth)), exact.floor().max(0.0), "{worth}");
+            worth *= 1.013;
+        }
+        assert_eq!((level(0.0), level(1.0), level(1e30), level(f32::INFINITY)), (0, 100, 127, 127));
     }
 }

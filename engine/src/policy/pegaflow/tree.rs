@@ -1,13 +1,17 @@
 //! The prefix tree: blocks that are in the tier, and beside them, bounded, those that left or were refused lately.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use super::class::Class;
+use super::index::Index;
 use super::levels::{Linked, Links, NONE};
-use crate::policy::Build;
 
-/// A block, here or remembered.
+/// How many are forgotten at once.
+const FORGOTTEN_AT_ONCE: usize = 16;
+
+/// A block, here or remembered. One line of memory, and not parts of two.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 pub(super) struct Node {
     pub(super) key: u64,
     /// The block before it, while it is here; `NONE` for a first one.
@@ -58,10 +62,12 @@ impl Node {
     }
 }
 
+const _: () = assert!(size_of::<Node>() == 64);
+
 /// All nodes.
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
-    places: HashMap<u64, u32, Build>,
+    index: Index,
     free: Vec<u32>,
     /// Those that are not here, oldest first; also some that have come back.
     remembered: VecDeque<u32>,
@@ -73,7 +79,7 @@ impl Tree {
     pub(super) fn new(remembered_max: usize) -> Self {
         Self {
             nodes: Vec::new(),
-            places: HashMap::default(),
+            index: Index::new(),
             free: Vec::new(),
             remembered: VecDeque::new(),
             remembered_max,
@@ -82,7 +88,7 @@ impl Tree {
     }
 
     pub(super) fn find(&self, key: u64) -> Option<u32> {
-        self.places.get(&key).copied()
+        self.index.find(key, |at| self.nodes[at as usize].key == key)
     }
 
     pub(super) fn here(&self) -> usize {
@@ -114,7 +120,7 @@ impl Tree {
             (self.nodes.len() - 1) as u32
         });
         self.nodes[at as usize] = node;
-        self.places.insert(key, at);
+        self.index.insert(key, at);
         self.remember(at);
         at
     }
@@ -148,13 +154,32 @@ impl Tree {
         }
     }
 
-    /// Whether more are remembered than may be.
-    pub(super) fn is_overfull(&self) -> bool {
-        self.remembered.len() > self.remembered_max
+    /// Forgets those that are next, but looks at `most` at most. Calls `was_watched` for each that was, with its place.
+    pub(super) fn forget(&mut self, most: usize, mut was_watched: impl FnMut(u32)) {
+        let mut looks = most;
+        loop {
+            let overfull = self.remembered.len().saturating_sub(self.remembered_max);
+            // Some at a time, so that reads of cold memory need not wait for each other.
+            let some = overfull.min(looks).min(FORGOTTEN_AT_ONCE);
+            if some == 0 {
+                return;
+            }
+            looks -= some;
+            let mut places = [0; FORGOTTEN_AT_ONCE];
+            for (place, &at) in places.iter_mut().zip(self.remembered.iter().take(some)) {
+                *place = self.index.place(self.nodes[at as usize].key, at).unwrap_or(usize::MAX);
+            }
+            for place in places.into_iter().take(some) {
+                if let Some(watched) = self.forget_one(place) {
+                    was_watched(watched);
+                }
+            }
+        }
     }
 
-    /// Forgets the one that is next; returns its place among the watched, if it has one.
-    pub(super) fn forget(&mut self) -> Option<u32> {
+    /// Forgets the one that is next, and is at that place in the index, most likely. Returns its place among the watched,
+    /// if it has one.
+    fn forget_one(&mut self, place: usize) -> Option<u32> {
         let at = self.remembered.pop_front()?;
         let node = &mut self.nodes[at as usize];
         node.is_remembered = false;
@@ -167,8 +192,7 @@ impl Tree {
             return None;
         }
         let watched = std::mem::replace(&mut node.watched, NONE);
-        let key = node.key;
-        self.places.remove(&key);
+        self.index.remove(node.key, at, place);
         self.free.push(at);
         Some(watched).filter(|watched| *watched != NONE)
     }

@@ -31,7 +31,8 @@ impl Worth {
 
     /// The index of a block of that class and age in seconds.
     pub(super) fn of(&mut self, factors: &Factors, class: Class, age: f32) -> f32 {
-        let place = factors.multiplier(class).log2().mul_add(STEPS_PER_DOUBLING, STEP_OF_ONE).round();
+        // Rounded, since it is not negative.
+        let place = factors.doublings(class) * STEPS_PER_DOUBLING + STEP_OF_ONE + 0.5;
         let place = (place.max(0.0) as usize).min(STEPS - 1);
         let row = class.rhythm() * STEPS + place;
         if !self.is_known[row] {

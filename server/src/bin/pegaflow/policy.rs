@@ -34,7 +34,7 @@ pub(crate) enum PolicyCommand {
 pub(crate) struct ReplayOptions {
     /// A JSON object a line, with `timestamp` (ms) and `hash_ids` (one number for each block, which stands for all blocks
     /// before it too); plain, or compressed with zstd.
-    #[arg(value_name = "TRACE", required_unless_present = "synthetic")]
+    #[arg(value_name = "TRACE")]
     trace: Option<PathBuf>,
     /// A workload that is made up, instead of a trace: chat, agents, rag or scans.
     #[arg(long, value_name = "NAME", conflicts_with = "trace")]
@@ -55,10 +55,10 @@ pub(crate) struct ReplayOptions {
     #[arg(long, value_delimiter = ',', default_values_t = PolicyChoice::ALL)]
     policies: Vec<PolicyChoice>,
     /// How many times a newcomer must be worth the block that would leave for it, for our policy. More saves writes.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_name = "HURDLE", default_value_t = 1.0, value_parser = hurdle)]
     write_hurdle: f32,
     /// Several of them: hit ratio against writes.
-    #[arg(long, value_name = "HURDLES", value_delimiter = ',')]
+    #[arg(long, value_name = "HURDLES", value_delimiter = ',', value_parser = hurdle)]
     pareto: Vec<f32>,
     /// Draws hit ratio against size, as PATH.svg and PATH.png.
     #[arg(long, value_name = "PATH")]
@@ -76,14 +76,27 @@ pub(crate) fn policy(command: &PolicyCommand) -> Result<()> {
 }
 
 fn replay(options: &ReplayOptions) -> Result<()> {
-    let capacity = |text: &String| blocks_of(text, options.block_bytes);
-    let sizes =
-        options.capacities.iter().map(|text| Ok((text.clone(), capacity(text)?))).collect::<Result<Vec<_>>>()?;
-    let dram = options.dram.as_ref().map(capacity).transpose()?;
+    if options.block_bytes.0 == 0 {
+        return Err(wrong("--block-bytes: a block has at least one byte"));
+    }
+    let capacity = |option, text: &str| blocks_of(option, text, options.block_bytes);
+    let mut sizes: Vec<(String, u64)> = Vec::new();
+    for text in options.capacities.iter().map(|text| text.trim()) {
+        let blocks = capacity("--capacities", text)?;
+        once(&mut sizes, (text.to_owned(), blocks));
+    }
+    let dram = options.dram.as_deref().map(|text| capacity("--dram", text.trim())).transpose()?;
+    let (mut policies, mut hurdles) = (Vec::new(), Vec::new());
+    options.policies.iter().for_each(|policy| once(&mut policies, *policy));
+    options.pareto.iter().for_each(|hurdle| once(&mut hurdles, *hurdle));
+    // Before the replays, which may take minutes.
+    options.plot.as_deref().map(plot::check).transpose()?;
     let (name, trace) = match (&options.trace, options.synthetic) {
         (Some(path), _) => (path.display().to_string(), trace_file::read(path)?),
         (None, Some(workload)) => (workload.name().to_string(), workload.trace(options.seed)),
-        (None, None) => return Err(Error::new(ErrorKind::InvalidInput, "neither a trace nor --synthetic is given")),
+        (None, None) => {
+            return Err(wrong("what to replay? Give a TRACE, or --synthetic with chat, agents, rag or scans"));
+        }
     };
     eprintln!(
         "{name}: {} requests, {} references to {} blocks",
@@ -92,10 +105,10 @@ fn replay(options: &ReplayOptions) -> Result<()> {
         trace.unique_blocks()
     );
     let setup = run::Setup {
-        policies: &options.policies,
+        policies: &policies,
         sizes: &sizes,
         dram,
-        hurdles: &options.pareto,
+        hurdles: &hurdles,
         write_hurdle: options.write_hurdle,
         seed: options.seed,
     };
@@ -110,15 +123,39 @@ fn replay(options: &ReplayOptions) -> Result<()> {
     Ok(())
 }
 
-/// A number of blocks, or of bytes.
-fn blocks_of(text: &String, block_bytes: ByteSize) -> Result<u64> {
-    let blocks = match text.parse::<u64>() {
-        Ok(blocks) => blocks,
-        Err(_) => text.parse::<ByteSize>()?.0 / block_bytes.0.max(1),
-    };
-    if blocks == 0 || blocks > u64::from(u32::MAX) {
-        let message = format!("'{text}' is {blocks} blocks; a tier has from 1 to {} blocks", u32::MAX);
-        return Err(Error::new(ErrorKind::InvalidInput, message));
-    }
-    Ok(blocks)
+fn wrong(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
 }
+
+/// What is named twice is replayed once.
+fn once<T: PartialEq>(list: &mut Vec<T>, item: T) {
+    if !list.contains(&item) {
+        list.push(item);
+    }
+}
+
+fn hurdle(text: &str) -> std::result::Result<f32, String> {
+    let hurdle = text.trim().parse::<f32>().ok().filter(|hurdle| hurdle.is_finite() && *hurdle >= 0.0);
+    hurdle.ok_or_else(|| "a hurdle is a number from 0 on, such as 1.5".into())
+}
+
+/// A number of blocks, or of bytes.
+fn blocks_of(option: &str, text: &str, block_bytes: ByteSize) -> Result<u64> {
+    let bytes = text.parse::<ByteSize>();
+    let blocks = match (text.parse::<u64>(), bytes) {
+        (Ok(blocks), _) => blocks,
+        (_, Ok(bytes)) if text.ends_with(|unit: char| unit.is_ascii_alphabetic()) => bytes.0 / block_bytes.0.max(1),
+        _ => {
+            let message = format!("{option}: '{text}' is no size; write a number of blocks, or of bytes such as 64GiB");
+            return Err(wrong(message));
+        }
+    };
+    match u32::try_from(blocks) {
+        Ok(0) => Err(wrong(format!("{option}: '{text}' is less than a block (blocks have {block_bytes})"))),
+        Ok(_) => Ok(blocks),
+        Err(_) => Err(wrong(format!("{option}: '{text}' is {blocks} blocks; a tier has {} at most", u32::MAX))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ mod paper;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pegaflow_engine::{Error, Result};
+use pegaflow_engine::{Error, ErrorKind, Result};
 
 use super::run::{Done, Who};
 use paper::{Paper, Pixels, Svg};
@@ -16,6 +16,16 @@ const HEIGHT: i32 = 600;
 const MARGINS: [i32; 4] = [70, 50, 150, 60];
 const GREY: u32 = 0xd0_d0_d0;
 const BLACK: u32 = 0x20_20_20;
+
+/// Whether there is a folder to draw to.
+pub(super) fn check(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if folder.is_dir() && path.file_name().is_some() {
+        return Ok(());
+    }
+    let message = format!("cannot draw to {}: {} is no folder", path.display(), folder.display());
+    Err(Error::new(ErrorKind::InvalidInput, message))
+}
 
 /// Writes both files, and says which.
 pub(super) fn write(path: &Path, title: &str, results: &[Done]) -> Result<Vec<PathBuf>> {
@@ -83,7 +93,9 @@ fn draw(paper: &mut dyn Paper, title: &str, results: &[Done]) {
     }
     let name = Path::new(title).file_name().map_or_else(|| title.into(), |name| name.to_string_lossy());
     paper.text((left, 30), &format!("{name}: share of block references served, by size of the tier"), BLACK);
-    paper.text(((left + right) / 2 - 60, HEIGHT - 15), "size of the tier", BLACK);
+    let is_number = |done: &Done| done.size.0.parse::<u64>().is_ok();
+    let unit = if results.iter().all(is_number) { "size of the tier, in blocks" } else { "size of the tier" };
+    paper.text(((left + right) / 2 - 4 * unit.len() as i32, HEIGHT - 15), unit, BLACK);
     let mut lines: Vec<Who> = Vec::new();
     for done in results.iter().filter(|done| !matches!(done.who, Who::Hurdle(_))) {
         if !lines.contains(&done.who) {
@@ -97,6 +109,9 @@ fn draw(paper: &mut dyn Paper, title: &str, results: &[Done]) {
             .map(|done| (axes.x(done.size.1 as f64), axes.y(done.hit())))
             .collect();
         points.sort_unstable();
+        if let [(x, y)] = points[..] {
+            points = vec![(x, y), (x + 12, y)];
+        }
         let (colour, thickness) = look(who);
         paper.line(&points, colour, thickness);
         let y = 70 + 24 * number as i32;

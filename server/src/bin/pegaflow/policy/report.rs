@@ -37,10 +37,13 @@ pub(super) fn print(results: &[Done], has_dram: bool) {
     );
     for done in results {
         let (lru, best) = (of("lru", &done.size.0), of("optimal", &done.size.0));
-        let ratio = lru.map_or(f64::NAN, |lru| done.writes() as f64 / lru.writes().max(1) as f64);
+        let number = |number: Option<f64>| number.map_or_else(|| "-".into(), |number| format!("{number:.3}"));
+        let ratio = number(lru.map(|lru| done.writes() as f64 / lru.writes().max(1) as f64));
         let gap = match (lru, best) {
-            (Some(lru), Some(best)) if best.hit() > lru.hit() => (done.hit() - lru.hit()) / (best.hit() - lru.hit()),
-            _ => f64::NAN,
+            (Some(lru), Some(best)) if best.hit() > lru.hit() => {
+                number(Some((done.hit() - lru.hit()) / (best.hit() - lru.hit())))
+            }
+            _ => number(None),
         };
         let tiers = match (has_dram, done.outcome.tiers.len()) {
             (true, 2) => format!("  {:>7.4}   {:>7.4}", done.outcome.hit_ratio(0), done.outcome.hit_ratio(1)),
@@ -48,7 +51,7 @@ pub(super) fn print(results: &[Done], has_dram: bool) {
             _ => String::new(),
         };
         println!(
-            "{:>10}  {:<11} {:>7.4}{tiers} {:>9} {ratio:>12.3} {gap:>12.3}",
+            "{:>10}  {:<11} {:>7.4}{tiers} {:>9} {ratio:>12} {gap:>12}",
             done.size.0,
             done.who,
             done.hit(),

@@ -42,7 +42,7 @@ pub(super) fn all(trace: &Trace, setup: &Setup<'_>) -> Vec<Done> {
     let who = setup.policies.iter().map(|policy| Who::Policy(*policy));
     let who: Vec<Who> =
         who.chain([Who::Optimal]).chain(setup.hurdles.iter().map(|hurdle| Who::Hurdle(*hurdle))).collect();
-    let jobs: Vec<_> = who.iter().flat_map(|who| setup.sizes.iter().map(|size| (*who, size))).collect();
+    let jobs: Vec<_> = setup.sizes.iter().flat_map(|size| who.iter().map(move |who| (*who, size))).collect();
     let bar = ProgressBar::new((jobs.len() * trace.len()) as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent} % of {len} requests, {eta} left") {
         bar.set_style(style);

@@ -36,14 +36,22 @@ pub(super) fn read(path: &Path) -> Result<Trace> {
             Error::new(ErrorKind::InvalidInput, message)
         })?;
     }
-    if trace.is_empty() {
-        return Err(Error::new(ErrorKind::InvalidInput, format!("{} holds no requests", path.display())));
+    if trace.references() == 0 {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("{} holds no requests for blocks", path.display())));
     }
     Ok(trace)
 }
 
 fn add(trace: &mut Trace, line: &[u8]) -> std::result::Result<(), String> {
-    let request: Value = serde_json::from_slice(line).map_err(|error| format!("not a JSON object: {error}"))?;
+    let request: Value = serde_json::from_slice(line.trim_ascii_end()).map_err(|error| {
+        // It counts lines of its own.
+        let text = error.to_string();
+        let what = text.split(" at line ").next().unwrap_or_default();
+        format!("not JSON: {what} at column {}", error.column())
+    })?;
+    if !request.is_object() {
+        return Err("not a JSON object".into());
+    }
     let time = request.get("timestamp").and_then(Value::as_f64).filter(|time| *time >= 0.0);
     let now_ms = time.ok_or("'timestamp' is missing, or not a number of ms")? as u64;
     let ids = request.get("hash_ids").and_then(Value::as_array).ok_or("'hash_ids' is missing, or not a list")?;
@@ -82,7 +90,10 @@ mod tests {
             (&b"{\"timestamp\": 0, \"hash_ids\": []}\n{\"timestamp\": 1}"[..], "line 2: 'hash_ids' is missing"),
             (b"{\"hash_ids\": []}", "line 1: 'timestamp'"),
             (b"{\"timestamp\": 0, \"hash_ids\": [-1]}", "line 1: 'hash_ids' holds"),
-            (b"[]x", "line 1: not a JSON object"),
+            (b"[]x", "line 1: not JSON: trailing characters at column 3"),
+            (b"\n{\"timestamp\": 0, \"hash_ids\": [1\n", "line 2: not JSON: EOF while parsing a list at column"),
+            (b"[1]", "line 1: not a JSON object"),
+            (b"{\"timestamp\": 0, \"hash_ids\": []}", "holds no requests"),
             (b"\n", "holds no requests"),
         ] {
             let error = read(written(bytes).path()).expect_err("not a trace");
