@@ -95,6 +95,19 @@ fn what_lies_behind_a_miss_is_of_no_use() {
     trace.push(1, 0, [9, 2, 3]);
     let outcome = replay(&trace, &[tier(PolicyChoice::Lru, 10)], &mut |_| {});
     assert_eq!(outcome.tiers[0].hits, 0);
+    let best = replay_optimal(&trace, 10).tiers[0];
+    assert_eq!((best.hits, best.writes), (0, 2), "what is never asked for again is not written");
+}
+
+#[test]
+fn of_a_chain_that_does_not_fit_the_beginning_stays() {
+    let mut trace = Trace::default();
+    trace.push(0, 0, [1, 2, 3]);
+    trace.push(1, 0, [1, 2, 3]);
+    for policy in [PolicyChoice::Lru, PolicyChoice::Fifo, PolicyChoice::Pegaflow] {
+        assert_eq!(replay(&trace, &[tier(policy, 2)], &mut |_| {}).tiers[0].hits, 2, "{policy}");
+    }
+    assert_eq!(replay_optimal(&trace, 2).tiers[0].hits, 2);
 }
 
 #[test]

@@ -26,6 +26,23 @@ fn no_more_are_remembered_than_may_be() {
         }
     }
     assert!(policy.tree.nodes.len() <= 50 + 64 + 4 * 10, "{} nodes", policy.tree.nodes.len());
+    assert!(policy.watch.len() <= policy.tree.nodes.len(), "who was forgotten is watched: {}", policy.watch.len());
+}
+
+#[test]
+fn who_has_descendants_here_is_not_forgotten() {
+    let mut tree = Tree::new(1);
+    let [parent, child] = [1, 2].map(|key| tree.add(key, 0));
+    tree.enter(parent, NONE, 1);
+    tree.enter(child, parent, 1);
+    assert_eq!(tree.leave(parent), None);
+    tree.add(3, 0);
+    tree.add(4, 0);
+    tree.forget(100, |_| {});
+    assert_eq!(tree.find(1), Some(parent));
+    assert_eq!(tree.leave(child), None, "a parent that is not here is no leaf");
+    tree.forget(100, |_| {});
+    assert_eq!([1, 3].map(|key| tree.find(key)), [None, None]);
 }
 
 #[test]
