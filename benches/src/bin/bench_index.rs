@@ -162,6 +162,8 @@ fn main() -> Result<()> {
 fn server_options(directory: &Path, keys: usize, is_real: bool) -> Result<ServerOptions> {
     let mut options = ServerOptions::small(directory)?;
     options.dram = "256MiB".into();
+    // A scrub would find that rows without records have none, and drop them.
+    options.more = vec!["--scrub".into(), "0".into()];
     if is_real {
         let capacity = (keys as u64 * RECORD_BYTES * 11 / 10).next_multiple_of(64 << 20) + (512 << 20);
         options.capacity = capacity.to_string();
@@ -286,6 +288,7 @@ fn crash(store: &Path, prompts: &Prompts) -> Result<()> {
 fn open(options: &ServerOptions) -> Result<InProcess> {
     let nvme = NvmeConfig {
         region: Some(options.region.parse()?),
+        scrub: ByteSize(0),
         ..NvmeConfig::new(options.store(), options.capacity.parse()?)
     };
     let engine = Engine::open(EngineConfig { dram: ByteSize::mib(256), nvme: Some(nvme), ..EngineConfig::default() })?;
