@@ -127,6 +127,11 @@ fn main() -> Result<()> {
             device: pegaflow_tests::KvDevice::Host,
         };
         let mut over_socket = OverSocket(TestWorker::connect(&options.socket(), worker, PATIENCE)?);
+        let deadline = Instant::now() + PATIENCE;
+        while over_socket.0.client.stats()?["engine"]["index_full"] != true {
+            ensure!(Instant::now() < deadline, "the server's index is not full in time");
+            std::thread::sleep(LOOKUP_PAUSE);
+        }
         let times = measure(&mut over_socket, &prompts, &arguments)?;
         over_socket.0.client.close(Duration::from_secs(5));
         times
