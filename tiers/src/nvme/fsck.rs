@@ -17,6 +17,7 @@ pub use report::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState}
 
 use super::backing::{Backing, System};
 use super::config::{DriveConfig, StoreConfig};
+use super::counters::knows_floor;
 use super::directory::{Directory, IDENTITY};
 use super::drive::{Drive, Place};
 use super::drive_directory::DriveDirectory;
@@ -177,7 +178,7 @@ impl Check {
         let (index, state) = open_index(directory, &superblock)?;
         report.index = state;
         if index.is_none() {
-            let what = "the index is missing, damaged or another store's; the next open makes it anew";
+            let what = "the index is missing, damaged, too old or another store's; the next open makes it anew";
             report.note(FsckProblem::BadIndex, None, None, what.into());
         }
         let marks = index.as_ref().map_or(Ok(Vec::new()), IndexLog::marks)?;
@@ -505,11 +506,19 @@ fn open_index(directory: &Directory, superblock: &Superblock) -> Result<(Option<
     if !path.exists() {
         return Ok((None, IndexState::Missing));
     }
-    match IndexLog::open_read_only(&path).and_then(|index| Ok((index.meta_get(STORE_NAME)?, index))) {
-        Ok((Some(uuid), index)) if uuid == superblock.store.as_bytes() => Ok((Some(index), IndexState::Ok)),
-        Ok(_) => Ok((None, IndexState::Foreign)),
+    let open = || -> Result<(Option<IndexLog>, IndexState)> {
+        let index = IndexLog::open_read_only(&path)?;
+        if index.meta_get(STORE_NAME)?.is_none_or(|uuid| uuid != superblock.store.as_bytes()) {
+            return Ok((None, IndexState::Foreign));
+        }
+        if !knows_floor(&index, superblock.rebuild_floor)? {
+            return Ok((None, IndexState::Old));
+        }
+        Ok((Some(index), IndexState::Ok))
+    };
+    match open() {
         Err(error) if error.kind() == ErrorKind::Corrupt => Ok((None, IndexState::Damaged)),
-        Err(error) => Err(error),
+        opened => opened,
     }
 }
 

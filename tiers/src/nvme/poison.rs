@@ -110,9 +110,12 @@ impl Poison {
         state.hook = Some(hook);
     }
 
-    /// Notes how a write ended, and ends all writing if it is the drive that fails.
-    pub(super) fn note_write(&self, failed: Option<&Error>) {
-        let Some(error) = failed else { return self.failed_writes.store(0, Ordering::Relaxed) };
+    /// Notes how a write ended, and ends all writing if it is the drive that fails. Returns how many in a row have failed.
+    pub(super) fn note_write(&self, failed: Option<&Error>) -> u32 {
+        let Some(error) = failed else {
+            self.failed_writes.store(0, Ordering::Relaxed);
+            return 0;
+        };
         let reason = PoisonReason::of(error);
         let failures = self.failed_writes.fetch_add(1, Ordering::Relaxed) + 1;
         if reason.is_everywhere() {
@@ -120,6 +123,7 @@ impl Poison {
         } else if failures >= FAILURES_MAX && error.kind() != ErrorKind::Closed {
             self.set(PoisonReason::DeviceGone, "many writes in a row have failed", error);
         }
+        failures
     }
 
     /// Notes that a read went well.
@@ -184,11 +188,11 @@ mod tests {
     fn single_bad_pages_do_not_end_writing_and_a_drive_that_refuses_all_does() {
         let poison = Poison::default();
         for _ in 0..10 {
-            (1..FAILURES_MAX).for_each(|_| poison.note_write(Some(&os(libc::EIO))));
+            (1..FAILURES_MAX).for_each(|_| assert_ne!(poison.note_write(Some(&os(libc::EIO))), 0));
             poison.note_write(None);
         }
         assert!(poison.get().is_none());
-        (0..FAILURES_MAX).for_each(|_| poison.note_write(Some(&os(libc::EIO))));
+        (0..FAILURES_MAX).for_each(|_| assert_ne!(poison.note_write(Some(&os(libc::EIO))), 0));
         assert_eq!(poison.get().map(|(reason, _)| reason), Some(PoisonReason::DeviceGone));
         let full = Poison::default();
         full.note_write(Some(&os(libc::ENOSPC)));

@@ -361,8 +361,11 @@ impl Writer {
             }
             Err(_) if is_off!(IgnoreFailedWrite) => Write::Written,
             Err(error) => {
-                self.shared.poison.note_write(Some(&error));
-                tracing::warn!(sequence, error = format!("{error:#}"), "a write to the store failed");
+                let in_a_row = self.shared.poison.note_write(Some(&error));
+                // A queue full of writes fails at once where a drive is gone.
+                if in_a_row.is_power_of_two() {
+                    tracing::warn!(sequence, in_a_row, error = format!("{error:#}"), "a write to the store failed");
+                }
                 Write::Failed(error)
             }
         };

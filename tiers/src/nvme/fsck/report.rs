@@ -19,6 +19,8 @@ pub enum IndexState {
     Damaged,
     /// It is of another store: the next open makes it anew.
     Foreign,
+    /// It is older than the store's rebuild floor, so it lacks what hid older versions: the next open makes it anew.
+    Old,
 }
 
 /// What disagrees, to match on.

@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::index::{IndexChange, IndexLog};
+use crate::nvme::page::PAGE_BYTES;
+use crate::nvme::superblock::Superblock;
 
 fn paths(place: &Place) -> StorePaths {
     let more_drives = place.config.more_drives.iter().map(|drive| drive.path.clone()).collect();
@@ -164,6 +166,21 @@ fn a_lost_index_and_a_torn_superblock_are_found_and_made_anew() {
         assert_eq!(check(&place).bad_superblocks, 1);
     }
     assert_eq!(repair(&place).bad_superblocks, 1);
+    (0..30).for_each(|name| assert_object(&place, &place.open().0, name, 1, 10_000));
+}
+
+/// An index that does not know of the rebuild floor lacks what hid older versions: no row of it is believed.
+#[test]
+fn an_index_older_than_the_rebuild_floor_is_found_and_made_anew() {
+    let place = closed();
+    let path = place.store_path().join("superblock");
+    let pages = std::fs::read(&path).expect("read");
+    let mut superblock = Superblock::newest(pages.chunks_exact(PAGE_BYTES)).expect("one is whole");
+    superblock.rebuild_floor = 1;
+    let copies: Vec<u8> = (0..2).flat_map(|_| superblock.encode().to_vec()).collect();
+    std::fs::write(&path, copies).expect("written");
+    assert_eq!((check(&place).index, check(&place).problems), (IndexState::Old, 1));
+    assert_eq!(repair(&place).index, IndexState::Old);
     (0..30).for_each(|name| assert_object(&place, &place.open().0, name, 1, 10_000));
 }
 
