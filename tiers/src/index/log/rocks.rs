@@ -15,8 +15,8 @@ use super::database::{Batch, Database, Durability, EachRow, EachUntil, Family};
 use super::reclaimed::{Generations, ReclaimedFilterFactory};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Blocks of tables that were read. Lookups come here only while the table in memory is filled, so this only has to carry
-/// those, compactions and the few single reads.
+/// Blocks of tables that lookups have read. They come here only while the table in memory is filled; nothing else fills
+/// this.
 const CACHE_BYTES: usize = 64 << 20;
 const BLOCK_BYTES: usize = 8 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
@@ -90,7 +90,7 @@ impl Rocks {
     }
 
     #[expect(clippy::expect_used, reason = "a database is opened with all families or not at all")]
-    fn family(&self, family: Family) -> &ColumnFamily {
+    pub(super) fn family(&self, family: Family) -> &ColumnFamily {
         self.0.cf_handle(family.name()).expect("invariant: every family is open")
     }
 
@@ -105,7 +105,11 @@ impl Rocks {
 
 impl Database for Rocks {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let found = self.0.get_pinned_cf(self.family(family), key);
+        // Compactions keep replacing the tables, and cached blocks of a table that is gone stay until the cache is full:
+        // single reads, which are few and seldom ask for the same row twice, would fill it with those.
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        let found = self.0.get_pinned_cf_opt(self.family(family), key, &options);
         Ok(found.map_err(failed("reading the index"))?.map(|value| value.to_vec()))
     }
 

@@ -1,6 +1,7 @@
 use super::*;
 use crate::block::{BlockKey, GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordKind};
 use crate::index::Location;
+use rocksdb::properties::BLOCK_CACHE_USAGE;
 use std::path::PathBuf;
 
 fn id(number: u32) -> RecordId {
@@ -389,6 +390,29 @@ fn rows_and_memory_are_estimated() {
     log.commit(&[put(200, 200)], &[]).expect("commits");
     assert_eq!(log.rows_estimate(), 101);
     assert!((1..128 << 20).contains(&log.memory_bytes()), "{}", log.memory_bytes());
+}
+
+/// Else it fills up for hours with blocks of tables that compactions have replaced.
+#[test]
+fn single_reads_leave_nothing_in_the_cache() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (log, database) = open_with_database(&directory);
+    let cached = || {
+        let usage = database.raw().property_int_value_cf(database.family(Family::Records), BLOCK_CACHE_USAGE);
+        usage.expect("a property").expect("a number")
+    };
+    let count = 10_000;
+    let changes: Vec<_> = (0..count).map(|number| put(number, u64::from(number))).collect();
+    log.commit(&changes, &[]).expect("commits");
+    log.flush().expect("flushes");
+    let before = cached();
+    for number in (0..count).step_by(10) {
+        assert_eq!(log.get(&id(number)).expect("reads"), Some(row(number, u64::from(number))));
+    }
+    assert_eq!(cached(), before);
+    let ids: Vec<_> = (0..count).map(id).collect();
+    assert_eq!(log.get_many(&ids).expect("reads").len(), ids.len());
+    assert!(cached() > before, "blocks of tables are cached at all");
 }
 
 #[test]
