@@ -28,7 +28,7 @@ use super::namespaces::Namespaces;
 use super::page::PAGE_BYTES;
 use super::policy::{ReclaimPolicy, RegionInfo};
 use super::record_header::{DiskIdentity, HeaderKind, RecordHeader};
-use super::recovery::STORE_NAME;
+use super::recovery::{STORE_NAME, last_open};
 use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use super::scan::{AtDamage, Found, ScanRange, scan};
 use super::store::Store;
@@ -511,7 +511,7 @@ fn open_index(directory: &Directory, superblock: &Superblock) -> Result<(Option<
         if index.meta_get(STORE_NAME)?.is_none_or(|uuid| uuid != superblock.store.as_bytes()) {
             return Ok((None, IndexState::Foreign));
         }
-        if !knows_floor(&index, superblock.rebuild_floor)? {
+        if last_open(&index)? < superblock.opens || !knows_floor(&index, superblock.rebuild_floor)? {
             return Ok((None, IndexState::Old));
         }
         Ok((Some(index), IndexState::Ok))

@@ -83,7 +83,7 @@ pub(super) fn recover(
     if !superblock.is_clean && !is_off!(SkipFirstSync) {
         (0..shared.drive.drives()).try_for_each(|drive| shared.drive.sync(drive))?;
     }
-    let index = open_index(shared, backing, directory, &superblock, plan)?;
+    let index = open_index(shared, backing, directory, &superblock)?;
     let mut counters = Counters::start(Arc::clone(&shared.drive), superblock.clone())?;
     let mut headers = read_region_headers(shared, &superblock)?;
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
@@ -227,27 +227,26 @@ fn free_for_good(shared: &Shared, superblock: &Superblock, counters: &mut Counte
 }
 
 /// Opens the index; `None` if it has to be made anew, because it is missing, damaged, not this store's, a copy from before
-/// the rebuild floor was raised, or, where a drive is gone, not the one of the last open.
+/// the rebuild floor was raised, or one of an earlier open. Such a copy may know what a power loss has undone since, and
+/// be believed where the regions went another way: that a log ends where it has gone on.
 fn open_index(
     shared: &Shared,
     backing: &dyn Backing,
     directory: &Directory,
     superblock: &Superblock,
-    plan: &Plan,
 ) -> Result<Option<IndexLog>> {
     let open = || -> Result<Option<IndexLog>> {
         let index = backing.index(&directory.index())?;
         let is_ours = index
             .meta_get(STORE_NAME)?
             .is_some_and(|uuid| uuid == shared.uuid.as_bytes() || is_off!(BelieveForeignIndex));
-        let opens = index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
-        if !is_ours
-            || !knows_floor(&index, superblock.rebuild_floor)?
-            || (!plan.lost_regions.is_empty() && opens + 1 < superblock.opens)
-        {
+        let is_of_last_open = last_open(&index)?.saturating_add(1) >= superblock.opens || is_off!(BelieveOldIndex);
+        if !is_ours || !is_of_last_open || !knows_floor(&index, superblock.rebuild_floor)? {
             return Ok(None);
         }
+        // Durable before the superblock says that there was this open.
         index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
+        index.sync()?;
         for row in index.namespaces()? {
             shared.namespaces.adopt(row)?;
         }
@@ -276,6 +275,14 @@ fn new_index(
         index.put_namespace(&row)?;
     }
     Ok(index)
+}
+
+/// The open of the store that used an index last.
+///
+/// # Errors
+/// What the index reports.
+pub(super) fn last_open(index: &IndexLog) -> Result<u64> {
+    Ok(index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0)))
 }
 
 /// A part of the index can not be read: the next open makes it anew.

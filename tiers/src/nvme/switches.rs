@@ -128,6 +128,8 @@ mod on {
         IgnoreFailedWrite,
         /// An object is not marked as replacing a version whose region is being given up.
         ForgetWhatIsReclaimed,
+        /// A copy of the index from an earlier open is believed.
+        BelieveOldIndex,
         /// An older copy of the index is believed though what it lacks is nowhere else any more.
         ForgetFloor,
         /// With several drives, a superblock that an open has read is taken for durable.

@@ -19,7 +19,8 @@ pub enum IndexState {
     Damaged,
     /// It is of another store: the next open makes it anew.
     Foreign,
-    /// It is older than the store's rebuild floor, so it lacks what hid older versions: the next open makes it anew.
+    /// It is a copy from before the last open, or from before the rebuild floor was raised, so it may lack what hid older
+    /// versions, or know what a power loss has undone: the next open makes it anew.
     Old,
 }
 

@@ -380,6 +380,7 @@ impl History {
                 cuts += 1;
                 self.tally.crashes_in_open += 1;
                 self.note_rebuild(opened.is_ok_and(|report| report.index_rebuilt));
+                self.was_rebuilt |= self.may_be_rebuilt;
                 self.crash(SimCrash::PowerLoss);
                 continue;
             }
@@ -395,6 +396,8 @@ impl History {
                 // A fault of the drive is a reason; the next open has none.
                 Err(_) if self.world.disk().fired() > fired => {
                     self.has_failed = true;
+                    // It may have failed when the new index was there.
+                    self.was_rebuilt |= self.may_be_rebuilt;
                     if self.world.disk().failed_syncs() > failed_syncs {
                         self.crash(SimCrash::PowerLoss);
                     }

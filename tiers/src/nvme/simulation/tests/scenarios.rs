@@ -5,7 +5,8 @@ use super::super::model::{Fact, Seen};
 use super::super::world::{REGION_BYTES, Rule, SimPolicy, drive_path};
 use super::super::{SimFailure, SimFailureKind};
 use crate::block::RecordKind;
-use crate::index::Location;
+use crate::index::{IndexChange, Location, RegionMark};
+use crate::nvme::backing::Backing;
 use crate::nvme::config::DriveConfig;
 use crate::nvme::io::{FaultAction, IoKind, SimCrash, SimOperation};
 use crate::nvme::policy::{RegionInfo, RegionState};
@@ -253,8 +254,40 @@ pub(super) fn older_index_after_a_drive_went(history: &mut History) -> Step {
     assert_gone(history, name)?;
     history.end(End::Close)?;
     history.world.backing.index.restore(&older);
+    // As if it had been made in the last open, before the floor was raised: nothing else tells it apart.
+    let path = history.world.store_path().join("index");
+    let index = history.world.backing.index(&path).map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    let opens = u64::from(u32::MAX).to_le_bytes();
+    index.meta_put("opens", &opens).map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
+    drop(index);
     history.world.open().map_err(|error| (SimFailureKind::Refused, error.to_string()))?;
     assert_gone(history, name)
+}
+
+/// A copy of the index says what a power loss has undone since: that the log of a region ends before record 2, whose write
+/// had failed though all of it was on the drive. Without it the record was found, and the region was written on.
+pub(super) fn index_that_a_power_loss_undid(history: &mut History) -> Step {
+    let refused = |error: crate::error::Error| (SimFailureKind::Refused, error.to_string());
+    put(history, 1, 1, 5000)?;
+    let Location { region, generation, page, .. } = put(history, 2, 1, 5000)?;
+    history.end(End::Close)?;
+    let left = history.world.backing.index.copy();
+    let path = history.world.store_path().join("index");
+    let index = history.world.backing.index(&path).map_err(refused)?;
+    let id = id_of(2, None).ok_or_else(|| (SimFailureKind::Refused, "record 2 has no name".to_owned()))?;
+    let sequence = index.get(&id).map_err(refused)?.map_or(0, |row| row.sequence);
+    let mark = RegionMark { region, generation, page, sequence };
+    index.commit(&[IndexChange::Remove { id, sequence }], &[mark]).map_err(refused)?;
+    drop(index);
+    let undone = history.world.backing.index.copy();
+    history.world.backing.index.restore(&left);
+    history.world.open().map_err(refused)?;
+    put(history, 3, 1, 5000)?;
+    history.end(End::Close)?;
+    history.world.backing.index.restore(&undone);
+    history.world.open().map_err(refused)?;
+    check(history, 2)?;
+    check(history, 3)
 }
 
 /// An open can not sync the superblock; the next one reads it all the same, and the power goes. The home is then where it
@@ -283,7 +316,7 @@ pub(super) fn superblock_that_was_not_synced(history: &mut History) -> Step {
 fn each_case_is_survived() {
     let directory = super::directory();
     let simulator = super::simulator(&directory);
-    let cases: [Scenario; 10] = [
+    let cases: [Scenario; 11] = [
         swapped_entries,
         misdirected_version,
         quarantined_object,
@@ -293,6 +326,7 @@ fn each_case_is_survived() {
         replaced_while_reclaimed,
         removed_on_a_drive_that_goes,
         older_index_after_a_drive_went,
+        index_that_a_power_loss_undid,
         superblock_that_was_not_synced,
     ];
     for case in cases {

@@ -98,6 +98,7 @@ noticed! {
     ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
     trust_unsynced_superblock: TrustUnsyncedSuperblock by By::Scenario(scenarios::superblock_that_was_not_synced);
     write_below_floor: WriteBelowFloor by By::BiasedFrom(SimBias::Drives, 20_125);
+    believe_old_index: BelieveOldIndex by By::Scenario(scenarios::index_that_a_power_loss_undid);
     forget_floor: ForgetFloor by By::Scenario(scenarios::older_index_after_a_drive_went);
     forget_what_is_reclaimed: ForgetWhatIsReclaimed by By::Scenario(scenarios::replaced_while_reclaimed);
     skip_index_sync: SkipIndexSync by By::Scenario(scenarios::removed_on_a_drive_that_goes);
