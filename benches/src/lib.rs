@@ -1,6 +1,7 @@
 //! What the benches share: made-up prompts, bytes and the smallest blocks to save, a store under load, a drive without a
 //! store, proof that the page cache had no part. Measures nothing itself.
 
+mod arbiter_world;
 mod decode_capacity;
 mod kv_bytes;
 mod page_cache;
@@ -11,6 +12,7 @@ mod store_load;
 mod synthetic;
 mod usage;
 
+pub use arbiter_world::{LENGTHS, Stretch, Told, World, WorldOutcome};
 pub use decode_capacity::decode_capacity_gbps;
 pub use kv_bytes::KvBytes;
 pub use page_cache::{cached_bytes, drive_bytes};

@@ -5,6 +5,7 @@
 
 mod admission;
 mod api;
+mod arbiter;
 mod config;
 mod counters;
 mod drive_tier;

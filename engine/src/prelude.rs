@@ -4,6 +4,7 @@ pub use crate::api::{
     BlockSave, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
     LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
 };
+pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::miss_ratio::MissRatioCurve;

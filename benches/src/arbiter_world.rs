@@ -1,0 +1,319 @@
+//! A made-up engine with drives, for the arbiter: requests that find a prefix, what it truly takes to load or to compute
+//! it, noise, and drives that change their speed. The arbiter sees only what a connector would. Same seed, same history.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::ops::Range;
+use std::time::Duration;
+
+use pegaflow_engine::{Arbiter, ArbiterConfig, FoundPrefix, Reason, TierSpeeds};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+const BLOCK_TOKENS: u32 = 16;
+/// An 8B model with grouped attention in 16 bits.
+const BYTES_PER_TOKEN: u64 = 131_072;
+/// With a codec of ratio 1.4.
+const STORED_BYTES_PER_TOKEN: u64 = 93_622;
+const LINK_BYTES_PER_S: f64 = 50e9;
+const LOAD_FIXED_S: f64 = 0.004;
+/// At this position a token costs twice as much as the first.
+const DOUBLING_TOKENS: f64 = 40_000.0;
+/// Windows of so many requests say whether the arbiter has recovered.
+const WINDOW: usize = 20;
+/// 256 to 131,072 tokens, by doublings.
+pub const LENGTHS: u32 = 10;
+
+/// By which law a busy GPU stretches a computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stretch {
+    /// Everybody gets an equal share: `1 / (1 - load)`, at most 20.
+    Shared,
+    /// `1 + 3 load`.
+    Linear,
+    /// `1 + 9 load^2`.
+    Square,
+}
+
+impl Stretch {
+    fn at(self, load_share: f64) -> f64 {
+        match self {
+            Self::Shared => 1.0 / (1.0 - load_share).max(0.05),
+            Self::Linear => 1.0 + 3.0 * load_share,
+            Self::Square => 1.0 + 9.0 * load_share * load_share,
+        }
+    }
+}
+
+/// What the arbiter is told of the drives before the first request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Nothing.
+    Nothing,
+    /// The truth.
+    Truth,
+    /// Ten times too much.
+    TooMuch,
+    /// A tenth.
+    TooLittle,
+}
+
+/// A world.
+#[derive(Debug, Clone, Copy)]
+pub struct World {
+    /// All drives together.
+    pub drive_bytes_per_s: f64,
+    /// At the start of a prompt on an idle GPU.
+    pub prefill_tokens_per_s: f64,
+    /// 0 to 1; `None`: another one for each request.
+    pub load_share: Option<f64>,
+    /// What load does.
+    pub stretch: Stretch,
+    /// Standard deviation of the logarithm of what is measured.
+    pub noise: f64,
+    /// Requests per second.
+    pub rate: f64,
+    /// Only prompts of this many doublings of 256 tokens; `None`: all lengths, each doubling as often.
+    pub length: Option<u32>,
+    /// What the arbiter is told.
+    pub told: Told,
+    /// The drives change to this multiple of their speed after the steady phase.
+    pub step: f64,
+    /// Requests of each phase: warm-up, steady, after the step. The last lasts at least three minutes.
+    pub requests: usize,
+    /// Seed of everything.
+    pub seed: u64,
+}
+
+/// What a world came to. Ratios are of the time that the decision costs, without noise, to the best of loading and
+/// computing all that was found; probes count.
+#[derive(Debug, Clone, Default)]
+pub struct WorldOutcome {
+    /// The worst mean of a class of requests (by length, and whether all is in DRAM): the steady phase, and from 60 s after
+    /// the step.
+    pub worst_class: f64,
+    /// The mean over all of these requests.
+    pub mean: f64,
+    /// The sum of times over the sum of the best.
+    pub total: f64,
+    /// The worst single request, without probes.
+    pub worst_request: f64,
+    /// The worst single probe.
+    pub worst_probe: f64,
+    /// Share of probes.
+    pub probes: f64,
+    /// Seconds after the step until the last bad request of the last bad window (mean above 1.05 over 20 requests).
+    pub recovery_s: f64,
+    /// Decisions made.
+    pub decisions: u64,
+}
+
+/// An answer that is on its way back to the arbiter.
+enum Report {
+    Loaded(u64, Duration),
+    Computed(u64, Range<u32>, f32, Duration),
+}
+
+struct Run {
+    world: World,
+    random: SmallRng,
+    arbiter: Arbiter,
+    now_s: f64,
+    drive_bytes_per_s: f64,
+    queued_bytes: f64,
+    reports: BinaryHeap<Reverse<(u64, u64)>>,
+    waiting: HashMap<u64, Report>,
+    next_report: u64,
+}
+
+struct Served {
+    at_s: f64,
+    class: (u32, bool),
+    ratio: f64,
+    seconds: f64,
+    best_s: f64,
+    is_probe: bool,
+}
+
+impl World {
+    /// Runs all three phases.
+    pub fn run(&self) -> WorldOutcome {
+        let config = ArbiterConfig { seed: self.seed, decisions_max: 8192, ..ArbiterConfig::default() };
+        let mut run = Run {
+            world: *self,
+            random: SmallRng::seed_from_u64(self.seed),
+            arbiter: Arbiter::new(config),
+            now_s: 0.0,
+            drive_bytes_per_s: self.drive_bytes_per_s,
+            queued_bytes: 0.0,
+            reports: BinaryHeap::new(),
+            waiting: HashMap::new(),
+            next_report: 0,
+        };
+        let told = match self.told {
+            Told::Nothing => 0.0,
+            Told::Truth => self.drive_bytes_per_s,
+            Told::TooMuch => self.drive_bytes_per_s * 10.0,
+            Told::TooLittle => self.drive_bytes_per_s / 10.0,
+        };
+        run.arbiter.tell_speeds(TierSpeeds { drive_bytes_per_second: told as u64, ..TierSpeeds::default() });
+        let warm_up = run.serve(self.requests, 180.0);
+        let steady = run.serve(self.requests, 0.0);
+        run.drive_bytes_per_s *= self.step;
+        let step_s = run.now_s;
+        let after = run.serve(self.requests, 180.0);
+        let settled: Vec<&Served> =
+            steady.iter().chain(after.iter().filter(|served| served.at_s >= step_s + 60.0)).collect();
+        let mut outcome = judge(&settled);
+        outcome.recovery_s = recovery(&after, step_s);
+        outcome.decisions = (warm_up.len() + steady.len() + after.len()) as u64;
+        outcome
+    }
+}
+
+fn judge(settled: &[&Served]) -> WorldOutcome {
+    let mut classes: HashMap<(u32, bool), (f64, f64)> = HashMap::new();
+    let mut outcome = WorldOutcome::default();
+    let (mut seconds, mut best_s) = (0.0, 0.0);
+    for served in settled {
+        let class = classes.entry(served.class).or_default();
+        *class = (class.0 + served.ratio, class.1 + 1.0);
+        outcome.mean += served.ratio / settled.len() as f64;
+        outcome.probes += f64::from(u8::from(served.is_probe)) / settled.len() as f64;
+        let worst = if served.is_probe { &mut outcome.worst_probe } else { &mut outcome.worst_request };
+        *worst = worst.max(served.ratio);
+        seconds += served.seconds;
+        best_s += served.best_s;
+    }
+    outcome.worst_class = classes.values().map(|(sum, count)| sum / count).fold(0.0, f64::max);
+    outcome.total = seconds / best_s;
+    outcome
+}
+
+fn recovery(after: &[Served], step_s: f64) -> f64 {
+    let is_bad = |window: &&[Served]| window.iter().map(|served| served.ratio).sum::<f64>() > 1.05 * WINDOW as f64;
+    let last_bad = after.windows(WINDOW).filter(is_bad).last();
+    let last_request = last_bad.and_then(|window| window.iter().rev().find(|served| served.ratio > 1.05));
+    last_request.map_or(0.0, |served| served.at_s - step_s)
+}
+
+impl Run {
+    /// Serves so many requests, and more until the time is over.
+    fn serve(&mut self, requests: usize, time_s: f64) -> Vec<Served> {
+        let end_s = self.now_s + time_s;
+        let mut served = Vec::with_capacity(requests);
+        while served.len() < requests || self.now_s < end_s {
+            served.push(self.serve_one());
+        }
+        served
+    }
+
+    fn serve_one(&mut self) -> Served {
+        let pause_s = -(1.0 - self.random.random::<f64>()).ln() / self.world.rate;
+        self.now_s += pause_s;
+        self.queued_bytes = (self.queued_bytes - pause_s * self.drive_bytes_per_s).max(0.0);
+        self.deliver();
+        let doubling = self.world.length.unwrap_or_else(|| self.random.random_range(0..LENGTHS));
+        let load_share = self.world.load_share.unwrap_or_else(|| self.random.random());
+        let (found, class) = self.find(doubling, load_share);
+        let tokens = found.end_token - found.first_token;
+        let all_loaded = self.load_s(&found, tokens, load_share);
+        let all_computed = self.compute_s(&(found.first_token..found.end_token), load_share);
+        let decision = self.arbiter.decide(found, Duration::from_secs_f64(self.now_s));
+        let mut seconds = 0.0;
+        let mut noisy_s = 0.0;
+        if decision.load_tokens > 0 {
+            let load_s = self.load_s(&found, decision.load_tokens, load_share);
+            seconds += load_s;
+            noisy_s += load_s * self.noise();
+            self.queued_bytes += drive_bytes(&found, decision.load_tokens);
+            self.report(noisy_s, Report::Loaded(decision.id, Duration::from_secs_f64(noisy_s)));
+        }
+        let rest = found.first_token + decision.load_tokens..found.end_token;
+        if !rest.is_empty() {
+            let compute_s = self.compute_s(&rest, load_share);
+            seconds += compute_s;
+            let took_s = compute_s * self.noise();
+            let took = Duration::from_secs_f64(took_s);
+            self.report(noisy_s + took_s, Report::Computed(decision.id, rest, found.load_share, took));
+        }
+        let best_s = all_loaded.min(all_computed);
+        let is_probe = decision.reason == Reason::Probe;
+        Served { at_s: self.now_s, class, ratio: seconds / best_s, seconds, best_s, is_probe }
+    }
+
+    /// A prefix: three of ten are in DRAM, two are half there; one of four begins behind what the engine has itself.
+    fn find(&mut self, doubling: u32, load_share: f64) -> (FoundPrefix, (u32, bool)) {
+        let end_token = 256u32 << doubling;
+        let has_some = self.random.random_bool(0.25);
+        let first_token =
+            if has_some { self.random.random_range(0..end_token / 32) * BLOCK_TOKENS } else { 0 };
+        let place: f64 = self.random.random();
+        let dram_end_token = match place {
+            ..0.3 => end_token,
+            ..0.5 => first_token + (end_token - first_token) / 2 / BLOCK_TOKENS * BLOCK_TOKENS,
+            _ => first_token,
+        };
+        let jitter = self.random.random_range(-0.03..0.03);
+        let found = FoundPrefix {
+            request: 0,
+            first_token,
+            end_token,
+            dram_end_token,
+            block_tokens: BLOCK_TOKENS,
+            link_bytes_per_token: BYTES_PER_TOKEN,
+            stored_bytes_per_token: STORED_BYTES_PER_TOKEN,
+            queued_bytes: self.queued_bytes as u64,
+            load_share: (load_share + jitter) as f32,
+        };
+        (found, (doubling, dram_end_token == end_token))
+    }
+
+    fn load_s(&self, found: &FoundPrefix, tokens: u32, load_share: f64) -> f64 {
+        let link_s = f64::from(tokens) * BYTES_PER_TOKEN as f64 / LINK_BYTES_PER_S;
+        let own = drive_bytes(found, tokens);
+        let drive_s = if own > 0.0 { (own + self.queued_bytes) / self.drive_bytes_per_s } else { 0.0 };
+        LOAD_FIXED_S * (1.0 + load_share) + link_s.max(drive_s)
+    }
+
+    fn compute_s(&self, tokens: &Range<u32>, load_share: f64) -> f64 {
+        let (first, end) = (f64::from(tokens.start), f64::from(tokens.end));
+        let work = end - first + (end * end - first * first) / 2.0 / DOUBLING_TOKENS;
+        work / self.world.prefill_tokens_per_s * self.world.stretch.at(load_share)
+    }
+
+    /// Log-normal, with a mean of one.
+    fn noise(&mut self) -> f64 {
+        let (one, other): (f64, f64) = (1.0 - self.random.random::<f64>(), self.random.random());
+        let normal = (-2.0 * one.ln()).sqrt() * (std::f64::consts::TAU * other).cos();
+        (self.world.noise * normal - self.world.noise * self.world.noise / 2.0).exp()
+    }
+
+    fn report(&mut self, after_s: f64, report: Report) {
+        let at_ns = ((self.now_s + after_s) * 1e9) as u64;
+        self.reports.push(Reverse((at_ns, self.next_report)));
+        self.waiting.insert(self.next_report, report);
+        self.next_report += 1;
+    }
+
+    /// Tells the arbiter what has ended by now.
+    fn deliver(&mut self) {
+        let now_ns = (self.now_s * 1e9) as u64;
+        while let Some(Reverse((at_ns, number))) = self.reports.peek().copied().filter(|next| next.0.0 <= now_ns) {
+            self.reports.pop();
+            let at = Duration::from_nanos(at_ns);
+            match self.waiting.remove(&number) {
+                Some(Report::Loaded(id, took)) => self.arbiter.loaded(id, took, at),
+                Some(Report::Computed(id, tokens, share, took)) => {
+                    self.arbiter.computed(Some(id), tokens, share, took, at);
+                }
+                None => {}
+            }
+        }
+    }
+}
+
+fn drive_bytes(found: &FoundPrefix, tokens: u32) -> f64 {
+    let in_dram = found.dram_end_token.saturating_sub(found.first_token).min(tokens);
+    f64::from(tokens - in_dram) * STORED_BYTES_PER_TOKEN as f64
+}
