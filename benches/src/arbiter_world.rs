@@ -2,7 +2,7 @@
 //! it, noise, and drives that change their speed. The arbiter sees only what a connector would. Same seed, same history.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -83,6 +83,8 @@ pub struct World {
     pub requests: usize,
     /// Seed of everything.
     pub seed: u64,
+    /// Writes decisions to standard error that cost this many times the best, and all probes.
+    pub shown_from: Option<f64>,
 }
 
 /// What a world came to. Ratios are of the time that the decision costs, without noise, to the best of loading and
@@ -103,6 +105,7 @@ pub struct WorldOutcome {
     /// Share of probes.
     pub probes: f64,
     /// Seconds after the step until the last bad request of the last bad window (mean above 1.05 over 20 requests).
+    /// Probes go into the other figures, not into this one.
     pub recovery_s: f64,
     /// Decisions made.
     pub decisions: u64,
@@ -121,6 +124,10 @@ struct Run {
     now_s: f64,
     drive_bytes_per_s: f64,
     queued_bytes: f64,
+    /// All that the drives have read.
+    drive_read_bytes: f64,
+    /// Loads that wait for the drives, in order: the decision, when it was made, up to which byte of all, what comes after.
+    at_drive: VecDeque<(u64, f64, f64, f64)>,
     reports: BinaryHeap<Reverse<(u64, u64)>>,
     waiting: HashMap<u64, Report>,
     next_report: u64,
@@ -146,6 +153,8 @@ impl World {
             now_s: 0.0,
             drive_bytes_per_s: self.drive_bytes_per_s,
             queued_bytes: 0.0,
+            drive_read_bytes: 0.0,
+            at_drive: VecDeque::new(),
             reports: BinaryHeap::new(),
             waiting: HashMap::new(),
             next_report: 0,
@@ -191,8 +200,9 @@ fn judge(settled: &[&Served]) -> WorldOutcome {
 }
 
 fn recovery(after: &[Served], step_s: f64) -> f64 {
-    let is_bad = |window: &&[Served]| window.iter().map(|served| served.ratio).sum::<f64>() > 1.05 * WINDOW as f64;
-    let last_bad = after.windows(WINDOW).filter(is_bad).last();
+    let usual: Vec<&Served> = after.iter().filter(|served| !served.is_probe).collect();
+    let is_bad = |window: &&[&Served]| window.iter().map(|served| served.ratio).sum::<f64>() > 1.05 * WINDOW as f64;
+    let last_bad = usual.windows(WINDOW).filter(is_bad).last();
     let last_request = last_bad.and_then(|window| window.iter().rev().find(|served| served.ratio > 1.05));
     last_request.map_or(0.0, |served| served.at_s - step_s)
 }
@@ -211,7 +221,7 @@ impl Run {
     fn serve_one(&mut self) -> Served {
         let pause_s = -(1.0 - self.random.random::<f64>()).ln() / self.world.rate;
         self.now_s += pause_s;
-        self.queued_bytes = (self.queued_bytes - pause_s * self.drive_bytes_per_s).max(0.0);
+        self.read_drive(pause_s);
         self.deliver();
         let doubling = self.world.length.unwrap_or_else(|| self.random.random_range(0..LENGTHS));
         let load_share = self.world.load_share.unwrap_or_else(|| self.random.random());
@@ -225,9 +235,17 @@ impl Run {
         if decision.load_tokens > 0 {
             let load_s = self.load_s(&found, decision.load_tokens, load_share);
             seconds += load_s;
-            noisy_s += load_s * self.noise();
-            self.queued_bytes += drive_bytes(&found, decision.load_tokens);
-            self.report(noisy_s, Report::Loaded(decision.id, Duration::from_secs_f64(noisy_s)));
+            noisy_s = load_s * self.noise();
+            let own = drive_bytes(&found, decision.load_tokens);
+            if own > 0.0 {
+                // The drives may change their speed before they come to it.
+                self.queued_bytes += own * noisy_s / load_s;
+                let end = self.drive_read_bytes + self.queued_bytes;
+                let last_s = LOAD_FIXED_S * (1.0 + load_share) + link_s(decision.load_tokens) * 0.01;
+                self.at_drive.push_back((decision.id, self.now_s, end, last_s));
+            } else {
+                self.report(noisy_s, Report::Loaded(decision.id, Duration::from_secs_f64(noisy_s)));
+            }
         }
         let rest = found.first_token + decision.load_tokens..found.end_token;
         if !rest.is_empty() {
@@ -239,6 +257,10 @@ impl Run {
         }
         let best_s = all_loaded.min(all_computed);
         let is_probe = decision.reason == Reason::Probe;
+        if self.world.shown_from.is_some_and(|from| is_probe || seconds >= from * best_s) {
+            let truth = format!("{:.1} ms to load, {:.1} ms to compute", all_loaded * 1e3, all_computed * 1e3);
+            eprintln!("{:.3} s, {:.2} of the best: {decision}; in truth {truth}", self.now_s, seconds / best_s);
+        }
         Served { at_s: self.now_s, class, ratio: seconds / best_s, seconds, best_s, is_probe }
     }
 
@@ -246,8 +268,7 @@ impl Run {
     fn find(&mut self, doubling: u32, load_share: f64) -> (FoundPrefix, (u32, bool)) {
         let end_token = 256u32 << doubling;
         let has_some = self.random.random_bool(0.25);
-        let first_token =
-            if has_some { self.random.random_range(0..end_token / 32) * BLOCK_TOKENS } else { 0 };
+        let first_token = if has_some { self.random.random_range(0..end_token / 32) * BLOCK_TOKENS } else { 0 };
         let place: f64 = self.random.random();
         let dram_end_token = match place {
             ..0.3 => end_token,
@@ -264,16 +285,32 @@ impl Run {
             link_bytes_per_token: BYTES_PER_TOKEN,
             stored_bytes_per_token: STORED_BYTES_PER_TOKEN,
             queued_bytes: self.queued_bytes as u64,
+            drive_read_bytes: self.drive_read_bytes as u64,
             load_share: (load_share + jitter) as f32,
         };
         (found, (doubling, dram_end_token == end_token))
     }
 
+    /// Lets the drives read for so long.
+    fn read_drive(&mut self, pause_s: f64) {
+        let (from_s, from_bytes) = (self.now_s - pause_s, self.drive_read_bytes);
+        let bytes = self.queued_bytes.min(pause_s * self.drive_bytes_per_s);
+        self.queued_bytes -= bytes;
+        self.drive_read_bytes += bytes;
+        // What is left is a rounding error.
+        let reached = if self.queued_bytes > 0.0 { self.drive_read_bytes } else { f64::INFINITY };
+        while let Some((id, since_s, end, last_s)) = self.at_drive.front().copied().filter(|next| next.2 <= reached) {
+            self.at_drive.pop_front();
+            let ended_s = from_s + (end - from_bytes).max(0.0) / self.drive_bytes_per_s + last_s;
+            let took = Duration::from_secs_f64(ended_s - since_s);
+            self.report(ended_s - self.now_s, Report::Loaded(id, took));
+        }
+    }
+
     fn load_s(&self, found: &FoundPrefix, tokens: u32, load_share: f64) -> f64 {
-        let link_s = f64::from(tokens) * BYTES_PER_TOKEN as f64 / LINK_BYTES_PER_S;
         let own = drive_bytes(found, tokens);
         let drive_s = if own > 0.0 { (own + self.queued_bytes) / self.drive_bytes_per_s } else { 0.0 };
-        LOAD_FIXED_S * (1.0 + load_share) + link_s.max(drive_s)
+        LOAD_FIXED_S * (1.0 + load_share) + link_s(tokens).max(drive_s)
     }
 
     fn compute_s(&self, tokens: &Range<u32>, load_share: f64) -> f64 {
@@ -311,6 +348,10 @@ impl Run {
             }
         }
     }
+}
+
+fn link_s(tokens: u32) -> f64 {
+    f64::from(tokens) * BYTES_PER_TOKEN as f64 / LINK_BYTES_PER_S
 }
 
 fn drive_bytes(found: &FoundPrefix, tokens: u32) -> f64 {

@@ -10,7 +10,7 @@ use clap::Parser;
 use pegaflow_benches::{LENGTHS, Stretch, Told, World, WorldOutcome};
 use serde_json::json;
 
-const DRIVES_GBPS: [f64; 6] = [0.1, 0.4, 1.5, 3.5, 7.0, 14.0];
+const DRIVES_GBPS: [f64; 6] = [0.1, 0.4, 1.0, 3.0, 7.0, 14.0];
 const PREFILLS: [f64; 5] = [1e3, 3e3, 1e4, 3e4, 1e5];
 const LOADS: [Option<f64>; 6] = [Some(0.0), Some(0.3), Some(0.6), Some(0.9), Some(1.0), None];
 const STRETCHES: [Stretch; 3] = [Stretch::Shared, Stretch::Linear, Stretch::Square];
@@ -31,6 +31,9 @@ struct Arguments {
     /// Only every how manyth case.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     stride: u64,
+    /// Only this case, with its bad decisions and probes.
+    #[arg(long)]
+    case: Option<usize>,
     /// Prints the worst so many cases.
     #[arg(long, default_value_t = 5)]
     show: usize,
@@ -44,7 +47,8 @@ fn worlds(arguments: &Arguments) -> Vec<World> {
                 let stretches = if load_share == Some(0.0) { &STRETCHES[..1] } else { &STRETCHES[..] };
                 for stretch in stretches {
                     for noise in [0.05, 0.2] {
-                        for step in [0.1, 10.0] {
+                        let steps = [0.1, 10.0].into_iter().filter(|step| (0.1..=14.0).contains(&(drive * step)));
+                        for step in steps {
                             let number = worlds.len();
                             worlds.push(World {
                                 drive_bytes_per_s: drive * 1e9,
@@ -58,12 +62,16 @@ fn worlds(arguments: &Arguments) -> Vec<World> {
                                 step,
                                 requests: arguments.requests as usize,
                                 seed: arguments.seed.wrapping_mul(1_000_003).wrapping_add(number as u64),
+                                shown_from: (arguments.case == Some(number)).then_some(1.05),
                             });
                         }
                     }
                 }
             }
         }
+    }
+    if arguments.case.is_some() {
+        worlds.retain(|world| world.shown_from.is_some());
     }
     worlds.into_iter().step_by(arguments.stride as usize).collect()
 }
@@ -76,7 +84,7 @@ fn show(name: &str, runs: &[(World, WorldOutcome)], count: usize, key: impl Fn(&
     }
 }
 
-fn main() -> Result<ExitCode> {
+pub fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     let worlds = worlds(&arguments);
     let started = Instant::now();
@@ -93,9 +101,7 @@ fn main() -> Result<ExitCode> {
     let mean = |key: &dyn Fn(&WorldOutcome) -> f64| {
         runs.iter().map(|(_, outcome)| key(outcome)).sum::<f64>() / runs.len().max(1) as f64
     };
-    let share = |is_over: &dyn Fn(&WorldOutcome) -> bool| {
-        runs.iter().filter(|(_, outcome)| is_over(outcome)).count()
-    };
+    let share = |is_over: &dyn Fn(&WorldOutcome) -> bool| runs.iter().filter(|(_, outcome)| is_over(outcome)).count();
     let worst = most(&|outcome| outcome.mean.max(outcome.total));
     let recovery_s = most(&|outcome| outcome.recovery_s);
     println!(

@@ -7,21 +7,26 @@ use super::estimate::{SURPRISE, Sample, Taken, TwoTerm};
 
 /// A GPU that is wanted wholly by others still gives a request this share.
 const SHARE_LEFT_MIN: f64 = 0.05;
-/// What is known of stretching is kept by load, in tenths.
-const LOADS: usize = 11;
-const GAIN: f64 = 0.15;
+/// What is known of stretching is kept for each tenth of load.
+const KNOTS: usize = 11;
+const GAIN: f64 = 0.3;
+const STRETCH_LN_MAX: f64 = 5.0;
 
 #[derive(Debug, Clone)]
 pub(super) struct ComputeTime {
     /// By token, and by token attended to, on an idle GPU.
     alone: TwoTerm,
-    /// By load: how much longer it took than `1 / (1 - load)` says.
-    stretched: [f64; LOADS],
+    /// The logarithm of how much longer it takes, by load. At first as if everybody got an equal share.
+    stretched: [f64; KNOTS],
 }
 
 impl ComputeTime {
     pub(super) fn new() -> Self {
-        Self { alone: TwoTerm::new([1e-4, 2e-9], [1e-8, 1e-16], [0.2, 0.2]), stretched: [1.0; LOADS] }
+        let shared = |knot: usize| -(1.0 - knot as f64 / (KNOTS - 1) as f64).max(SHARE_LEFT_MIN).ln();
+        Self {
+            alone: TwoTerm::new([1e-4, 2e-9], [1e-8, 1e-16], [0.2, 0.2]),
+            stretched: std::array::from_fn(shared),
+        }
     }
 
     pub(super) fn predict(&self, tokens: &Range<u32>, load_share: f64) -> f64 {
@@ -39,21 +44,27 @@ impl ComputeTime {
         let weight = (1.0 - load_share).max(0.3);
         let sample = Sample { x: work(tokens), seconds: seconds / stretch };
         let taken = self.alone.observe(sample, weight, now_s);
-        let bucket = bucket(load_share);
-        if bucket > 0 && ratio.is_finite() && ratio > 0.0 {
-            self.stretched[bucket] *= ratio.clamp(1.0 / SURPRISE, SURPRISE).powf(GAIN);
-            self.stretched[bucket] = self.stretched[bucket].clamp(0.05, 20.0);
+        if ratio.is_finite() && ratio > 0.0 {
+            let step = GAIN * ratio.clamp(1.0 / SURPRISE, SURPRISE).ln();
+            for (knot, share) in knots(load_share).into_iter().filter(|(knot, _)| *knot > 0) {
+                self.stretched[knot] = (self.stretched[knot] + share * step).clamp(-1.0, STRETCH_LN_MAX);
+            }
         }
         taken
     }
 
+    /// Between two tenths of load in proportion.
     fn stretch(&self, load_share: f64) -> f64 {
-        self.stretched[bucket(load_share)] / (1.0 - load_share).max(SHARE_LEFT_MIN)
+        knots(load_share).into_iter().map(|(knot, share)| share * self.stretched[knot]).sum::<f64>().exp()
     }
 }
 
-fn bucket(load_share: f64) -> usize {
-    ((load_share * 10.0).round() as usize).min(LOADS - 1)
+/// The two knots next to a load, and how near it is to each.
+fn knots(load_share: f64) -> [(usize, f64); 2] {
+    let place = load_share.clamp(0.0, 1.0) * (KNOTS - 1) as f64;
+    let below = (place as usize).min(KNOTS - 2);
+    let share = place - below as f64;
+    [(below, 1.0 - share), (below + 1, share)]
 }
 
 fn work(tokens: &Range<u32>) -> [f64; 2] {

@@ -18,6 +18,12 @@ pub(super) struct Sample {
     pub(super) seconds: f64,
 }
 
+impl Sample {
+    fn since_s(&self, now_s: f64) -> f64 {
+        now_s - self.seconds
+    }
+}
+
 /// How a sample was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Taken {
@@ -41,6 +47,9 @@ pub(super) struct TwoTerm {
     doubt: Option<Sample>,
     samples: u64,
     seen_s: f64,
+    /// When the first of the surprises began that made it forget: what began before says nothing.
+    changed_s: f64,
+    doubt_since_s: f64,
 }
 
 impl TwoTerm {
@@ -54,6 +63,8 @@ impl TwoTerm {
             doubt: None,
             samples: 0,
             seen_s: f64::NEG_INFINITY,
+            changed_s: f64::NEG_INFINITY,
+            doubt_since_s: f64::NEG_INFINITY,
         }
     }
 
@@ -93,6 +104,10 @@ impl TwoTerm {
         if !is_number || !sample.x.iter().all(|x| x.is_finite() && *x >= 0.0) {
             return Taken::Usual;
         }
+        let since_s = sample.since_s(now_s);
+        if since_s < self.changed_s {
+            return Taken::Usual;
+        }
         let fade = if self.samples == 0 { 1.0 } else { 0.5f64.powf((now_s - self.seen_s).max(0.0) / HALF_LIFE_S) };
         self.fade(fade * (1.0 - 1.0 / WINDOW));
         self.seen_s = now_s;
@@ -107,12 +122,14 @@ impl TwoTerm {
             Taken::Usual
         } else if let Some(first) = self.doubt.take().filter(|first| is_same_side(self.predict(first.x), *first, ratio))
         {
+            self.changed_s = self.doubt_since_s.min(since_s);
             self.forget();
             self.add(first, 1.0, first.seconds);
             self.add(sample, 1.0, sample.seconds);
             Taken::Changed
         } else {
             self.doubt = Some(sample);
+            self.doubt_since_s = since_s;
             let clipped = Sample { seconds: expected * ratio.clamp(1.0 / SURPRISE, SURPRISE), ..sample };
             self.add(clipped, weight, expected);
             Taken::Surprise

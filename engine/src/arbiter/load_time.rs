@@ -3,6 +3,9 @@
 use super::estimate::{Sample, Taken, TwoTerm};
 use super::record::{FoundPrefix, TierSpeeds};
 
+/// The queue at the drives is looked at so often.
+const LOOK_S: f64 = 1.0;
+
 /// Which stage a load waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
@@ -39,6 +42,8 @@ pub(super) struct LoadTime {
     drive: TwoTerm,
     decode_s_per_byte: f64,
     told: TierSpeeds,
+    /// When the queue at the drives was looked at: the time, what was queued, what had been read.
+    looked: Option<(f64, u64, u64)>,
 }
 
 impl LoadTime {
@@ -49,6 +54,25 @@ impl LoadTime {
             drive: TwoTerm::new([0.005, 1.0 / 2e9], floors, [0.3, 0.1]),
             decode_s_per_byte: 0.0,
             told: TierSpeeds::default(),
+            looked: None,
+        }
+    }
+
+    /// Looks at the queue: where all that was read since the last time was queued then already, the drives were never
+    /// idle, and their speed is seen long before a load of minutes ends.
+    pub(super) fn look(&mut self, found: &FoundPrefix, now_s: f64) {
+        let (queued, read) = (found.queued_bytes, found.drive_read_bytes);
+        let Some((then_s, queued_then, read_then)) = self.looked else {
+            self.looked = Some((now_s, queued, read));
+            return;
+        };
+        if now_s - then_s < LOOK_S && read.saturating_sub(read_then) < queued_then {
+            return;
+        }
+        self.looked = Some((now_s, queued, read));
+        let bytes = read.saturating_sub(read_then);
+        if bytes > 0 && bytes < queued_then {
+            self.drive.observe(Sample { x: [0.0, bytes as f64], seconds: now_s - then_s }, 1.0, now_s);
         }
     }
 

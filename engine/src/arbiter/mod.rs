@@ -25,6 +25,8 @@ pub use self::record::{Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSp
 const FREED_GPU: f64 = 0.02;
 /// From this multiple of its prediction on, what has not ended counts as evidence.
 const OVERDUE: f64 = 2.0;
+/// Nothing is late that is predicted to take less, until it takes twice this.
+const LATE_FROM_S: f64 = 0.01;
 const RUNNING_MAX: usize = 256;
 /// What was never reported is forgotten.
 const RUNNING_MAX_S: f64 = 600.0;
@@ -61,13 +63,24 @@ enum Way {
     Compute,
 }
 
+impl Way {
+    fn place(self) -> usize {
+        match self {
+            Self::Load(Path::Dram) => 0,
+            Self::Load(Path::Drive) => 1,
+            Self::Compute => 2,
+        }
+    }
+}
+
 /// What was decided and has not ended.
 #[derive(Debug, Clone, Copy)]
 struct Running {
     id: u64,
     way: Way,
     since_s: f64,
-    predicted_s: f64,
+    found: FoundPrefix,
+    load_tokens: u32,
     is_probe: bool,
 }
 
@@ -78,6 +91,8 @@ pub struct Arbiter {
     compute: ComputeTime,
     prober: Prober,
     running: Vec<Running>,
+    /// By how much what runs is later than is predicted of it by now, by way; 1 where nothing is.
+    late: [f64; 3],
     decisions: VecDeque<Decision>,
     next_id: u64,
 }
@@ -91,6 +106,7 @@ impl Arbiter {
             load: LoadTime::new(),
             compute: ComputeTime::new(),
             running: Vec::new(),
+            late: [1.0; 3],
             decisions: VecDeque::new(),
             next_id: 1,
         }
@@ -117,9 +133,10 @@ impl Arbiter {
         let now_s = now.as_secs_f64();
         let found = sound(found);
         let tokens = found.end_token - found.first_token;
-        self.running.retain(|running| now_s - running.since_s < RUNNING_MAX_S);
-        let load_s = self.load_seconds(&found, tokens, now_s);
-        let compute_s = self.compute_seconds(&found, found.first_token..found.end_token, now_s);
+        self.load.look(&found, now_s);
+        self.look_at_running(now_s);
+        let load_s = self.load_seconds(&found, tokens);
+        let compute_s = self.compute_seconds(&found, found.first_token..found.end_token);
         let path = self.load.path(&LoadWork::new(&found, tokens));
         let (preferred, why) = self.prefer(load_s, compute_s, path, found.load_share.into());
         let (mut choice, mut reason) = (preferred, why);
@@ -237,12 +254,12 @@ impl Arbiter {
             Way::Compute => self.compute.alone(),
         };
         let rival = Rival { seen_s: estimate.seen_s(), is_in_doubt: estimate.is_in_doubt(), seconds: rival_s };
-        let parts = self.parts(found, way, load_s, now_s);
+        let parts = self.parts(found, way, load_s);
         self.prober.choose(rival, best_s, &parts, now_s)
     }
 
     /// What could be probed, from the largest to the smallest, with the seconds that each would add.
-    fn parts(&self, found: &FoundPrefix, way: Way, load_s: f64, now_s: f64) -> Vec<(u32, f64)> {
+    fn parts(&self, found: &FoundPrefix, way: Way, load_s: f64) -> Vec<(u32, f64)> {
         let tokens = found.end_token - found.first_token;
         let sizes = (0..PARTS_MAX).map(|halvings| round_down(tokens >> halvings, found.block_tokens, tokens));
         let mut parts: Vec<(u32, f64)> = Vec::new();
@@ -258,15 +275,15 @@ impl Arbiter {
                         break;
                     }
                     let saved = found.first_token..found.first_token + part;
-                    self.load_seconds(found, part, now_s) - self.compute_seconds(found, saved, now_s)
+                    self.load_seconds(found, part) - self.compute_seconds(found, saved)
                 }
                 Way::Compute => {
                     if part < tokens && part < COMPUTE_TOKENS_MIN {
                         break;
                     }
                     let tail = found.end_token - part..found.end_token;
-                    let saved = load_s - self.load_seconds(found, tokens - part, now_s);
-                    self.compute_seconds(found, tail, now_s) - saved
+                    let saved = load_s - self.load_seconds(found, tokens - part);
+                    self.compute_seconds(found, tail) - saved
                 }
             };
             parts.push((part, added));
@@ -274,34 +291,43 @@ impl Arbiter {
         parts
     }
 
-    fn load_seconds(&self, found: &FoundPrefix, tokens: u32, now_s: f64) -> f64 {
+    fn load_seconds(&self, found: &FoundPrefix, tokens: u32) -> f64 {
         if tokens == 0 {
             return 0.0;
         }
         let work = LoadWork::new(found, tokens);
-        self.load.predict(&work) * self.overdue(Way::Load(self.load.path(&work)), now_s)
+        self.load.predict(&work) * self.late[Way::Load(self.load.path(&work)).place()]
     }
 
-    fn compute_seconds(&self, found: &FoundPrefix, tokens: Range<u32>, now_s: f64) -> f64 {
-        let alone = self.compute.predict(&tokens, found.load_share.into());
-        alone * self.overdue(Way::Compute, now_s)
+    fn compute_seconds(&self, found: &FoundPrefix, tokens: Range<u32>) -> f64 {
+        self.compute.predict(&tokens, found.load_share.into()) * self.late[Way::Compute.place()]
     }
 
-    /// By how much what runs on this way is later than predicted, at least: 1 where nothing is overdue.
-    fn overdue(&self, way: Way, now_s: f64) -> f64 {
-        let late = |running: &Running| (now_s - running.since_s) / running.predicted_s.max(1e-3);
-        let running = self.running.iter().filter(|running| running.way == way);
-        running.map(late).filter(|late| *late >= OVERDUE).fold(1.0, f64::max)
+    /// Looks at what is overdue: it counts before it ends.
+    fn look_at_running(&mut self, now_s: f64) {
+        self.running.retain(|running| now_s - running.since_s < RUNNING_MAX_S);
+        self.late = [1.0; 3];
+        for running in &self.running {
+            let found = &running.found;
+            let predicted_s = match running.way {
+                Way::Load(_) => self.load.predict(&LoadWork::new(found, running.load_tokens)),
+                Way::Compute => {
+                    self.compute.predict(&(found.first_token..found.end_token), found.load_share.into())
+                }
+            };
+            let late = (now_s - running.since_s) / predicted_s.max(LATE_FROM_S);
+            if late >= OVERDUE {
+                self.late[running.way.place()] = self.late[running.way.place()].max(late);
+            }
+        }
     }
 
     fn start(&mut self, decision: &Decision, now_s: f64) {
-        let found = &decision.found;
-        let (way, predicted_s) = if decision.load_tokens > 0 {
-            let work = LoadWork::new(found, decision.load_tokens);
-            (Way::Load(self.load.path(&work)), self.load.predict(&work))
+        let found = decision.found;
+        let way = if decision.load_tokens > 0 {
+            Way::Load(self.load.path(&LoadWork::new(&found, decision.load_tokens)))
         } else if decision.computed_tokens() > 0 {
-            let share = found.load_share.into();
-            (Way::Compute, self.compute.predict(&(found.first_token..found.end_token), share))
+            Way::Compute
         } else {
             return;
         };
@@ -309,7 +335,14 @@ impl Arbiter {
             self.running.remove(0);
         }
         let is_probe = decision.reason == Reason::Probe;
-        self.running.push(Running { id: decision.id, way, since_s: now_s, predicted_s, is_probe });
+        self.running.push(Running {
+            id: decision.id,
+            way,
+            since_s: now_s,
+            found,
+            load_tokens: decision.load_tokens,
+            is_probe,
+        });
     }
 
     fn end_running(&mut self, id: u64, is_meant: impl Fn(Way) -> bool) {

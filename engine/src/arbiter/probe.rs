@@ -13,6 +13,9 @@ const OWN_SHARE: f64 = 0.02;
 const SAVED_SHARE: f64 = 0.01;
 const SAVED_SECONDS_MAX: f64 = 60.0;
 const SAVED_REQUESTS_MAX: f64 = 12.0;
+/// The first probe from savings may add this share to its request; that doubles in so long while none fits.
+const SAVED_SHARE_FIRST: f64 = 0.1;
+const SAVED_DOUBLING_S: f64 = 5.0;
 /// Savings are spent on a way that looks so many times slower; it may have become ten times faster.
 const HOPE: f64 = 12.0;
 /// After so long without evidence hope doubles every minute: the estimate may be anything.
@@ -76,7 +79,9 @@ impl Prober {
         }
         let cheapest = *parts.iter().min_by(|one, other| one.1.total_cmp(&other.1))?;
         let requests = cheapest.1 / best_s;
-        if cheapest.1 > self.saved_seconds || requests > self.saved_requests {
+        // Long requests hide a probe best: the shorter one must be, the longer it waits for a better one.
+        let share_max = SAVED_SHARE_FIRST * ((age - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
+        if requests > share_max || cheapest.1 > self.saved_seconds || requests > self.saved_requests {
             return None;
         }
         self.saved_seconds -= cheapest.1;

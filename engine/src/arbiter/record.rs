@@ -34,6 +34,8 @@ pub struct FoundPrefix {
     pub stored_bytes_per_token: u64,
     /// Bytes that loads accepted before this one still have to read from the drive.
     pub queued_bytes: u64,
+    /// All bytes that the drives have read for loads since any fixed time. 0 if not known.
+    pub drive_read_bytes: u64,
     /// The share of the GPU's time that other requests want, 0 to 1.
     pub load_share: f32,
 }
