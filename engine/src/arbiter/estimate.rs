@@ -86,6 +86,11 @@ impl TwoTerm {
         self.seen_s
     }
 
+    /// What began before this says nothing.
+    pub(super) fn changed_s(&self) -> f64 {
+        self.changed_s
+    }
+
     /// Whether the last sample was a surprise that waits for a second one.
     pub(super) fn is_in_doubt(&self) -> bool {
         self.doubt.is_some()

@@ -6,6 +6,9 @@ use super::record::{FoundPrefix, TierSpeeds};
 /// The queue at the drives is looked at so often.
 const LOOK_S: f64 = 1.0;
 
+/// For so long a look at the queue is all that has to be known of what is in it.
+const WATCHED_S: f64 = 5.0;
+
 /// Which stage a load waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
@@ -44,6 +47,8 @@ pub(super) struct LoadTime {
     told: TierSpeeds,
     /// When the queue at the drives was looked at: the time, what was queued, what had been read.
     looked: Option<(f64, u64, u64)>,
+    /// When the drives' speed was last seen so.
+    watched_s: f64,
 }
 
 impl LoadTime {
@@ -55,6 +60,7 @@ impl LoadTime {
             decode_s_per_byte: 0.0,
             told: TierSpeeds::default(),
             looked: None,
+            watched_s: f64::NEG_INFINITY,
         }
     }
 
@@ -72,6 +78,7 @@ impl LoadTime {
         self.looked = Some((now_s, queued, read));
         let bytes = read.saturating_sub(read_then);
         if bytes > 0 && bytes < queued_then {
+            self.watched_s = now_s;
             self.drive.observe(Sample { x: [0.0, bytes as f64], seconds: now_s - then_s }, 1.0, now_s);
         }
     }
@@ -119,6 +126,12 @@ impl LoadTime {
             Path::Drive => self.told.drive_bytes_per_second,
         };
         told > 0 || self.of(path).has_samples()
+    }
+
+    /// Whether a load that has run since then and has not ended says something that is not known otherwise.
+    pub(super) fn may_be_late(&self, path: Path, since_s: f64, now_s: f64) -> bool {
+        let is_watched = path == Path::Drive && now_s - self.watched_s < WATCHED_S;
+        !is_watched && since_s >= self.of(path).changed_s()
     }
 
     pub(super) fn of(&self, path: Path) -> &TwoTerm {

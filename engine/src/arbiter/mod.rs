@@ -34,8 +34,8 @@ const RUNNING_MAX_S: f64 = 600.0;
 const COMPUTE_TOKENS_MIN: u32 = 256;
 /// Probes are of the prefix, its half, its quarter and so on.
 const PARTS_MAX: usize = 20;
-/// A probe tells nothing if the fixed time is most of it.
-const TELLING: f64 = 1.2;
+/// A probe takes so many times the fixed time, or it would not show that drives have become ten times faster.
+const TELLING: f64 = 4.0;
 
 /// Settings of an arbiter.
 #[derive(Debug, Clone)]
@@ -249,11 +249,11 @@ impl Arbiter {
         if self.running.iter().any(|running| running.is_probe && is_running(running)) {
             return None;
         }
-        let estimate = match way {
-            Way::Load(path) => self.load.of(path),
-            Way::Compute => self.compute.alone(),
+        let (seen_s, is_in_doubt) = match way {
+            Way::Load(path) => (self.load.of(path).seen_s(), self.load.of(path).is_in_doubt()),
+            Way::Compute => (self.compute.seen_s(found.load_share.into()), self.compute.alone().is_in_doubt()),
         };
-        let rival = Rival { seen_s: estimate.seen_s(), is_in_doubt: estimate.is_in_doubt(), seconds: rival_s };
+        let rival = Rival { seen_s, is_in_doubt, seconds: rival_s };
         let parts = self.parts(found, way, load_s);
         self.prober.choose(rival, best_s, &parts, now_s)
     }
@@ -316,7 +316,11 @@ impl Arbiter {
                 }
             };
             let late = (now_s - running.since_s) / predicted_s.max(LATE_FROM_S);
-            if late >= OVERDUE {
+            let is_news = match running.way {
+                Way::Load(path) => self.load.may_be_late(path, running.since_s, now_s),
+                Way::Compute => running.since_s >= self.compute.alone().changed_s(),
+            };
+            if late >= OVERDUE && is_news {
                 self.late[running.way.place()] = self.late[running.way.place()].max(late);
             }
         }

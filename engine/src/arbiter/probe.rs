@@ -5,6 +5,8 @@ use crate::policy::SplitMix;
 
 /// A way that nobody has taken for so long is tried, give or take a quarter.
 const INTERVAL_S: f64 = 10.0;
+/// A way that is a tenth slower, or less, is looked at ten times as often.
+const NEARNESS_MIN: f64 = 0.1;
 /// Savings are spent only on ways not seen for so long.
 const SAVINGS_INTERVAL_S: f64 = 15.0;
 /// What a probe may add to its own request.
@@ -60,27 +62,29 @@ impl Prober {
     pub(super) fn choose(&mut self, rival: Rival, best_s: f64, parts: &[(u32, f64)], now_s: f64) -> Option<u32> {
         let age = now_s - rival.seen_s.max(self.born_s.unwrap_or(now_s));
         let never_seen = rival.seen_s == f64::NEG_INFINITY;
-        if !never_seen && !rival.is_in_doubt && age < INTERVAL_S * self.jitter {
+        // What is nearly as good is looked at more often: that costs less, and matters more.
+        let nearness = (rival.seconds / best_s - 1.0).clamp(NEARNESS_MIN, 1.0);
+        if !never_seen && !rival.is_in_doubt && age < INTERVAL_S * self.jitter * nearness {
             return None;
         }
         let own = parts.iter().find(|(_, added)| *added <= OWN_SHARE * best_s);
-        let chosen = own.copied().or_else(|| self.spend(rival, best_s, parts, age));
+        let chosen = own.copied().or_else(|| self.spend(rival, best_s, parts, age, nearness));
         if chosen.is_some() {
             self.jitter = 0.75 + 0.5 * self.random.unit();
         }
         chosen.map(|(tokens, _)| tokens)
     }
 
-    fn spend(&mut self, rival: Rival, best_s: f64, parts: &[(u32, f64)], age: f64) -> Option<(u32, f64)> {
+    fn spend(&mut self, rival: Rival, best_s: f64, parts: &[(u32, f64)], age: f64, nearness: f64) -> Option<(u32, f64)> {
         let hope = HOPE * ((age - HOPE_FIXED_S) / 60.0).clamp(0.0, 30.0).exp2();
-        let is_due = rival.is_in_doubt || age >= SAVINGS_INTERVAL_S * self.jitter;
+        let is_due = rival.is_in_doubt || age >= SAVINGS_INTERVAL_S * self.jitter * nearness;
         if !is_due || rival.seconds > hope * best_s {
             return None;
         }
         let cheapest = *parts.iter().min_by(|one, other| one.1.total_cmp(&other.1))?;
         let requests = cheapest.1 / best_s;
         // Long requests hide a probe best: the shorter one must be, the longer it waits for a better one.
-        let share_max = SAVED_SHARE_FIRST * ((age - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
+        let share_max = SAVED_SHARE_FIRST * ((age / nearness - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
         if requests > share_max || cheapest.1 > self.saved_seconds || requests > self.saved_requests {
             return None;
         }
