@@ -9,7 +9,7 @@ const WINDOW: f64 = 30.0;
 /// From this factor on a sample is a surprise.
 pub(super) const SURPRISE: f64 = 1.5;
 /// A term that contributes less than this to a sample may still be moved as if it contributed so much.
-const SHARE_MIN: f64 = 0.05;
+const SHARE_MIN: f64 = 0.005;
 
 /// What was seen: the two quantities and the time they took.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -55,8 +55,8 @@ impl LoadTime {
     pub(super) fn new() -> Self {
         let floors = [1e-5, 1e-12];
         Self {
-            dram: TwoTerm::new([0.003, 1.0 / 20e9], floors, [0.3, 0.1]),
-            drive: TwoTerm::new([0.005, 1.0 / 2e9], floors, [0.3, 0.1]),
+            dram: TwoTerm::new([0.003, 1.0 / 20e9], floors, [1.0, 0.1]),
+            drive: TwoTerm::new([0.005, 1.0 / 2e9], floors, [1.0, 0.1]),
             decode_s_per_byte: 0.0,
             told: TierSpeeds::default(),
             looked: None,

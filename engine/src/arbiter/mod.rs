@@ -31,7 +31,7 @@ const RUNNING_MAX: usize = 256;
 /// What was never reported is forgotten.
 const RUNNING_MAX_S: f64 = 600.0;
 /// A computation of fewer tokens takes as long as one of so many: a forward pass reads all weights.
-const COMPUTE_TOKENS_MIN: u32 = 256;
+const COMPUTE_TOKENS_MIN: u32 = 64;
 /// Probes are of the prefix, its half, its quarter and so on.
 const PARTS_MAX: usize = 20;
 /// A probe takes so many times the fixed time, or it would not show that drives have become ten times faster.
