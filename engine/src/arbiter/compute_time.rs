@@ -9,7 +9,11 @@ use super::estimate::{SURPRISE, Sample, Taken, TwoTerm};
 const SHARE_LEFT_MIN: f64 = 0.05;
 /// What is known of stretching is kept for each tenth of load.
 const KNOTS: usize = 11;
-const GAIN: f64 = 0.3;
+/// The share of a sample in a knot: at first, and after many.
+const GAIN_FIRST: f64 = 0.3;
+const GAIN_LAST: f64 = 0.08;
+/// So many samples halve the first gain.
+const GAIN_HALVED: f64 = 5.0;
 const STRETCH_LN_MAX: f64 = 5.0;
 
 #[derive(Debug, Clone)]
@@ -20,6 +24,8 @@ pub(super) struct ComputeTime {
     stretched: [f64; KNOTS],
     /// When a computation at such a load was last seen.
     seen_s: [f64; KNOTS],
+    /// How many samples each knot has, since the last change.
+    samples: [f64; KNOTS],
 }
 
 impl ComputeTime {
@@ -29,6 +35,7 @@ impl ComputeTime {
             alone: TwoTerm::new([1e-4, 2e-9], [1e-8, 1e-16], [0.2, 0.2]),
             stretched: std::array::from_fn(shared),
             seen_s: [f64::NEG_INFINITY; KNOTS],
+            samples: [0.0; KNOTS],
         }
     }
 
@@ -54,9 +61,14 @@ impl ComputeTime {
         let taken = self.alone.observe(sample, weight, now_s);
         self.seen_s[nearest(load_share)] = now_s;
         if ratio.is_finite() && ratio > 0.0 {
-            let step = GAIN * ratio.clamp(1.0 / SURPRISE, SURPRISE).ln();
+            if taken == Taken::Changed {
+                self.samples = [0.0; KNOTS];
+            }
+            let off = ratio.clamp(1.0 / SURPRISE, SURPRISE).ln();
             for (knot, share) in knots(load_share).into_iter().filter(|(knot, _)| *knot > 0) {
-                self.stretched[knot] = (self.stretched[knot] + share * step).clamp(-1.0, STRETCH_LN_MAX);
+                let gain = (GAIN_FIRST / (1.0 + self.samples[knot] / GAIN_HALVED)).max(GAIN_LAST);
+                self.samples[knot] += share;
+                self.stretched[knot] = (self.stretched[knot] + share * gain * off).clamp(-1.0, STRETCH_LN_MAX);
             }
         }
         taken

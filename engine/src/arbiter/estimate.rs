@@ -5,9 +5,16 @@
 /// Evidence counts half after so long, where there is newer.
 const HALF_LIFE_S: f64 = 60.0;
 /// So many samples count at most.
-const WINDOW: f64 = 30.0;
-/// From this factor on a sample is a surprise.
+const WINDOW: f64 = 60.0;
+/// From this factor on a sample is a surprise, or from three standard deviations on, if they are more; but always from
+/// the larger factor on.
 pub(super) const SURPRISE: f64 = 1.5;
+const SURPRISE_MAX: f64 = 2.5;
+const DEVIATIONS: f64 = 3.0;
+/// Of the mean deviation, to a standard deviation of normal noise.
+const TO_STANDARD: f64 = 1.25;
+/// The share of the newest sample in what is known of noise.
+const NOISE_GAIN: f64 = 0.05;
 /// A term that contributes less than this to a sample may still be moved as if it contributed so much.
 const SHARE_MIN: f64 = 0.005;
 
@@ -50,6 +57,8 @@ pub(super) struct TwoTerm {
     /// When the first of the surprises began that made it forget: what began before says nothing.
     changed_s: f64,
     doubt_since_s: f64,
+    /// The mean deviation of the logarithm from what was expected.
+    deviation: f64,
 }
 
 impl TwoTerm {
@@ -65,6 +74,7 @@ impl TwoTerm {
             seen_s: f64::NEG_INFINITY,
             changed_s: f64::NEG_INFINITY,
             doubt_since_s: f64::NEG_INFINITY,
+            deviation: 0.0,
         }
     }
 
@@ -118,10 +128,14 @@ impl TwoTerm {
         self.seen_s = now_s;
         self.samples += 1;
         let ratio = sample.seconds / expected;
+        let surprise = (DEVIATIONS * TO_STANDARD * self.deviation).exp().clamp(SURPRISE, SURPRISE_MAX);
+        if self.samples > 1 {
+            self.deviation += NOISE_GAIN * (ratio.ln().abs().min(SURPRISE.ln()) - self.deviation);
+        }
         let taken = if self.samples == 1 {
             self.add(sample, 1.0, sample.seconds);
             Taken::Usual
-        } else if (1.0 / SURPRISE..=SURPRISE).contains(&ratio) {
+        } else if (1.0 / surprise..=surprise).contains(&ratio) {
             self.doubt = None;
             self.add(sample, weight, expected);
             Taken::Usual
@@ -135,7 +149,7 @@ impl TwoTerm {
         } else {
             self.doubt = Some(sample);
             self.doubt_since_s = since_s;
-            let clipped = Sample { seconds: expected * ratio.clamp(1.0 / SURPRISE, SURPRISE), ..sample };
+            let clipped = Sample { seconds: expected * ratio.clamp(1.0 / surprise, surprise), ..sample };
             self.add(clipped, weight, expected);
             Taken::Surprise
         };
