@@ -64,7 +64,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-policy bench-gpu bench-ttft bench-pairs
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-policy bench-arbiter bench-gpu bench-ttft bench-pairs
 .PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -128,6 +128,9 @@ bench-policy: server ## Policies on a trace: hits, writes, the optimum; cost at 
 	@$(CARGO_OUT)/release/pegaflow policy cost --blocks $(BLOCKS) --policies lru,pegaflow
 	@$(CARGO_OUT)/release/pegaflow policy replay $(if $(TRACE),'$(TRACE)',--synthetic $(SYNTHETIC)) --capacities $(CAPACITIES) \
 	    --plot $(TARGET)/policy/$(if $(TRACE),$(basename $(notdir $(TRACE))),$(SYNTHETIC)) $(OPTIONS)
+
+bench-arbiter: toolchain ## Load or recompute, simulated: how far from the best, how fast it recovers. SEED=1 OPTIONS='--case 42' shows one
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_arbiter -- $(if $(SEED),--seed $(SEED)) $(OPTIONS)
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')

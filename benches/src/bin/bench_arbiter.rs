@@ -84,7 +84,7 @@ fn show(name: &str, runs: &[(World, WorldOutcome)], count: usize, key: impl Fn(&
     }
 }
 
-pub fn main() -> Result<ExitCode> {
+fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     let worlds = worlds(&arguments);
     let started = Instant::now();

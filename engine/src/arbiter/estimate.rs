@@ -17,6 +17,8 @@ const TO_STANDARD: f64 = 1.25;
 const NOISE_GAIN: f64 = 0.05;
 /// A term that contributes less than this to a sample may still be moved as if it contributed so much.
 const SHARE_MIN: f64 = 0.005;
+/// Below this share a term cannot be what has changed.
+const JUMP_SHARE_MIN: f64 = 0.2;
 
 /// What was seen: the two quantities and the time they took.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -142,7 +144,9 @@ impl TwoTerm {
         } else if let Some(first) = self.doubt.take().filter(|first| is_same_side(self.predict(first.x), *first, ratio))
         {
             self.changed_s = self.doubt_since_s.min(since_s);
+            let off = (ratio * first.seconds / self.predict(first.x)).sqrt();
             self.forget();
+            self.jump(off, sample.x);
             self.add(first, 1.0, first.seconds);
             self.add(sample, 1.0, sample.seconds);
             Taken::Changed
@@ -155,6 +159,23 @@ impl TwoTerm {
         };
         self.solve(sample.x);
         taken
+    }
+
+    /// Everything takes `off` times as long: because of the second term if it resists less and matters there.
+    fn jump(&mut self, off: f64, x: [f64; 2]) {
+        let second = self.terms[1] * x[1];
+        if self.stiffness[0] > self.stiffness[1] && second > JUMP_SHARE_MIN * self.predict(x) {
+            let moved = self.terms[1] + (off - 1.0) * self.predict(x) / x[1];
+            self.terms[1] = moved.max(self.terms[1] * off / 2.0).max(self.floors[1]);
+        } else {
+            let first = (off * self.predict(x) - second) / x[0].max(f64::MIN_POSITIVE);
+            let is_first = self.stiffness[0] > self.stiffness[1] && first > self.floors[0];
+            self.terms = if is_first {
+                [first, self.terms[1]]
+            } else {
+                [0, 1].map(|term| (self.terms[term] * off).max(self.floors[term]))
+            };
+        }
     }
 
     fn fade(&mut self, factor: f64) {

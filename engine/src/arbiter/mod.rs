@@ -34,6 +34,8 @@ const RUNNING_MAX_S: f64 = 600.0;
 const COMPUTE_TOKENS_MIN: u32 = 64;
 /// Probes are of the prefix, its half, its quarter and so on.
 const PARTS_MAX: usize = 20;
+/// A load of unknown speed may take so many times what is assumed.
+const CAUTION: f64 = 8.0;
 /// A probe takes so many times the fixed time, or it would not show that drives have become ten times faster.
 const TELLING: f64 = 4.0;
 
@@ -275,7 +277,8 @@ impl Arbiter {
                         break;
                     }
                     let saved = found.first_token..found.first_token + part;
-                    self.load_seconds(found, part) - self.compute_seconds(found, saved)
+                    let caution = if self.load.is_known(path) { 1.0 } else { CAUTION };
+                    self.load_seconds(found, part) * caution - self.compute_seconds(found, saved)
                 }
                 Way::Compute => {
                     if part < tokens && part < COMPUTE_TOKENS_MIN {
@@ -311,9 +314,7 @@ impl Arbiter {
             let found = &running.found;
             let predicted_s = match running.way {
                 Way::Load(_) => self.load.predict(&LoadWork::new(found, running.load_tokens)),
-                Way::Compute => {
-                    self.compute.predict(&(found.first_token..found.end_token), found.load_share.into())
-                }
+                Way::Compute => self.compute.predict(&(found.first_token..found.end_token), found.load_share.into()),
             };
             let late = (now_s - running.since_s) / predicted_s.max(LATE_FROM_S);
             let is_news = match running.way {

@@ -75,7 +75,14 @@ impl Prober {
         chosen.map(|(tokens, _)| tokens)
     }
 
-    fn spend(&mut self, rival: Rival, best_s: f64, parts: &[(u32, f64)], age: f64, nearness: f64) -> Option<(u32, f64)> {
+    fn spend(
+        &mut self,
+        rival: Rival,
+        best_s: f64,
+        parts: &[(u32, f64)],
+        age: f64,
+        nearness: f64,
+    ) -> Option<(u32, f64)> {
         let hope = HOPE * ((age - HOPE_FIXED_S) / 60.0).clamp(0.0, 30.0).exp2();
         let is_due = rival.is_in_doubt || age >= SAVINGS_INTERVAL_S * self.jitter * nearness;
         if !is_due || rival.seconds > hope * best_s {
@@ -84,7 +91,8 @@ impl Prober {
         let cheapest = *parts.iter().min_by(|one, other| one.1.total_cmp(&other.1))?;
         let requests = cheapest.1 / best_s;
         // Long requests hide a probe best: the shorter one must be, the longer it waits for a better one.
-        let share_max = SAVED_SHARE_FIRST * ((age / nearness - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
+        let share_max =
+            SAVED_SHARE_FIRST * ((age / nearness - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
         if requests > share_max || cheapest.1 > self.saved_seconds || requests > self.saved_requests {
             return None;
         }
