@@ -15,7 +15,7 @@ const PREFILLS: [f64; 5] = [1e3, 3e3, 1e4, 3e4, 1e5];
 const LOADS: [Option<f64>; 6] = [Some(0.0), Some(0.3), Some(0.6), Some(0.9), Some(1.0), None];
 const STRETCHES: [Stretch; 3] = [Stretch::Shared, Stretch::Linear, Stretch::Square];
 const TOLD: [Told; 4] = [Told::Nothing, Told::Truth, Told::TooMuch, Told::TooLittle];
-/// No request may be slower than the best by more than this, and none for longer.
+/// The bars: of the mean of a world and of its sum of times to the best, and of the time until it has recovered.
 const WORST_MAX: f64 = 1.05;
 const RECOVERY_S_MAX: f64 = 60.0;
 

@@ -210,7 +210,7 @@ impl TwoTerm {
         let [aa, ab, bb] = [self.matrix[0] + resistance[0], self.matrix[1], self.matrix[2] + resistance[1]];
         let right = [0, 1].map(|term| self.right[term] + resistance[term] * before[term]);
         let determinant = aa * bb - ab * ab;
-        if !(determinant > 0.0) {
+        if determinant.is_nan() || determinant <= 0.0 {
             return;
         }
         let solved = [(right[0] * bb - right[1] * ab) / determinant, (right[1] * aa - right[0] * ab) / determinant];
