@@ -67,7 +67,9 @@ fn found(tokens: u32, load_share: f32) -> FoundPrefix {
 fn taught(compute_ms: f64) -> World {
     let mut world = World::new(TOKEN_BYTES as f64 * 1000.0, 1000.0 / compute_ms, 1);
     world.arbiter.tell_speeds(TierSpeeds { drive_bytes_per_second: TOKEN_BYTES * 1000, ..TierSpeeds::default() });
-    (0..200).for_each(|step| drop(world.serve(1024 << (step % 4))));
+    for step in 0..200 {
+        world.serve(1024 << (step % 4));
+    }
     world
 }
 
