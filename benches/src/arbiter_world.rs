@@ -1,18 +1,21 @@
-//! A made-up engine with drives, for the arbiter: requests that find a prefix, what it truly takes to load or to compute
-//! it, noise, and drives that change their speed. The arbiter sees only what a connector would. Same seed, same history.
+//! A made-up engine with drives, for the arbiter: requests that find a prefix and compute what comes behind it, what it
+//! truly takes to load or to compute it, noise, and drives that change their speed. The arbiter sees only what the engine
+//! would tell it. Same seed, same history.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
-use pegaflow_engine::{Arbiter, ArbiterConfig, FoundPrefix, Reason, TierSpeeds};
+use pegaflow_engine::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, Reason, TierSpeeds};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 const BLOCK_TOKENS: u32 = 16;
 /// An 8B model with grouped attention in 16 bits.
 const BYTES_PER_TOKEN: u64 = 131_072;
+/// What every request computes behind the prefix: its own question.
+const SUFFIX_TOKENS: Range<u32> = 64..1024;
 /// With a codec of ratio 1.4.
 const STORED_BYTES_PER_TOKEN: u64 = 93_622;
 const LINK_BYTES_PER_S: f64 = 50e9;
@@ -115,6 +118,24 @@ pub struct WorldOutcome {
 enum Report {
     Loaded(u64, Duration),
     Computed(u64, Range<u32>, f32, Duration),
+    /// Read beside a request: bytes, those queued before, how long.
+    Read(u64, u64, Duration),
+}
+
+/// What waits for the drives.
+struct AtDrive {
+    what: DriveWork,
+    since_s: f64,
+    /// Up to which byte of all that the drives read.
+    end: f64,
+    /// What comes after.
+    last_s: f64,
+}
+
+#[derive(Clone, Copy)]
+enum DriveWork {
+    Load(u64),
+    Read(u64, u64),
 }
 
 struct Run {
@@ -126,8 +147,8 @@ struct Run {
     queued_bytes: f64,
     /// All that the drives have read.
     drive_read_bytes: f64,
-    /// Loads that wait for the drives, in order: the decision, when it was made, up to which byte of all, what comes after.
-    at_drive: VecDeque<(u64, f64, f64, f64)>,
+    /// In order.
+    at_drive: VecDeque<AtDrive>,
     reports: BinaryHeap<Reverse<(u64, u64)>>,
     waiting: HashMap<u64, Report>,
     next_report: u64,
@@ -226,35 +247,25 @@ impl Run {
         let doubling = self.world.length.unwrap_or_else(|| self.random.random_range(0..LENGTHS));
         let load_share = self.world.load_share.unwrap_or_else(|| self.random.random());
         let (found, class) = self.find(doubling, load_share);
-        let tokens = found.end_token - found.first_token;
-        let all_loaded = self.load_s(&found, tokens, load_share);
+        let all_loaded = self.load_s(&found, load_share);
         let all_computed = self.compute_s(&(found.first_token..found.end_token), load_share);
         let decision = self.arbiter.decide(found, Duration::from_secs_f64(self.now_s));
-        let mut seconds = 0.0;
-        let mut noisy_s = 0.0;
-        if decision.load_tokens > 0 {
-            let load_s = self.load_s(&found, decision.load_tokens, load_share);
-            seconds += load_s;
-            noisy_s = load_s * self.noise();
-            let own = drive_bytes(&found, decision.load_tokens);
-            if own > 0.0 {
-                // The drives may change their speed before they come to it.
-                self.queued_bytes += own * noisy_s / load_s;
-                let end = self.drive_read_bytes + self.queued_bytes;
-                let last_s = LOAD_FIXED_S * (1.0 + load_share) + link_s(decision.load_tokens) * 0.01;
-                self.at_drive.push_back((decision.id, self.now_s, end, last_s));
-            } else {
-                self.report(noisy_s, Report::Loaded(decision.id, Duration::from_secs_f64(noisy_s)));
-            }
+        let is_load = decision.choice == Choice::Load;
+        let seconds = if is_load { all_loaded } else { all_computed };
+        let loaded_s = if is_load { self.load(&decision, all_loaded) } else { 0.0 };
+        if decision.read_bytes > 0 {
+            let queued = self.queued_bytes;
+            self.queued_bytes += decision.read_bytes as f64;
+            let end = self.drive_read_bytes + self.queued_bytes;
+            let what = DriveWork::Read(decision.read_bytes, queued as u64);
+            self.at_drive.push_back(AtDrive { what, since_s: self.now_s, end, last_s: LOAD_FIXED_S });
         }
-        let rest = found.first_token + decision.load_tokens..found.end_token;
-        if !rest.is_empty() {
-            let compute_s = self.compute_s(&rest, load_share);
-            seconds += compute_s;
-            let took_s = compute_s * self.noise();
-            let took = Duration::from_secs_f64(took_s);
-            self.report(noisy_s + took_s, Report::Computed(decision.id, rest, found.load_share, took));
-        }
+        // What is behind the prefix is computed in any case, and does not count.
+        let suffix = found.end_token + self.random.random_range(SUFFIX_TOKENS);
+        let computed = if is_load { found.end_token..suffix } else { found.first_token..suffix };
+        let took_s = self.compute_s(&computed, load_share) * self.noise();
+        let took = Duration::from_secs_f64(took_s);
+        self.report(loaded_s + took_s, Report::Computed(decision.id, computed, found.load_share, took));
         let best_s = all_loaded.min(all_computed);
         let is_probe = decision.reason == Reason::Probe;
         if self.world.shown_from.is_some_and(|from| is_probe || seconds >= from * best_s) {
@@ -262,6 +273,24 @@ impl Run {
             eprintln!("{:.3} s, {:.2} of the best: {decision}; in truth {truth}", self.now_s, seconds / best_s);
         }
         Served { at_s: self.now_s, class, ratio: seconds / best_s, seconds, best_s, is_probe }
+    }
+
+    /// Begins a load; how long it takes with noise, if the drives stay as they are.
+    fn load(&mut self, decision: &Decision, load_s: f64) -> f64 {
+        let noisy_s = load_s * self.noise();
+        self.arbiter.load_began(decision.id, Duration::from_secs_f64(self.now_s));
+        let own = drive_bytes(&decision.found);
+        if own > 0.0 {
+            // The drives may change their speed before they come to it.
+            self.queued_bytes += own * noisy_s / load_s;
+            let end = self.drive_read_bytes + self.queued_bytes;
+            let last_s = LOAD_FIXED_S * (1.0 + f64::from(decision.found.load_share)) + link_s(decision.tokens()) * 0.01;
+            let what = DriveWork::Load(decision.id);
+            self.at_drive.push_back(AtDrive { what, since_s: self.now_s, end, last_s });
+        } else {
+            self.report(noisy_s, Report::Loaded(decision.id, Duration::from_secs_f64(noisy_s)));
+        }
+        noisy_s
     }
 
     /// A prefix: three of ten are in DRAM, two are half there; one of four begins behind what the engine has itself.
@@ -281,7 +310,7 @@ impl Run {
             first_token,
             end_token,
             dram_end_token,
-            block_tokens: BLOCK_TOKENS,
+            is_placed: false,
             link_bytes_per_token: BYTES_PER_TOKEN,
             stored_bytes_per_token: STORED_BYTES_PER_TOKEN,
             queued_bytes: self.queued_bytes as u64,
@@ -299,18 +328,22 @@ impl Run {
         self.drive_read_bytes += bytes;
         // What is left is a rounding error.
         let reached = if self.queued_bytes > 0.0 { self.drive_read_bytes } else { f64::INFINITY };
-        while let Some((id, since_s, end, last_s)) = self.at_drive.front().copied().filter(|next| next.2 <= reached) {
-            self.at_drive.pop_front();
+        while self.at_drive.front().is_some_and(|next| next.end <= reached) {
+            let Some(AtDrive { what, since_s, end, last_s }) = self.at_drive.pop_front() else { break };
             let ended_s = from_s + (end - from_bytes).max(0.0) / self.drive_bytes_per_s + last_s;
             let took = Duration::from_secs_f64(ended_s - since_s);
-            self.report(ended_s - self.now_s, Report::Loaded(id, took));
+            let report = match what {
+                DriveWork::Load(id) => Report::Loaded(id, took),
+                DriveWork::Read(bytes, queued) => Report::Read(bytes, queued, took),
+            };
+            self.report(ended_s - self.now_s, report);
         }
     }
 
-    fn load_s(&self, found: &FoundPrefix, tokens: u32, load_share: f64) -> f64 {
-        let own = drive_bytes(found, tokens);
+    fn load_s(&self, found: &FoundPrefix, load_share: f64) -> f64 {
+        let own = drive_bytes(found);
         let drive_s = if own > 0.0 { (own + self.queued_bytes) / self.drive_bytes_per_s } else { 0.0 };
-        LOAD_FIXED_S * (1.0 + load_share) + link_s(tokens).max(drive_s)
+        LOAD_FIXED_S * (1.0 + load_share) + link_s(found.end_token - found.first_token).max(drive_s)
     }
 
     fn compute_s(&self, tokens: &Range<u32>, load_share: f64) -> f64 {
@@ -340,10 +373,13 @@ impl Run {
             self.reports.pop();
             let at = Duration::from_nanos(at_ns);
             match self.waiting.remove(&number) {
-                Some(Report::Loaded(id, took)) => self.arbiter.loaded(id, took, at),
-                Some(Report::Computed(id, tokens, share, took)) => {
-                    self.arbiter.computed(Some(id), tokens, share, took, at);
+                Some(Report::Loaded(id, took)) => {
+                    let _ended = self.arbiter.loaded(id, took, at);
                 }
+                Some(Report::Computed(id, tokens, share, took)) => {
+                    let _ended = self.arbiter.computed(Some(id), tokens, share, took, at);
+                }
+                Some(Report::Read(bytes, queued, took)) => self.arbiter.was_read(bytes, queued, Some(took), at),
                 None => {}
             }
         }
@@ -354,7 +390,8 @@ fn link_s(tokens: u32) -> f64 {
     f64::from(tokens) * BYTES_PER_TOKEN as f64 / LINK_BYTES_PER_S
 }
 
-fn drive_bytes(found: &FoundPrefix, tokens: u32) -> f64 {
+fn drive_bytes(found: &FoundPrefix) -> f64 {
+    let tokens = found.end_token - found.first_token;
     let in_dram = found.dram_end_token.saturating_sub(found.first_token).min(tokens);
     f64::from(tokens - in_dram) * STORED_BYTES_PER_TOKEN as f64
 }

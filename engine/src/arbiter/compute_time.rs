@@ -22,8 +22,6 @@ pub(super) struct ComputeTime {
     alone: TwoTerm,
     /// The logarithm of how much longer it takes, by load. At first as if everybody got an equal share.
     stretched: [f64; KNOTS],
-    /// When a computation at such a load was last seen.
-    seen_s: [f64; KNOTS],
     /// How many samples each knot has, since the last change.
     samples: [f64; KNOTS],
 }
@@ -34,7 +32,6 @@ impl ComputeTime {
         Self {
             alone: TwoTerm::new([1e-4, 2e-9], [1e-8, 1e-16], [0.2, 0.2]),
             stretched: std::array::from_fn(shared),
-            seen_s: [f64::NEG_INFINITY; KNOTS],
             samples: [0.0; KNOTS],
         }
     }
@@ -47,11 +44,6 @@ impl ComputeTime {
         &self.alone
     }
 
-    /// When a computation was last seen at about this load.
-    pub(super) fn seen_s(&self, load_share: f64) -> f64 {
-        self.seen_s[nearest(load_share)]
-    }
-
     pub(super) fn observe(&mut self, tokens: &Range<u32>, load_share: f64, seconds: f64, now_s: f64) -> Taken {
         let stretch = self.stretch(load_share);
         let ratio = seconds / self.predict(tokens, load_share);
@@ -59,7 +51,6 @@ impl ComputeTime {
         let weight = (1.0 - load_share).max(0.3);
         let sample = Sample { x: work(tokens), seconds: seconds / stretch };
         let taken = self.alone.observe(sample, weight, now_s);
-        self.seen_s[nearest(load_share)] = now_s;
         if ratio.is_finite() && ratio > 0.0 {
             if taken == Taken::Changed {
                 self.samples = [0.0; KNOTS];
@@ -78,10 +69,6 @@ impl ComputeTime {
     fn stretch(&self, load_share: f64) -> f64 {
         knots(load_share).into_iter().map(|(knot, share)| share * self.stretched[knot]).sum::<f64>().exp()
     }
-}
-
-fn nearest(load_share: f64) -> usize {
-    (load_share.clamp(0.0, 1.0) * (KNOTS - 1) as f64).round() as usize
 }
 
 /// The two knots next to a load, and how near it is to each.

@@ -55,6 +55,8 @@ pub(super) struct TwoTerm {
     right: [f64; 2],
     doubt: Option<Sample>,
     samples: u64,
+    /// Somebody has told a term: it is more than a guess.
+    is_told: bool,
     seen_s: f64,
     /// When the first of the surprises began that made it forget: what began before says nothing.
     changed_s: f64,
@@ -73,6 +75,7 @@ impl TwoTerm {
             right: [0.0; 2],
             doubt: None,
             samples: 0,
+            is_told: false,
             seen_s: f64::NEG_INFINITY,
             changed_s: f64::NEG_INFINITY,
             doubt_since_s: f64::NEG_INFINITY,
@@ -111,6 +114,7 @@ impl TwoTerm {
     /// Takes another value for one term on somebody else's word.
     pub(super) fn believe(&mut self, term: usize, value: f64) {
         self.terms[term] = value.max(self.floors[term]);
+        self.is_told = true;
         self.forget();
     }
 
@@ -135,6 +139,10 @@ impl TwoTerm {
             self.deviation += NOISE_GAIN * (ratio.ln().abs().min(SURPRISE.ln()) - self.deviation);
         }
         let taken = if self.samples == 1 {
+            if !self.is_told && !(1.0 / surprise..=surprise).contains(&ratio) {
+                // What was before is a guess.
+                self.jump(ratio, sample.x);
+            }
             self.add(sample, 1.0, sample.seconds);
             Taken::Usual
         } else if (1.0 / surprise..=surprise).contains(&ratio) {
@@ -268,6 +276,17 @@ mod tests {
         }
         let back = estimate.predict([1.0, 1e9]);
         assert!((back / before - 1.0).abs() < 0.1, "{before} {back}");
+    }
+
+    #[test]
+    fn the_first_sample_outweighs_a_guess_but_not_what_was_told() {
+        let mut estimate = drive();
+        estimate.observe(sample(1e9, 1e-7), 1.0, 1.0);
+        assert!(estimate.predict([1.0, 1e9]) > 90.0, "{:?}", estimate.terms());
+        let mut estimate = drive();
+        estimate.believe(1, 1e-9);
+        estimate.observe(sample(1e9, 1e-7), 1.0, 1.0);
+        assert!(estimate.predict([1.0, 1e9]) < 3.0, "{:?}", estimate.terms());
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub(super) enum Path {
     Drive,
 }
 
-/// A load of the first tokens of what was found.
+/// A load of all that was found.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoadWork {
     link_bytes: f64,
@@ -28,12 +28,18 @@ pub(super) struct LoadWork {
 }
 
 impl LoadWork {
-    pub(super) fn new(found: &FoundPrefix, tokens: u32) -> Self {
+    pub(super) fn new(found: &FoundPrefix) -> Self {
+        let tokens = found.end_token.saturating_sub(found.first_token);
         let in_dram = found.dram_end_token.saturating_sub(found.first_token).min(tokens);
         let stored_bytes = f64::from(tokens - in_dram) * found.stored_bytes_per_token as f64;
         let queued = if tokens > in_dram { found.queued_bytes as f64 } else { 0.0 };
         let link_bytes = f64::from(tokens) * found.link_bytes_per_token as f64;
         Self { link_bytes, drive_bytes: stored_bytes + queued, stored_bytes }
+    }
+
+    /// What comes from the drive, as stored.
+    pub(super) fn stored_bytes(&self) -> f64 {
+        self.stored_bytes
     }
 }
 
@@ -139,6 +145,11 @@ impl LoadTime {
             Path::Dram => &self.dram,
             Path::Drive => &self.drive,
         }
+    }
+
+    /// A read of so many bytes, those queued before it included, has ended that was no load.
+    pub(super) fn observe_read(&mut self, bytes: f64, seconds: f64, now_s: f64) -> Taken {
+        self.drive.observe(Sample { x: [1.0, bytes], seconds }, 1.0, now_s)
     }
 
     pub(super) fn observe(&mut self, work: &LoadWork, seconds: f64, now_s: f64) -> Taken {

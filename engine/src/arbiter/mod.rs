@@ -2,8 +2,7 @@
 //! load and every computation and tried again now and then. Pure logic: time comes with each call, the random source from
 //! a seed, and memory is bounded. It knows nothing of tiers or engines but what it is told.
 //!
-//! All or nothing: the head of a prefix is the cheapest to compute, so a split never pays. Only a probe splits: it has a
-//! part of the prefix the other way, as large as costs its request 2 % at most.
+//! All or nothing: the head of a prefix is the cheapest to compute, so a split never pays. What is not known is loaded.
 
 mod compute_time;
 mod estimate;
@@ -31,21 +30,19 @@ const RUNNING_MAX: usize = 256;
 /// What was never reported is forgotten.
 const RUNNING_MAX_S: f64 = 600.0;
 /// A computation of fewer tokens takes as long as one of so many: a forward pass reads all weights.
-const COMPUTE_TOKENS_MIN: u32 = 64;
-/// Probes are of the prefix, its half, its quarter and so on.
-const PARTS_MAX: usize = 20;
-/// A load of unknown speed may take so many times what is assumed.
-const CAUTION: f64 = 8.0;
-/// A probe takes so many times the fixed time, or it would not show that drives have become ten times faster.
-const TELLING: f64 = 4.0;
+const COMPUTE_TOKENS_MIN: usize = 64;
+/// What is read beside a request, at least and at most. Sizes differ, or the fixed time could not be told from the speed.
+const READ_BYTES_MIN: f64 = 4_194_304.0;
+const READ_BYTES_MAX: f64 = 33_554_432.0;
+/// The next read waits so many times as long as the last one took of the drives' time, but never longer than this.
+const READ_REST: f64 = 20.0;
+const READ_REST_MAX_S: f64 = 300.0;
 
 /// Settings of an arbiter.
 #[derive(Debug, Clone)]
 pub struct ArbiterConfig {
     /// Whether found prefixes are loaded. Default: auto.
     pub load_policy: LoadPolicy,
-    /// Decide, but load nothing. Default: false.
-    pub is_shadow: bool,
     /// Seed of random choices. Default: 0.
     pub seed: u64,
     /// How many decisions are kept to be explained, of 200 bytes each. Default: 4,096. Minimum: 1.
@@ -54,36 +51,17 @@ pub struct ArbiterConfig {
 
 impl Default for ArbiterConfig {
     fn default() -> Self {
-        Self { load_policy: LoadPolicy::Auto, is_shadow: false, seed: 0, decisions_max: 4096 }
+        Self { load_policy: LoadPolicy::Auto, seed: 0, decisions_max: 4096 }
     }
 }
 
-/// A way to have a prefix that is learned for itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Load(Path),
-    Compute,
-}
-
-impl Way {
-    fn place(self) -> usize {
-        match self {
-            Self::Load(Path::Dram) => 0,
-            Self::Load(Path::Drive) => 1,
-            Self::Compute => 2,
-        }
-    }
-}
-
-/// What was decided and has not ended.
+/// A load that has begun and has not ended.
 #[derive(Debug, Clone, Copy)]
 struct Running {
     id: u64,
-    way: Way,
+    path: Path,
     since_s: f64,
-    found: FoundPrefix,
-    load_tokens: u32,
-    is_probe: bool,
+    predicted_s: f64,
 }
 
 /// Decides between loading and computing, for one engine.
@@ -93,8 +71,13 @@ pub struct Arbiter {
     compute: ComputeTime,
     prober: Prober,
     running: Vec<Running>,
-    /// By how much what runs is later than is predicted of it by now, by way; 1 where nothing is.
-    late: [f64; 3],
+    /// When the read began that goes on beside requests.
+    reading_since_s: Option<f64>,
+    next_read_s: f64,
+    /// When a way was last taken on trial, whatever became of it: DRAM, drive, computing.
+    probed_s: [f64; 3],
+    /// By how much what runs is later than was predicted of it, by path; 1 where nothing is.
+    late: [f64; 2],
     decisions: VecDeque<Decision>,
     next_id: u64,
 }
@@ -108,20 +91,23 @@ impl Arbiter {
             load: LoadTime::new(),
             compute: ComputeTime::new(),
             running: Vec::new(),
-            late: [1.0; 3],
+            reading_since_s: None,
+            next_read_s: f64::NEG_INFINITY,
+            probed_s: [f64::NEG_INFINITY; 3],
+            late: [1.0; 2],
             decisions: VecDeque::new(),
             next_id: 1,
         }
     }
 
+    /// One that begins with what this one has learned, but none of its decisions: for another engine with the same model.
+    pub fn successor(&self, config: ArbiterConfig) -> Self {
+        Self { load: self.load.clone(), compute: self.compute.clone(), ..Self::new(config) }
+    }
+
     /// Changes the policy from the next decision on.
     pub fn set_load_policy(&mut self, policy: LoadPolicy) {
         self.config.load_policy = policy;
-    }
-
-    /// Turns shadow mode on or off from the next decision on.
-    pub fn set_shadow(&mut self, is_shadow: bool) {
-        self.config.is_shadow = is_shadow;
     }
 
     /// Takes in how fast the tiers are by somebody else's measurement. What is unchanged since the last call does not
@@ -134,28 +120,31 @@ impl Arbiter {
     pub fn decide(&mut self, found: FoundPrefix, now: Duration) -> Decision {
         let now_s = now.as_secs_f64();
         let found = sound(found);
-        let tokens = found.end_token - found.first_token;
         self.load.look(&found, now_s);
         self.look_at_running(now_s);
-        let load_s = self.load_seconds(&found, tokens);
-        let compute_s = self.compute_seconds(&found, found.first_token..found.end_token);
-        let path = self.load.path(&LoadWork::new(&found, tokens));
+        let work = LoadWork::new(&found);
+        let path = self.load.path(&work);
+        let load_s = self.load.predict(&work) * self.late[place(path)];
+        let compute_s = self.compute.predict(&(found.first_token..found.end_token), found.load_share.into());
         let (preferred, why) = self.prefer(load_s, compute_s, path, found.load_share.into());
-        let (mut choice, mut reason) = (preferred, why);
-        let mut load_tokens = if choice == Choice::Load { tokens } else { 0 };
-        if tokens == 0 {
-            (choice, reason, load_tokens) = (Choice::Recompute, Reason::Nothing, 0);
-        } else if self.config.is_shadow || self.config.load_policy == LoadPolicy::Never {
-            (choice, load_tokens) = (Choice::Recompute, 0);
-            reason = if self.config.is_shadow { Reason::Shadow } else { Reason::Policy };
-        } else if self.config.load_policy == LoadPolicy::Always {
-            (choice, reason, load_tokens) = (Choice::Load, Reason::Policy, tokens);
-        } else if let Some(probed) = self.probe(&found, preferred, path, load_s, compute_s, now_s) {
-            reason = Reason::Probe;
-            (choice, load_tokens) = match preferred {
-                Choice::Load => (Choice::Recompute, tokens - probed),
-                Choice::Recompute => (Choice::Load, probed),
-            };
+        let (mut choice, mut reason, mut read_bytes) = (preferred, why, 0);
+        match self.config.load_policy {
+            _ if found.end_token == found.first_token => (choice, reason) = (Choice::Recompute, Reason::Nothing),
+            LoadPolicy::Never => (choice, reason) = (Choice::Recompute, Reason::Policy),
+            LoadPolicy::Always => (choice, reason) = (Choice::Load, Reason::Policy),
+            LoadPolicy::Shadow => (choice, reason) = (Choice::Load, Reason::Shadow),
+            LoadPolicy::Auto if found.is_placed => (choice, reason) = (Choice::Load, Reason::Placed),
+            LoadPolicy::Auto => {
+                let is_wanted =
+                    why != Reason::NotMeasured && self.wants_probe(preferred, path, &work, [load_s, compute_s], now_s);
+                if is_wanted && preferred == Choice::Recompute && path == Path::Drive {
+                    read_bytes = self.read_bytes(&work);
+                    self.reading_since_s = Some(now_s);
+                } else if is_wanted {
+                    reason = Reason::Probe;
+                    choice = if preferred == Choice::Load { Choice::Recompute } else { Choice::Load };
+                }
+            }
         }
         let decision = Decision {
             id: self.next_id,
@@ -165,13 +154,12 @@ impl Arbiter {
             predicted_recompute: seconds(compute_s),
             choice,
             preferred,
-            load_tokens,
             reason,
+            read_bytes,
             observed_load: None,
-            observed_compute: None,
+            observed_recompute: None,
         };
         self.next_id += 1;
-        self.start(&decision, now_s);
         if self.decisions.len() >= self.config.decisions_max.max(1) {
             self.decisions.pop_front();
         }
@@ -179,35 +167,71 @@ impl Arbiter {
         decision
     }
 
-    /// The load of a decision has ended well, `took` after the decision.
-    pub fn loaded(&mut self, id: u64, took: Duration, now: Duration) {
-        self.end_running(id, |way| way != Way::Compute);
+    /// The load of a decision begins: from now on it can be late.
+    pub fn load_began(&mut self, id: u64, now: Duration) {
         let Some(decision) = self.decision_mut(id) else { return };
-        if decision.load_tokens == 0 || decision.observed_load.replace(took).is_some() {
-            return;
+        let work = LoadWork::new(&decision.found);
+        if self.running.len() >= RUNNING_MAX {
+            self.running.remove(0);
         }
-        let work = LoadWork::new(&decision.found, decision.load_tokens);
-        self.load.observe(&work, took.as_secs_f64(), now.as_secs_f64());
+        let (path, predicted_s) = (self.load.path(&work), self.load.predict(&work));
+        self.running.push(Running { id, path, since_s: now.as_secs_f64(), predicted_s });
     }
 
-    /// The engine has computed `tokens` of a request in `took`, while others wanted `load_share` of the GPU. With `id`
-    /// where the request had a decision, also for tokens behind those found.
-    pub fn computed(&mut self, id: Option<u64>, tokens: Range<u32>, load_share: f32, took: Duration, now: Duration) {
-        if let Some(id) = id {
-            self.end_running(id, |way| way == Way::Compute);
-            if let Some(decision) = self.decision_mut(id) {
-                decision.observed_compute = Some(took);
-            }
+    /// The load of a decision has ended well, `took` after it began. The decision with it, if it is kept.
+    pub fn loaded(&mut self, id: u64, took: Duration, now: Duration) -> Option<Decision> {
+        self.running.retain(|running| running.id != id);
+        let decision = self.decision_mut(id)?;
+        if decision.observed_load.is_some() {
+            return None;
         }
-        if tokens.len() < COMPUTE_TOKENS_MIN as usize {
-            return;
-        }
-        self.compute.observe(&tokens, share(load_share).into(), took.as_secs_f64(), now.as_secs_f64());
+        decision.observed_load = Some(took);
+        let decision = *decision;
+        self.load.observe(&LoadWork::new(&decision.found), took.as_secs_f64(), now.as_secs_f64());
+        Some(decision)
     }
 
-    /// Nothing more will be heard of a decision: its request is over, or its load has failed.
+    /// The load of a decision will not end well, or never began: it says nothing.
     pub fn abandoned(&mut self, id: u64) {
-        self.end_running(id, |_| true);
+        self.running.retain(|running| running.id != id);
+    }
+
+    /// What was to be read beside a request has ended: so many bytes behind `queued_bytes` of others, in this time. `None`:
+    /// it failed, or was not done.
+    pub fn was_read(&mut self, bytes: u64, queued_bytes: u64, took: Option<Duration>, now: Duration) {
+        self.reading_since_s = None;
+        if let Some(took) = took.filter(|_| bytes > 0) {
+            let (own, all) = (bytes as f64, bytes as f64 + queued_bytes as f64);
+            let (took_s, now_s) = (took.as_secs_f64(), now.as_secs_f64());
+            self.next_read_s = now_s + (READ_REST * took_s * own / all).min(READ_REST_MAX_S);
+            self.load.observe_read(all, took_s, now_s);
+        }
+    }
+
+    /// The engine has computed these tokens of a request in `took`, while others wanted `load_share` of the GPU. With `id`
+    /// where the request had a decision; the decision with it, if what was found was computed and it is kept.
+    pub fn computed(
+        &mut self,
+        id: Option<u64>,
+        tokens: Range<u32>,
+        load_share: f32,
+        took: Duration,
+        now: Duration,
+    ) -> Option<Decision> {
+        if tokens.len() < COMPUTE_TOKENS_MIN {
+            return None;
+        }
+        let load_share = f64::from(share(load_share));
+        self.compute.observe(&tokens, load_share, took.as_secs_f64(), now.as_secs_f64());
+        let found = self.decision_mut(id?)?.found;
+        if tokens.start > found.first_token || tokens.end < found.end_token || found.end_token == found.first_token {
+            return None;
+        }
+        let part = self.compute.predict(&(found.first_token..found.end_token), load_share)
+            / self.compute.predict(&tokens, load_share);
+        let decision = self.decision_mut(id?)?;
+        let is_first = decision.observed_recompute.replace(seconds(took.as_secs_f64() * part)).is_none();
+        is_first.then_some(*decision)
     }
 
     /// The latest decision for a request, by the asker's name for it, if it is kept.
@@ -216,13 +240,13 @@ impl Arbiter {
     }
 
     /// The decisions that are kept, oldest first.
-    pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
+    pub fn decisions(&self) -> impl DoubleEndedIterator<Item = &Decision> {
         self.decisions.iter()
     }
 
     fn prefer(&self, load_s: f64, compute_s: f64, path: Path, load_share: f64) -> (Choice, Reason) {
-        if !self.load.is_known(path) {
-            (Choice::Recompute, Reason::NotMeasured)
+        if !self.load.is_known(path) || !self.compute.alone().has_samples() {
+            (Choice::Load, Reason::NotMeasured)
         } else if load_s <= compute_s {
             (Choice::Load, Reason::Faster)
         } else if load_s <= compute_s * (1.0 + FREED_GPU * load_share) {
@@ -232,126 +256,53 @@ impl Arbiter {
         }
     }
 
-    /// How many tokens to have the other way, if it is to be tried.
-    fn probe(
+    /// Whether the way that is not preferred is to be tried. From the drive something is read beside the request, which
+    /// costs it nothing; otherwise the whole prefix is had that way.
+    fn wants_probe(
         &mut self,
-        found: &FoundPrefix,
         preferred: Choice,
         path: Path,
-        load_s: f64,
-        compute_s: f64,
+        work: &LoadWork,
+        [load_s, compute_s]: [f64; 2],
         now_s: f64,
-    ) -> Option<u32> {
-        let (best_s, rival_s, way) = match preferred {
-            Choice::Load => (load_s, compute_s, Way::Compute),
-            Choice::Recompute => (compute_s, load_s, Way::Load(path)),
-        };
+    ) -> bool {
+        let (best_s, rival_s) = if preferred == Choice::Load { (load_s, compute_s) } else { (compute_s, load_s) };
         self.prober.save_up(best_s, now_s);
-        let is_running = |running: &Running| running.way == way && now_s - running.since_s < PROBE_PATIENCE_S;
-        if self.running.iter().any(|running| running.is_probe && is_running(running)) {
-            return None;
-        }
-        let (seen_s, is_in_doubt) = match way {
-            Way::Load(path) => (self.load.of(path).seen_s(), self.load.of(path).is_in_doubt()),
-            Way::Compute => (self.compute.seen_s(found.load_share.into()), self.compute.alone().is_in_doubt()),
+        let (seen_s, is_in_doubt, way) = match preferred {
+            Choice::Load => (self.compute.alone().seen_s(), self.compute.alone().is_in_doubt(), 2),
+            Choice::Recompute => (self.load.of(path).seen_s(), self.load.of(path).is_in_doubt(), place(path)),
         };
         let rival = Rival { seen_s, is_in_doubt, seconds: rival_s };
-        let parts = self.parts(found, way, load_s);
-        self.prober.choose(rival, best_s, &parts, now_s)
-    }
-
-    /// What could be probed, from the largest to the smallest, with the seconds that each would add.
-    fn parts(&self, found: &FoundPrefix, way: Way, load_s: f64) -> Vec<(u32, f64)> {
-        let tokens = found.end_token - found.first_token;
-        let sizes = (0..PARTS_MAX).map(|halvings| round_down(tokens >> halvings, found.block_tokens, tokens));
-        let mut parts: Vec<(u32, f64)> = Vec::new();
-        for part in sizes.take_while(|part| *part > 0) {
-            if parts.last().is_some_and(|(before, _)| *before == part) {
-                break;
-            }
-            let added = match way {
-                Way::Load(path) => {
-                    let work = LoadWork::new(found, part);
-                    let is_telling = self.load.predict(&work) >= TELLING * self.load.of(path).terms()[0];
-                    if part < tokens && (self.load.path(&work) != path || !is_telling) {
-                        break;
-                    }
-                    let saved = found.first_token..found.first_token + part;
-                    let caution = if self.load.is_known(path) { 1.0 } else { CAUTION };
-                    self.load_seconds(found, part) * caution - self.compute_seconds(found, saved)
-                }
-                Way::Compute => {
-                    if part < tokens && part < COMPUTE_TOKENS_MIN {
-                        break;
-                    }
-                    let tail = found.end_token - part..found.end_token;
-                    let saved = load_s - self.load_seconds(found, tokens - part);
-                    self.compute_seconds(found, tail) - saved
-                }
-            };
-            parts.push((part, added));
+        let is_read = preferred == Choice::Recompute && path == Path::Drive;
+        if is_read {
+            let is_reading = self.reading_since_s.is_some_and(|since_s| now_s - since_s < READ_REST_MAX_S);
+            let is_busy = is_reading || now_s < self.next_read_s;
+            return !is_busy && work.stored_bytes() > 0.0 && self.prober.is_due(rival, best_s, now_s);
         }
-        parts
-    }
-
-    fn load_seconds(&self, found: &FoundPrefix, tokens: u32) -> f64 {
-        if tokens == 0 {
-            return 0.0;
+        let wanted = now_s - self.probed_s[way] >= PROBE_PATIENCE_S && self.prober.pays(rival, best_s, now_s);
+        if wanted {
+            self.probed_s[way] = now_s;
         }
-        let work = LoadWork::new(found, tokens);
-        self.load.predict(&work) * self.late[Way::Load(self.load.path(&work)).place()]
+        wanted
     }
 
-    fn compute_seconds(&self, found: &FoundPrefix, tokens: Range<u32>) -> f64 {
-        self.compute.predict(&tokens, found.load_share.into()) * self.late[Way::Compute.place()]
+    /// How much to read.
+    fn read_bytes(&mut self, work: &LoadWork) -> u64 {
+        let wanted = READ_BYTES_MIN * (READ_BYTES_MAX / READ_BYTES_MIN).powf(self.prober.unit());
+        wanted.min(work.stored_bytes()).max(1.0) as u64
     }
 
     /// Looks at what is overdue: it counts before it ends.
     fn look_at_running(&mut self, now_s: f64) {
         self.running.retain(|running| now_s - running.since_s < RUNNING_MAX_S);
-        self.late = [1.0; 3];
+        self.late = [1.0; 2];
         for running in &self.running {
-            let found = &running.found;
-            let predicted_s = match running.way {
-                Way::Load(_) => self.load.predict(&LoadWork::new(found, running.load_tokens)),
-                Way::Compute => self.compute.predict(&(found.first_token..found.end_token), found.load_share.into()),
-            };
-            let late = (now_s - running.since_s) / predicted_s.max(LATE_FROM_S);
-            let is_news = match running.way {
-                Way::Load(path) => self.load.may_be_late(path, running.since_s, now_s),
-                Way::Compute => running.since_s >= self.compute.alone().changed_s(),
-            };
-            if late >= OVERDUE && is_news {
-                self.late[running.way.place()] = self.late[running.way.place()].max(late);
+            let late = (now_s - running.since_s) / running.predicted_s.max(LATE_FROM_S);
+            if late >= OVERDUE && self.load.may_be_late(running.path, running.since_s, now_s) {
+                let of_path = &mut self.late[place(running.path)];
+                *of_path = of_path.max(late);
             }
         }
-    }
-
-    fn start(&mut self, decision: &Decision, now_s: f64) {
-        let found = decision.found;
-        let way = if decision.load_tokens > 0 {
-            Way::Load(self.load.path(&LoadWork::new(&found, decision.load_tokens)))
-        } else if decision.computed_tokens() > 0 {
-            Way::Compute
-        } else {
-            return;
-        };
-        if self.running.len() >= RUNNING_MAX {
-            self.running.remove(0);
-        }
-        let is_probe = decision.reason == Reason::Probe;
-        self.running.push(Running {
-            id: decision.id,
-            way,
-            since_s: now_s,
-            found,
-            load_tokens: decision.load_tokens,
-            is_probe,
-        });
-    }
-
-    fn end_running(&mut self, id: u64, is_meant: impl Fn(Way) -> bool) {
-        self.running.retain(|running| running.id != id || !is_meant(running.way));
     }
 
     fn decision_mut(&mut self, id: u64) -> Option<&mut Decision> {
@@ -361,13 +312,19 @@ impl Arbiter {
     }
 }
 
+fn place(path: Path) -> usize {
+    match path {
+        Path::Dram => 0,
+        Path::Drive => 1,
+    }
+}
+
 /// The question with what cannot be made whole.
 fn sound(found: FoundPrefix) -> FoundPrefix {
     let end_token = found.end_token.max(found.first_token);
     FoundPrefix {
         end_token,
         dram_end_token: found.dram_end_token.clamp(found.first_token, end_token),
-        block_tokens: found.block_tokens.max(1),
         load_share: share(found.load_share),
         ..found
     }
@@ -375,11 +332,6 @@ fn sound(found: FoundPrefix) -> FoundPrefix {
 
 fn share(load_share: f32) -> f32 {
     if load_share.is_finite() { load_share.clamp(0.0, 1.0) } else { 0.0 }
-}
-
-/// Whole blocks; all is all, with whatever it ends.
-fn round_down(part: u32, block: u32, all: u32) -> u32 {
-    if part == all { all } else { part / block * block }
 }
 
 fn seconds(seconds: f64) -> Duration {

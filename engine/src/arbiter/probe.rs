@@ -1,5 +1,5 @@
-//! When the way that is not taken is tried, and what that may cost: each request may become 2 % slower by it; what
-//! requests leave over of 1 % is saved up for those too short to hide a probe.
+//! When the way that is not taken is tried, and what that may cost. Reads beside a request cost nothing; a request that is
+//! served the other way may become 2 % slower, and what requests leave over of 1 % is saved up for the rest.
 
 use crate::policy::SplitMix;
 
@@ -19,7 +19,7 @@ const SAVED_REQUESTS_MAX: f64 = 12.0;
 const SAVED_SHARE_FIRST: f64 = 0.1;
 const SAVED_DOUBLING_S: f64 = 5.0;
 /// Savings are spent on a way that looks so many times slower; it may have become ten times faster.
-const HOPE: f64 = 12.0;
+const HOPE: f64 = 3.0;
 /// After so long without evidence hope doubles every minute: the estimate may be anything.
 const HOPE_FIXED_S: f64 = 300.0;
 /// After so long a probe that has not ended no longer keeps others back.
@@ -58,46 +58,66 @@ impl Prober {
         self.saved_requests = (self.saved_requests + SAVED_SHARE).min(SAVED_REQUESTS_MAX);
     }
 
-    /// Which of `parts`, from the largest to the smallest, each with the seconds that it would add, is to be tried.
-    pub(super) fn choose(&mut self, rival: Rival, best_s: f64, parts: &[(u32, f64)], now_s: f64) -> Option<u32> {
-        let age = now_s - rival.seen_s.max(self.born_s.unwrap_or(now_s));
-        let never_seen = rival.seen_s == f64::NEG_INFINITY;
-        // What is nearly as good is looked at more often: that costs less, and matters more.
-        let nearness = (rival.seconds / best_s - 1.0).clamp(NEARNESS_MIN, 1.0);
-        if !never_seen && !rival.is_in_doubt && age < INTERVAL_S * self.jitter * nearness {
-            return None;
-        }
-        let own = parts.iter().find(|(_, added)| *added <= OWN_SHARE * best_s);
-        let chosen = own.copied().or_else(|| self.spend(rival, best_s, parts, age, nearness));
-        if chosen.is_some() {
-            self.jitter = 0.75 + 0.5 * self.random.unit();
-        }
-        chosen.map(|(tokens, _)| tokens)
+    /// A random number from 0 to below 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        self.random.unit()
     }
 
-    fn spend(
-        &mut self,
-        rival: Rival,
-        best_s: f64,
-        parts: &[(u32, f64)],
-        age: f64,
-        nearness: f64,
-    ) -> Option<(u32, f64)> {
+    /// Whether the rival was not seen for so long, or so doubtful, that it is to be looked at where that costs nothing.
+    pub(super) fn is_due(&mut self, rival: Rival, best_s: f64, now_s: f64) -> bool {
+        let is_due = self.is_old(rival, best_s, now_s);
+        if is_due {
+            self.jitter = 0.75 + 0.5 * self.random.unit();
+        }
+        is_due
+    }
+
+    /// Whether a request that takes `best_s` is to be served by the rival.
+    pub(super) fn pays(&mut self, rival: Rival, best_s: f64, now_s: f64) -> bool {
+        if !self.is_old(rival, best_s, now_s) {
+            return false;
+        }
+        let pays = rival.seconds - best_s <= OWN_SHARE * best_s || self.spend(rival, best_s, now_s);
+        if pays {
+            self.jitter = 0.75 + 0.5 * self.random.unit();
+        }
+        pays
+    }
+
+    fn is_old(&self, rival: Rival, best_s: f64, now_s: f64) -> bool {
+        let age = self.age(rival, now_s);
+        rival.seen_s == f64::NEG_INFINITY
+            || rival.is_in_doubt
+            || age >= INTERVAL_S * self.jitter * nearness(rival, best_s)
+    }
+
+    fn age(&self, rival: Rival, now_s: f64) -> f64 {
+        now_s - rival.seen_s.max(self.born_s.unwrap_or(now_s))
+    }
+
+    /// Pays for it out of the savings, if they suffice.
+    fn spend(&mut self, rival: Rival, best_s: f64, now_s: f64) -> bool {
+        let (age, nearness) = (self.age(rival, now_s), nearness(rival, best_s));
         let hope = HOPE * ((age - HOPE_FIXED_S) / 60.0).clamp(0.0, 30.0).exp2();
         let is_due = rival.is_in_doubt || age >= SAVINGS_INTERVAL_S * self.jitter * nearness;
         if !is_due || rival.seconds > hope * best_s {
-            return None;
+            return false;
         }
-        let cheapest = *parts.iter().min_by(|one, other| one.1.total_cmp(&other.1))?;
-        let requests = cheapest.1 / best_s;
+        let added = rival.seconds - best_s;
+        let requests = added / best_s;
         // Long requests hide a probe best: the shorter one must be, the longer it waits for a better one.
         let share_max =
             SAVED_SHARE_FIRST * ((age / nearness - SAVINGS_INTERVAL_S) / SAVED_DOUBLING_S).clamp(0.0, 30.0).exp2();
-        if requests > share_max || cheapest.1 > self.saved_seconds || requests > self.saved_requests {
-            return None;
+        if requests > share_max || added > self.saved_seconds || requests > self.saved_requests {
+            return false;
         }
-        self.saved_seconds -= cheapest.1;
+        self.saved_seconds -= added;
         self.saved_requests -= requests;
-        Some(cheapest)
+        true
     }
+}
+
+/// What is nearly as good is looked at more often: that costs less, and matters more.
+fn nearness(rival: Rival, best_s: f64) -> f64 {
+    (rival.seconds / best_s - 1.0).clamp(NEARNESS_MIN, 1.0)
 }

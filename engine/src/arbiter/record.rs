@@ -1,22 +1,64 @@
 //! What is asked of the arbiter, what it answers, and what it says of an answer afterwards.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
+use pegaflow_tiers::{Error, ErrorKind};
+use serde::Serialize;
+
+/// By how much what was taken may be slower than what was predicted of the other way before it counts as a mistake.
+const MISTAKE: f64 = 1.05;
+
 /// Whether found prefixes are loaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum LoadPolicy {
     /// Where loading is expected to take less time than computing.
     #[default]
     Auto,
     /// Always.
     Always,
-    /// Never.
+    /// Never: the kill switch.
     Never,
+    /// Always, but what `auto` would do is decided and recorded.
+    Shadow,
+}
+
+impl LoadPolicy {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Always, Self::Never, Self::Shadow];
+
+    /// Its name in settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+            Self::Shadow => "shadow",
+        }
+    }
+}
+
+impl fmt::Display for LoadPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for LoadPolicy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::ALL.into_iter().find(|policy| policy.as_str() == text).ok_or_else(|| {
+            let message = format!("load policy '{text}'; give auto, always, never or shadow");
+            Error::new(ErrorKind::InvalidInput, message)
+        })
+    }
 }
 
 /// A prefix that was found, as seen by the request that could use it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct FoundPrefix {
     /// The asker's name for the request, to find its decision again.
     pub request: u64,
@@ -26,8 +68,8 @@ pub struct FoundPrefix {
     pub end_token: u32,
     /// Up to which token (one after the last) all is in DRAM. Blocks from the drive come after those in DRAM.
     pub dram_end_token: u32,
-    /// Tokens of a block. 0 counts as 1.
-    pub block_tokens: u32,
+    /// Whether the workers copy it themselves, out of DRAM: then it is loaded, whatever other loads take.
+    pub is_placed: bool,
     /// Bytes of a token, over the slowest worker's link: its share of the KV cache.
     pub link_bytes_per_token: u64,
     /// Bytes of a token on the drive, of all workers that share it, as stored.
@@ -52,7 +94,8 @@ pub struct TierSpeeds {
 }
 
 /// How a prefix is had.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Choice {
     /// It is loaded.
     Load,
@@ -61,26 +104,29 @@ pub enum Choice {
 }
 
 /// Why.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// It is expected to be faster.
     Faster,
     /// Loading is expected to be a little slower, and frees a GPU that others want.
     FreesGpu,
-    /// No load has been seen yet, and nobody has said how fast the tiers are.
+    /// Not both ways were seen yet: it is loaded.
     NotMeasured,
-    /// The other way was not seen for a while: a part of the prefix is had that way, or all of it if it is short.
+    /// The other way was not seen for a while.
     Probe,
-    /// `load_policy` says so.
+    /// It lies in DRAM, and the workers copy it themselves.
+    Placed,
+    /// The load policy says so.
     Policy,
-    /// Shadow mode: nothing is loaded.
+    /// The load policy is `shadow`: it is loaded in any case.
     Shadow,
     /// Nothing to load.
     Nothing,
 }
 
 /// A decision, and what came of it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Decision {
     /// Its number, from 1 up.
     pub id: u64,
@@ -92,30 +138,40 @@ pub struct Decision {
     pub predicted_load: Duration,
     /// What it would take to compute it beside what the engine has to do for others.
     pub predicted_recompute: Duration,
-    /// What to do; for a probe, what is probed.
+    /// What to do with all of it.
     pub choice: Choice,
-    /// What `auto` would do without probes, also where the policy or shadow mode decide.
+    /// What `auto` would do without probes, also where the policy decides.
     pub preferred: Choice,
-    /// How many tokens to load, from `first_token` on: none or all, but for probes.
-    pub load_tokens: u32,
     /// Why.
     pub reason: Reason,
+    /// Bytes of what was found, as stored, that are to be read from the drive beside the request, to see how fast that is;
+    /// 0: none. To be reported by [`super::Arbiter::was_read`].
+    pub read_bytes: u64,
     /// How long the load took, once it is known.
     pub observed_load: Option<Duration>,
-    /// How long it took to compute what was not loaded, once it is known.
-    pub observed_compute: Option<Duration>,
+    /// How long it took to compute what was found, once it is known: its share of what was computed.
+    pub observed_recompute: Option<Duration>,
 }
 
 impl Decision {
-    /// Tokens that are computed although they were found.
-    pub fn computed_tokens(&self) -> u32 {
-        self.found.end_token.saturating_sub(self.found.first_token).saturating_sub(self.load_tokens)
+    /// Tokens that were found.
+    pub fn tokens(&self) -> u32 {
+        self.found.end_token.saturating_sub(self.found.first_token)
+    }
+
+    /// Whether the other way would have been faster, by its prediction. False until it is known how long it took.
+    pub fn is_mistake(&self) -> bool {
+        let (observed, other) = match self.choice {
+            Choice::Load => (self.observed_load, self.predicted_recompute),
+            Choice::Recompute => (self.observed_recompute, self.predicted_load),
+        };
+        self.reason != Reason::NotMeasured
+            && observed.is_some_and(|observed| observed.as_secs_f64() > other.as_secs_f64() * MISTAKE)
     }
 }
 
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tokens = self.found.end_token.saturating_sub(self.found.first_token);
         let what = match self.choice {
             Choice::Load => "load",
             Choice::Recompute => "recompute",
@@ -123,25 +179,23 @@ impl fmt::Display for Decision {
         let why = match self.reason {
             Reason::Faster => "it is faster",
             Reason::FreesGpu => "it is hardly slower and frees the GPU",
-            Reason::NotMeasured => "no load was measured yet",
+            Reason::NotMeasured => "loading or computing was not measured yet",
             Reason::Probe => "to see whether it has changed",
-            Reason::Policy => "load_policy says so",
-            Reason::Shadow => "shadow mode loads nothing",
+            Reason::Placed => "workers copy it out of DRAM",
+            Reason::Policy => "the load policy says so",
+            Reason::Shadow => "in shadow mode everything is loaded",
             Reason::Nothing => "nothing was found",
         };
-        write!(f, "{what}: {why}; {tokens} tokens found, {} loaded; ", self.load_tokens)?;
+        let in_dram = self.found.dram_end_token.saturating_sub(self.found.first_token).min(self.tokens());
+        write!(f, "{what}: {why}; {} tokens found, {in_dram} in DRAM; ", self.tokens())?;
         write!(f, "predicted {:.1} ms to load, ", millis(self.predicted_load))?;
-        write!(
-            f,
-            "{:.1} ms to compute at {:.0} % load",
-            millis(self.predicted_recompute),
-            self.found.load_share * 100.0
-        )?;
+        let load_percent = self.found.load_share * 100.0;
+        write!(f, "{:.1} ms to compute at {load_percent:.0} % load", millis(self.predicted_recompute))?;
         if let Some(observed) = self.observed_load {
             write!(f, "; the load took {:.1} ms", millis(observed))?;
         }
-        if let Some(observed) = self.observed_compute {
-            write!(f, "; computing {} tokens took {:.1} ms", self.computed_tokens(), millis(observed))?;
+        if let Some(observed) = self.observed_recompute {
+            write!(f, "; computing it took {:.1} ms", millis(observed))?;
         }
         Ok(())
     }
