@@ -7,6 +7,8 @@ use std::time::Duration;
 use pegaflow_tiers::{ArenaId, BlockKey, DriveSpeed, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
 use serde::Serialize;
 
+use crate::arbiter::{Decision, LoadPolicy};
+
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
 /// vLLM's `kv_transfer_config.engine_id` with the data-parallel rank. At most 256 bytes of UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,6 +62,58 @@ pub struct LookupRequest {
     /// Tell where the blocks lie if all that were found are in DRAM, for a worker that copies them itself. The lease then
     /// outlives the session that took it.
     pub with_places: bool,
+    /// Asks whether what is found is worth loading. Without it, and without a lease, nothing is decided, and what is found is
+    /// leased.
+    pub question: Option<LoadQuestion>,
+}
+
+/// What an asker knows of a request whose prefix it looks up, for the decision whether to load it.
+#[derive(Debug, Clone, Default)]
+pub struct LoadQuestion {
+    /// Its name for the request, by which the decision is explained later. Longer ones than 256 bytes are cut.
+    pub request: String,
+    /// How many blocks from the first on it has itself.
+    pub first_block: u32,
+    /// Tokens of a block. 0 counts as 1.
+    pub block_tokens: u32,
+    /// The share of the GPU's time that other requests want, 0 to 1.
+    pub load_share: f32,
+    /// Its own policy; `None`: the engine's. The engine's `never` outranks it.
+    pub policy: Option<LoadPolicy>,
+    /// What it has computed since it asked last. At most 256.
+    pub computed: Vec<ComputedTokens>,
+}
+
+/// Tokens of one request that an inference engine has computed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ComputedTokens {
+    /// The decision on the request's prefix; 0: there was none.
+    pub decision: u64,
+    /// The first of them, by its place in the request.
+    pub first_token: u32,
+    /// One after the last.
+    pub end_token: u32,
+    /// The share of the GPU's time that other requests wanted, as the question had it, 0 to 1.
+    pub load_share: f32,
+    /// From the start of the first step that computed some of them to the end of the last.
+    pub took: Duration,
+}
+
+/// A decision between loading and computing, as it is explained.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DecisionRecord {
+    /// The instance that asked.
+    pub instance: String,
+    /// Its name for the request.
+    pub request: String,
+    /// How long ago, in milliseconds.
+    pub ago_ms: u64,
+    /// In words.
+    pub text: String,
+    /// Whether the other way would have been faster, by its prediction.
+    pub is_mistake: bool,
+    /// What was asked, predicted, decided and seen. Times have seconds (`secs`) and nanoseconds (`nanos`).
+    pub decision: Decision,
 }
 
 /// Where leased blocks lie in DRAM.
@@ -94,6 +148,8 @@ pub struct LookupReply {
     /// Where they lie, if that was asked for, a lease was taken and all are in DRAM.
     #[serde(skip)]
     pub places: Option<Places>,
+    /// The number of the decision whether to load them, 0 if there was none. After one against it there is no lease.
+    pub decision: u64,
 }
 
 /// One block of a load.
@@ -246,6 +302,18 @@ pub struct Stats {
     pub lookup_blocks: u64,
     /// Blocks found in lookups.
     pub lookup_hit_blocks: u64,
+    /// Whether what lookups find is loaded.
+    pub load_policy: LoadPolicy,
+    /// Found prefixes that were to be loaded.
+    pub decided_loads: u64,
+    /// Found prefixes that were to be computed all the same.
+    pub decided_recomputes: u64,
+    /// Loads that took longer than computing would have, as predicted.
+    pub mistaken_loads: u64,
+    /// Computations that took longer than loading would have, as predicted.
+    pub mistaken_recomputes: u64,
+    /// Bytes read beside requests that were computed, to see how fast the drives are.
+    pub decision_read_bytes: u64,
     /// Blocks loaded out of DRAM.
     pub loaded_dram_blocks: u64,
     /// Blocks loaded from the drive.

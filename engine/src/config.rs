@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::arbiter::LoadPolicy;
 use crate::write_budget::WriteBudget;
 use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -284,6 +285,9 @@ pub struct EngineConfig {
     /// How long after its write a block is durable at the latest, in milliseconds. Default: 1,000. Limits: 1 to 60,000.
     #[serde(default = "default_commit_interval_ms")]
     pub commit_interval_ms: u64,
+    /// Whether what lookups find is loaded, until it is set to something else. Default: auto.
+    #[serde(default)]
+    pub load_policy: LoadPolicy,
 }
 
 fn default_dram() -> ByteSize {
@@ -317,6 +321,7 @@ impl Default for EngineConfig {
             queue_operations: default_queue_operations(),
             load_timeout_ms: default_load_timeout_ms(),
             commit_interval_ms: default_commit_interval_ms(),
+            load_policy: LoadPolicy::default(),
         }
     }
 }

@@ -13,15 +13,18 @@ use pegaflow_tiers::{
 
 use crate::admission::{Admission, SeenBefore, SystemClock};
 use crate::api::{
-    InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest, OperationId, SaveOutcome,
-    SaveRequest, SessionId, Stats,
+    DecisionRecord, InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest,
+    OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
 };
+use crate::arbiter::LoadPolicy;
 use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
+use crate::load_choice::LoadChoice;
+use crate::look_aside::LookAside;
 use crate::operations::Operations;
 use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
@@ -100,6 +103,8 @@ impl Engine {
             arena,
             drive,
             leases: Leases::new(),
+            load_choice: LoadChoice::new(config.load_policy),
+            look_aside: LookAside::default(),
             operations: Operations::default(),
             registry: Registry::default(),
             counters: Counters::default(),
@@ -162,6 +167,23 @@ impl Engine {
     /// at the most leases.
     pub fn lookup(&self, session: SessionId, request: &LookupRequest) -> Result<LookupReply> {
         lookup::lookup(self.inner()?, session, request)
+    }
+
+    /// Whether what lookups find is loaded.
+    pub fn load_policy(&self) -> LoadPolicy {
+        self.shared.inner.load_choice.policy()
+    }
+
+    /// Changes that, from the next lookup on. `never` holds for every asker, the others only where it has no policy of its
+    /// own.
+    pub fn set_load_policy(&self, policy: LoadPolicy) {
+        self.shared.inner.load_choice.set_policy(policy);
+    }
+
+    /// The latest decisions whether to load, newest first, at most `limit`: of the requests with this name (or with it and
+    /// a suffix behind a `-`), or of all. The last 1,024 of each instance are kept.
+    pub fn explain(&self, request: Option<&str>, limit: usize) -> Vec<DecisionRecord> {
+        self.shared.inner.load_choice.explain(request, limit)
     }
 
     /// Gives a lease back. Unknown leases are ignored: they may have run out.
@@ -300,6 +322,12 @@ impl Engine {
             operations: inner.operations.len() as u64,
             lookup_blocks: counters.lookup_blocks.get(),
             lookup_hit_blocks: counters.lookup_hit_blocks.get(),
+            load_policy: inner.load_choice.policy(),
+            decided_loads: inner.load_choice.counters.loads.get(),
+            decided_recomputes: inner.load_choice.counters.recomputes.get(),
+            mistaken_loads: inner.load_choice.counters.mistaken_loads.get(),
+            mistaken_recomputes: inner.load_choice.counters.mistaken_recomputes.get(),
+            decision_read_bytes: inner.load_choice.counters.read_bytes.get(),
             loaded_dram_blocks: counters.loaded_dram_blocks.get(),
             loaded_nvme_blocks: counters.loaded_nvme_blocks.get(),
             load_failed_blocks: counters.load_failed_blocks.get(),
@@ -374,6 +402,7 @@ impl Shared {
         inner.operations.cancel_all();
         let threads = self.workers.write().stop();
         inner.leases.close();
+        inner.look_aside.close();
         inner.wear.close();
         inner.operations.wait_ended(None, deadline)?;
         for thread in threads {

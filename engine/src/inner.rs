@@ -16,6 +16,8 @@ use crate::counters::Counters;
 use crate::drive_tier::DriveTier;
 use crate::lease::Leases;
 use crate::load::LoadJob;
+use crate::load_choice::LoadChoice;
+use crate::look_aside::LookAside;
 use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
@@ -40,6 +42,10 @@ pub(crate) struct Inner {
     pub(crate) admission: Option<Admission>,
     pub(crate) wear: Arc<Wear>,
     pub(crate) leases: Leases,
+    /// Whether what is found is loaded.
+    pub(crate) load_choice: Arc<LoadChoice>,
+    /// Reads beside requests, one at a time.
+    pub(crate) look_aside: LookAside,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,
@@ -117,6 +123,8 @@ impl Workers {
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
         if inner.drive.is_configured() {
+            let looker = Arc::clone(inner);
+            workers.spawn("pega-look".into(), move || looker.look_aside.serve(&looker))?;
             let keeper = Arc::clone(inner);
             inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
             let rate = inner.config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0);

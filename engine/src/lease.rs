@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use pegaflow_tiers::{Error, ErrorKind, Location, RecordId, RegionPins, Result, Store};
 
 use crate::api::{InstanceId, LeaseId, SessionId};
+use crate::load_choice::LoadWatch;
 use crate::residency::Resident;
 
 /// The most leases at a time; a lookup beyond that is refused as busy.
@@ -65,6 +66,8 @@ impl Pinned {
 pub(crate) struct ShardLease {
     pub(crate) hits: Vec<Hit>,
     pub(crate) pinned: Option<Arc<Pinned>>,
+    /// Is told how the load ends, if its time is wanted.
+    pub(crate) watch: Option<Arc<LoadWatch>>,
 }
 
 struct Lease {
@@ -74,6 +77,7 @@ struct Lease {
     expires: Instant,
     shards: HashMap<u16, Vec<Hit>>,
     pinned: Option<Arc<Pinned>>,
+    watch: Option<Arc<LoadWatch>>,
     /// Workers were told where its blocks lie, and copy them without asking: their session is not the one that took it.
     has_places: bool,
 }
@@ -113,6 +117,7 @@ impl Leases {
         shards: HashMap<u16, Vec<Hit>>,
         pinned: Option<Pinned>,
         has_places: bool,
+        watch: Option<Arc<LoadWatch>>,
     ) -> Result<LeaseId> {
         let mut state = self.state.lock();
         let replaced = state.by_tag.get(&(session, tag)).copied().and_then(|old| state.take(old));
@@ -129,7 +134,7 @@ impl Leases {
         state.by_expiry.insert((expires, id.0));
         state.by_tag.insert((session, tag), id);
         let pinned = pinned.map(Arc::new);
-        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pinned, has_places });
+        state.leases.insert(id, Lease { session, tag, instance, expires, shards, pinned, watch, has_places });
         drop(state);
         drop(replaced);
         if is_first {
@@ -147,7 +152,8 @@ impl Leases {
         let mut state = self.state.lock();
         let lease = state.leases.get_mut(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
         let hits = lease.shards.remove(&shard).ok_or_else(over)?;
-        let taken = (lease.instance.clone(), ShardLease { hits, pinned: lease.pinned.clone() });
+        let taken =
+            (lease.instance.clone(), ShardLease { hits, pinned: lease.pinned.clone(), watch: lease.watch.clone() });
         if lease.shards.is_empty() {
             let ended = state.take(id);
             drop(state);
@@ -236,7 +242,9 @@ mod tests {
     fn grant(leases: &Leases, session: u64, tag: u64, lasts: Duration, shards: u16) -> LeaseId {
         let shards = (0..shards).map(|shard| (shard, Vec::new())).collect();
         let instance = InstanceId("i".into());
-        leases.grant(SessionId(session), tag, instance, Instant::now() + lasts, shards, None, false).expect("granted")
+        leases
+            .grant(SessionId(session), tag, instance, Instant::now() + lasts, shards, None, false, None)
+            .expect("granted")
     }
 
     #[test]
@@ -266,7 +274,8 @@ mod tests {
         let leases = Leases::new();
         let shards = HashMap::from([(0, Vec::new())]);
         let expires = Instant::now() + Duration::from_secs(60);
-        let id = leases.grant(SessionId(1), 1, InstanceId("i".into()), expires, shards, None, true).expect("granted");
+        let id =
+            leases.grant(SessionId(1), 1, InstanceId("i".into()), expires, shards, None, true, None).expect("granted");
         leases.end_session(SessionId(1));
         assert!(leases.consume(id, 0).is_ok());
     }

@@ -14,6 +14,8 @@ mod inner;
 mod known_namespaces;
 mod lease;
 mod load;
+mod load_choice;
+mod look_aside;
 mod lookup;
 mod miss_ratio;
 mod objects;

@@ -13,6 +13,7 @@ use pegaflow_tiers::{
 use crate::api::{LoadOutcome, LoadRequest};
 use crate::inner::{Inner, wait_copies};
 use crate::lease::{Hit, ShardLease};
+use crate::load_choice::QueuedReads;
 use crate::operations::Operation;
 use crate::residency::Resident;
 use crate::spill::offer_again;
@@ -21,6 +22,8 @@ use crate::spill::offer_again;
 const READS_MAX: usize = 64;
 /// How many bytes of reads of one load are in flight at the most (but always one read).
 const READ_BYTES_MAX: usize = 128 << 20;
+/// The unit of a record's length.
+const PAGE_BYTES: u64 = 4096;
 /// How much is copied to the device in one batch.
 const BATCH_BYTES: u64 = 256 << 20;
 /// How long a load waits for a slot before it gives a block up.
@@ -36,6 +39,7 @@ pub(crate) struct LoadJob {
     lease: ShardLease,
     block_bytes: u64,
     operation: Arc<Operation>,
+    queued: QueuedReads,
     /// By position in the request: whether the block is in the device.
     arrived: Vec<bool>,
     outcome: LoadOutcome,
@@ -68,6 +72,12 @@ impl LoadJob {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
         let block_bytes = layout.block_bytes();
+        if let Some(watch) = &lease.watch {
+            watch.began();
+        }
+        let hits = request.blocks.iter().filter_map(|block| lease.hits.get(block.index as usize));
+        let pages: Vec<u64> = hits.filter_map(Hit::location).map(|location| location.pages.into()).collect();
+        let queued = QueuedReads::new(&inner.load_choice, pages.iter().sum::<u64>() * PAGE_BYTES, pages.len() as u64);
         let operation = inner.operations.start(request.session, request.operation, false);
         let arrived = vec![false; request.blocks.len()];
         let outcome = LoadOutcome::default();
@@ -77,6 +87,7 @@ impl LoadJob {
             lease,
             block_bytes,
             operation,
+            queued,
             arrived,
             outcome,
             done: Some(done),
@@ -172,6 +183,7 @@ impl LoadJob {
         let Ok(first) = receiver.recv_deadline(deadline) else { return 0 };
         let ends: Vec<ReadEnd> = std::iter::once(first).chain(receiver.try_iter()).collect();
         let ended = ends.len();
+        self.queued.ended(ended);
         let mut good = Vec::new();
         for ReadEnd { position, id, slot, result } in ends {
             match result {
@@ -246,6 +258,10 @@ impl Drop for LoadJob {
         counters.loaded_dram_blocks.add(self.outcome.loaded_dram.into());
         counters.loaded_nvme_blocks.add(self.outcome.loaded_nvme.into());
         counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
+        if let Some(watch) = self.lease.watch.take() {
+            let loaded = self.arrived.iter().filter(|arrived| **arrived).count();
+            watch.shard_ended(if self.outcome.failed.is_empty() { loaded } else { 0 });
+        }
         self.lease.hits.clear();
         self.lease.pinned = None;
         self.inner.residency.notify_room();

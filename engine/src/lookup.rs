@@ -4,16 +4,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, Location, RecordId, Result, Store};
+use pegaflow_tiers::{BlockKey, Error, ErrorKind, GroupGeometry, Location, RecordId, Result, Store};
 
-use crate::api::{LookupReply, LookupRequest, Places, SessionId};
+use crate::api::{LoadQuestion, LookupReply, LookupRequest, Places, SessionId};
+use crate::arbiter::Choice;
 use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
+use crate::load_choice::{FoundBytes, LoadWatch};
 
 /// The most keys of one lookup.
 const KEYS_MAX: usize = 65_536;
 /// How often a lookup is repeated when a region is reclaimed under it.
 const ATTEMPTS: usize = 3;
+/// The most computations that one question tells of.
+const COMPUTED_MAX: usize = 256;
 /// The longest lease.
 const LEASE_MAX: Duration = Duration::from_secs(600);
 
@@ -33,14 +37,22 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
     if !inner.registry.has_session(session) {
         return Err(Error::new(ErrorKind::NotFound, format!("session {} is not known; open one first", session.0)));
     }
+    if let Some(question) = request.question.as_ref().filter(|question| question.computed.len() > COMPUTED_MAX) {
+        let given = question.computed.len();
+        let message = format!("{given} computations in one question; give at most {COMPUTED_MAX}");
+        return Err(Error::new(ErrorKind::InvalidInput, message));
+    }
     let view = inner.registry.view(&request.instance, request.group)?;
     inner.counters.lookup_blocks.add(request.keys.len() as u64);
     if !view.is_complete {
         return Ok(LookupReply::default());
     }
+    if let Some(question) = &request.question {
+        inner.load_choice.hear(&request.instance, view.namespace, question);
+    }
     let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
     for _ in 0..ATTEMPTS {
-        match attempt(inner, session, request, place, view.geometry.shards) {
+        match attempt(inner, session, request, place, &view.geometry) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             ended => return ended,
@@ -54,8 +66,9 @@ fn attempt(
     session: SessionId,
     request: &LookupRequest,
     place: RecordId,
-    shard_count: u16,
+    geometry: &GroupGeometry,
 ) -> Result<LookupReply> {
+    let shard_count = geometry.shards;
     let store = inner.drive.store();
     let mut shards = HashMap::new();
     let mut found = request.keys.len();
@@ -79,13 +92,53 @@ fn attempt(
             Some(store) if !on_drive.is_empty() => Some(Pinned::new(store, &on_drive)?),
             _ => None,
         };
+        let places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
+        let mut watch = None;
+        if let Some(question) = request.question.as_ref().filter(|question| (question.first_block as usize) < found) {
+            let asked = found_bytes(question, &shards, geometry.block_bytes, places.is_some());
+            let speeds = || store.as_ref().map(|store| store.drive_speeds()).unwrap_or_default();
+            let decision = inner.load_choice.decide(&request.instance, place.namespace, question, asked, speeds);
+            reply.decision = decision.id;
+            if decision.choice == Choice::Recompute {
+                inner.counters.lookup_hit_blocks.add(found as u64);
+                if decision.read_bytes > 0 {
+                    let hits =
+                        shards.into_values().flat_map(|hits| hits.into_iter().skip(question.first_block as usize));
+                    inner.look_aside.start(inner, &request.instance, decision.read_bytes, geometry, hits, pinned);
+                }
+                return Ok(reply);
+            }
+            let blocks = asked.blocks as usize;
+            watch = Some(LoadWatch::new(&inner.load_choice, &request.instance, decision.id, blocks, shard_count));
+        }
         let expires = Instant::now() + lasts;
-        reply.places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
+        reply.places = places;
         let (instance, has_places) = (request.instance.clone(), reply.places.is_some());
-        reply.lease = Some(inner.leases.grant(session, request.tag, instance, expires, shards, pinned, has_places)?);
+        reply.lease =
+            Some(inner.leases.grant(session, request.tag, instance, expires, shards, pinned, has_places, watch)?);
     }
     inner.counters.lookup_hit_blocks.add(found as u64);
     Ok(reply)
+}
+
+/// What there is to load behind the blocks that the asker has itself.
+fn found_bytes(
+    question: &LoadQuestion,
+    shards: &HashMap<u16, Vec<Hit>>,
+    block_bytes: u64,
+    is_placed: bool,
+) -> FoundBytes {
+    let first = question.first_block as usize;
+    let found = shards.values().map(Vec::len).min().unwrap_or(0);
+    let in_dram = |index: &usize| shards.values().all(|hits| matches!(hits.get(*index), Some(Hit::Dram(_))));
+    let on_drive = shards.values().flat_map(|hits| hits.iter().skip(first)).filter_map(Hit::location);
+    FoundBytes {
+        blocks: found.saturating_sub(first) as u32,
+        dram_blocks: (first..found).filter(in_dram).count() as u32,
+        block_bytes,
+        stored_bytes: on_drive.map(|location| u64::from(location.pages) * 4096).sum(),
+        is_placed,
+    }
 }
 
 /// Where all of the blocks lie, if all are in DRAM.

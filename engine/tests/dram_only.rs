@@ -75,6 +75,7 @@ fn whoever_is_told_the_places_finds_the_bytes_there_until_it_says_that_it_has_th
         lease: Some(Duration::from_secs(60)),
         tag: 1,
         with_places: true,
+        question: None,
     };
     let reply = worker.engine.lookup(worker.session, &request).expect("looked up");
     let places = reply.places.expect("all are in DRAM");
@@ -149,6 +150,7 @@ fn bad_requests_are_refused_and_change_nothing() {
         lease: None,
         tag: 0,
         with_places: false,
+        question: None,
     };
     assert_eq!(worker.engine.lookup(worker.session, &request).map_err(|e| e.kind()), Err(ErrorKind::NotFound));
     assert_eq!(worker.engine.stats().instances, 1);
@@ -169,6 +171,7 @@ fn dram_that_is_full_of_leased_blocks_drops_saves_and_serves_again_afterwards() 
             lease: Some(Duration::from_secs(60)),
             tag: seed.into(),
             with_places: false,
+            question: None,
         };
         leases.extend(worker.engine.lookup(worker.session, &request).expect("looked up").lease);
     }

@@ -76,8 +76,16 @@ class Cache:
     ) -> None: ...
     def arena(self) -> bytes | None: ...
     def lookup(
-        self, instance: str, group: int, keys: bytes, lease: float, tag: int, *, places: bool = False
-    ) -> tuple[int, int, int | None, bytes | None, bytes]: ...
+        self,
+        instance: str,
+        group: int,
+        keys: bytes,
+        lease: float,
+        tag: int,
+        *,
+        places: bool = False,
+        question: tuple[str, int, int, float, str | None, Sequence[tuple[int, int, int, float, float]]] | None = None,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int]: ...
     def release(self, lease: int) -> None: ...
     def load(
         self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int], stream: int = 0

@@ -7,10 +7,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pegaflow_engine::{
-    ArenaId, BlockKey, BlockSave, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory, InstanceId,
-    InstanceSpec, LeaseId, LoadBlock, LookupRequest, NamespaceDescriptor, OperationId, Place, RangeFragment, Result,
+    ArenaId, BlockKey, BlockSave, ComputedTokens, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory,
+    InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadQuestion, LookupRequest, NamespaceDescriptor, OperationId, Place,
+    RangeFragment, Result,
 };
 use pegaflow_tiers::CudaMemory;
 use pyo3::prelude::*;
@@ -30,8 +32,12 @@ enum Port {
     Remote(Remote),
 }
 
-/// Blocks found, those in DRAM, the lease, the arena, the places.
-type Found<'py> = (u32, u32, Option<u128>, Option<Bound<'py, PyBytes>>, Bound<'py, PyBytes>);
+/// Blocks found, those in DRAM, the lease, the arena, the places, the number of the decision.
+type Found<'py> = (u32, u32, Option<u128>, Option<Bound<'py, PyBytes>>, Bound<'py, PyBytes>, u64);
+/// The request's name, blocks that are there already, tokens of a block, load of the GPU, policy, what was computed.
+type Question = (String, u32, u32, f32, Option<String>, Vec<Computed>);
+/// The decision, first token, one after the last, load of the GPU, seconds.
+type Computed = (u64, u32, u32, f32, f64);
 
 /// A session with the cache: the scheduler's side or a worker's side of vLLM.
 #[pyclass(module = "pegaflow._native", frozen)]
@@ -153,8 +159,9 @@ impl Cache {
     /// A lookup repeated with the same tag replaces the earlier lease. `lease` is in seconds; 0 takes none.
     /// With `places`, if all that was found is in DRAM: the arena's name and where the blocks lie, as little-endian u32s,
     /// shard after shard; else `None` and nothing.
+    /// With `question` it is decided whether what was found is worth loading; if it is not there is no lease.
     #[expect(clippy::too_many_arguments, reason = "the values of one request")]
-    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false))]
+    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false, question = None))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
@@ -164,11 +171,20 @@ impl Cache {
         lease: f64,
         tag: u64,
         places: bool,
+        question: Option<Question>,
     ) -> PyResult<Found<'py>> {
+        let question = question.map(question_of).transpose().map_err(|error| to_python(py, &error))?;
         let lease = Some(duration(lease)?).filter(|lease| !lease.is_zero());
         let keys = keys_of(keys).map_err(|error| to_python(py, &error))?;
-        let request =
-            LookupRequest { instance: InstanceId(instance.into()), group, keys, lease, tag, with_places: places };
+        let request = LookupRequest {
+            instance: InstanceId(instance.into()),
+            group,
+            keys,
+            lease,
+            tag,
+            with_places: places,
+            question,
+        };
         let reply = detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.lookup(&request),
             Port::Remote(remote) => remote.lookup(&request),
@@ -181,7 +197,7 @@ impl Cache {
             }
             None => (None, PyBytes::new(py, &[])),
         };
-        Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places))
+        Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places, reply.decision))
     }
 
     /// The name of the arena that this worker's device can reach wholly by now: 16 bytes, or `None`.
@@ -329,6 +345,20 @@ impl Cache {
             Port::Remote(remote) => remote.close(timeout),
         })
     }
+}
+
+/// Negative and endless times count as none.
+fn question_of(question: Question) -> Result<LoadQuestion> {
+    let (request, first_block, block_tokens, load_share, policy, computed) = question;
+    let computed = computed.into_iter().map(|(decision, first_token, end_token, load_share, took)| ComputedTokens {
+        decision,
+        first_token,
+        end_token,
+        load_share,
+        took: Duration::try_from_secs_f64(took).unwrap_or_default(),
+    });
+    let policy = policy.map(|policy| policy.parse()).transpose()?;
+    Ok(LoadQuestion { request, first_block, block_tokens, load_share, policy, computed: computed.collect() })
 }
 
 impl From<Ended> for Completion {

@@ -60,6 +60,8 @@ class FakeCache:
     """The arena whose places lookups tell."""
     shards: int = 1
     refuses_placed: bool = False
+    questions: list[Any] = field(default_factory=list)
+    recommends_computing: bool = False
 
     def _reached(self) -> None:
         if not self.is_there:
@@ -76,22 +78,35 @@ class FakeCache:
         return self.worker_arena
 
     def lookup(
-        self, instance: str, group: int, keys: bytes, lease: float, tag: int, *, places: bool = False
-    ) -> tuple[int, int, int | None, bytes | None, bytes]:
+        self,
+        instance: str,
+        group: int,
+        keys: bytes,
+        lease: float,
+        tag: int,
+        *,
+        places: bool = False,
+        question: Any = None,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int]:
         self._reached()
+        if question is not None:
+            self.questions.append(question)
         self.calls.append(("lookup", (instance, len(keys) // KEY, lease, tag)))
         hit = 0
         while (hit + 1) * KEY <= len(keys) and keys[hit * KEY : (hit + 1) * KEY] in self.stored:
             hit += 1
         if not hit or not lease:
-            return hit, hit, None, None, b""
+            return hit, hit, None, None, b"", 0
+        decision = len(self.questions) if question is not None and hit > question[1] else 0
+        if decision and self.recommends_computing:
+            return hit, hit, None, None, b"", decision
         number = 1000 + len(self.calls)
         self.leases.add(number)
         if not places or self.dram_arena is None:
-            return hit, hit, number, None, b""
+            return hit, hit, number, None, b"", decision
         # Shard 1's third block lies at 102.
         told = [100 * shard + block for shard in range(self.shards) for block in range(hit)]
-        return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told)
+        return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told), decision
 
     def release(self, lease: int) -> None:
         self.leases.remove(lease)

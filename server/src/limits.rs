@@ -38,3 +38,7 @@ pub(crate) const HEARTBEAT: Duration = Duration::from_secs(5);
 pub(crate) const KEY_BYTES: usize = 32;
 /// The length of a lease on the wire, in bytes.
 pub(crate) const LEASE_BYTES: usize = 16;
+/// The most computations that one question tells of.
+pub(crate) const COMPUTED_MAX: usize = 256;
+/// The most decisions in one explanation.
+pub(crate) const DECISIONS_MAX: usize = 1024;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use pegaflow_engine::{PoisonReason, Stats};
+use pegaflow_engine::{LoadPolicy, PoisonReason, Stats};
 
 /// The counters and gauges of one server as Prometheus text.
 #[derive(Clone)]
@@ -124,6 +124,7 @@ table! {
         "pegaflow_codec_encoded_records_total", codec_encoded_records, "Records that became durable encoded.";
         "pegaflow_codec_encode_nanoseconds_total", codec_encode_ns, "Time that threads have spent encoding.";
         "pegaflow_codec_decode_nanoseconds_total", codec_decode_ns, "Time that threads have spent decoding.";
+        "pegaflow_decision_read_bytes_total", decision_read_bytes, "Bytes read beside requests to see how fast the drives are.";
         "pegaflow_recovered_records_total", recovered_records, "Records found by the scan at open.";
     }
 }
@@ -131,6 +132,15 @@ table! {
 fn describe() {
     describe_engine();
     metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
+    metrics::describe_counter!("pegaflow_decisions_total", "Found prefixes, by what was to be done with them.");
+    metrics::describe_counter!(
+        "pegaflow_mistaken_decisions_total",
+        "Decisions of which the other way would have been faster, as predicted."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_load_policy",
+        "1 for the policy by which found blocks are loaded, 0 for all others."
+    );
     metrics::describe_counter!("pegaflow_codec_skipped_blocks_total", "Blocks stored as they are, by the reason.");
     metrics::describe_counter!("pegaflow_refused_blocks_total", "Blocks not written to the drive, by the reason.");
     metrics::describe_gauge!("pegaflow_drive_used_percent", "How much of the drive's rated life is used.");
@@ -172,6 +182,17 @@ fn describe() {
 
 fn record(stats: &Stats, server: ServerGauges) {
     record_engine(stats);
+    for (verdict, decided, mistaken) in [
+        ("load", stats.decided_loads, stats.mistaken_loads),
+        ("recompute", stats.decided_recomputes, stats.mistaken_recomputes),
+    ] {
+        metrics::counter!("pegaflow_decisions_total", "verdict" => verdict).absolute(decided);
+        metrics::counter!("pegaflow_mistaken_decisions_total", "verdict" => verdict).absolute(mistaken);
+    }
+    for policy in LoadPolicy::ALL {
+        let is_it = f64::from(u8::from(stats.load_policy == policy));
+        metrics::gauge!("pegaflow_load_policy", "policy" => policy.as_str()).set(is_it);
+    }
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "dram").absolute(stats.loaded_dram_blocks);
     metrics::counter!("pegaflow_loaded_blocks_total", "tier" => "nvme").absolute(stats.loaded_nvme_blocks);
     for (reason, blocks) in [

@@ -10,7 +10,7 @@ use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRe
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
-use crate::limits::{BLOCKS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
+use crate::limits::{BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
 use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
 use crate::session::Sessions;
@@ -231,6 +231,39 @@ impl PegaFlow for Service {
             let _place = place;
             engine.reopen_store(Instant::now() + timeout)?;
             Ok(proto::ReopenStoreReply {})
+        })
+        .await
+    }
+
+    async fn load_policy(
+        &self,
+        request: Request<proto::LoadPolicyRequest>,
+    ) -> Result<Response<proto::LoadPolicyReply>, Status> {
+        let wanted = request.into_inner().policy;
+        let set = || {
+            let engine = self.sessions.engine();
+            if !wanted.is_empty() {
+                engine.set_load_policy(wanted.parse()?);
+            }
+            Ok(proto::LoadPolicyReply { policy: engine.load_policy().to_string() })
+        };
+        reply(set())
+    }
+
+    async fn explain(&self, request: Request<proto::ExplainRequest>) -> Result<Response<proto::ExplainReply>, Status> {
+        let proto::ExplainRequest { request, limit } = request.into_inner();
+        let sessions = Arc::clone(&self.sessions);
+        blocking(move || {
+            wire::check_name("the request's name", &request, NAME_BYTES_MAX)?;
+            let limit = limit as usize;
+            if !(1..=DECISIONS_MAX).contains(&limit) {
+                let message = format!("{limit} decisions; give 1 to {DECISIONS_MAX}");
+                return Err(Error::new(ErrorKind::InvalidInput, message));
+            }
+            let name = (!request.is_empty()).then_some(request.as_str());
+            let decisions_json = serde_json::to_string(&sessions.engine().explain(name, limit))
+                .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the decisions as JSON: {error}")))?;
+            Ok(proto::ExplainReply { decisions_json })
         })
         .await
     }

@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use pegaflow_engine::{
-    ArenaId, BlockKey, BlockSave, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result,
+    ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId,
+    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result,
 };
 use prost::bytes::Bytes;
 
 use crate::limits::{
-    BLOCKS_MAX, FLUSH_TIMEOUT_MAX, GROUPS_MAX, KEY_BYTES, LEASE_BYTES, LEASE_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX,
-    SHARDS_MAX,
+    BLOCKS_MAX, COMPUTED_MAX, FLUSH_TIMEOUT_MAX, GROUPS_MAX, KEY_BYTES, LEASE_BYTES, LEASE_MAX, NAME_BYTES_MAX,
+    NAMESPACE_BYTES_MAX, SHARDS_MAX,
 };
 use crate::proto;
 
@@ -184,7 +184,52 @@ pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupReq
         lease: (!lease.is_zero()).then_some(lease),
         tag: request.tag,
         with_places: request.with_places,
+        question: request.question.as_ref().map(question).transpose()?,
     })
+}
+
+fn question(question: &proto::LoadQuestion) -> Result<LoadQuestion> {
+    if question.request.len() > NAME_BYTES_MAX || question.computed.len() > COMPUTED_MAX {
+        return Err(invalid(format!(
+            "a question with a name of {} bytes and {} computations; give at most {NAME_BYTES_MAX} and {COMPUTED_MAX}",
+            question.request.len(),
+            question.computed.len()
+        )));
+    }
+    let policy = (!question.policy.is_empty()).then(|| question.policy.parse()).transpose()?;
+    let computed = question.computed.iter().map(|computed| ComputedTokens {
+        decision: computed.decision,
+        first_token: computed.first_token,
+        end_token: computed.end_token,
+        load_share: computed.load_share,
+        took: Duration::from_micros(computed.took_us),
+    });
+    Ok(LoadQuestion {
+        request: question.request.clone(),
+        first_block: question.first_block,
+        block_tokens: question.block_tokens,
+        load_share: question.load_share,
+        policy,
+        computed: computed.collect(),
+    })
+}
+
+fn question_to_wire(question: &LoadQuestion) -> proto::LoadQuestion {
+    let computed = question.computed.iter().map(|computed| proto::ComputedTokens {
+        decision: computed.decision,
+        first_token: computed.first_token,
+        end_token: computed.end_token,
+        load_share: computed.load_share,
+        took_us: u64::try_from(computed.took.as_micros()).unwrap_or(u64::MAX),
+    });
+    proto::LoadQuestion {
+        request: question.request.clone(),
+        first_block: question.first_block,
+        block_tokens: question.block_tokens,
+        load_share: question.load_share,
+        policy: question.policy.map(|policy| policy.to_string()).unwrap_or_default(),
+        computed: computed.collect(),
+    }
 }
 
 /// The wire form of [`lookup_request`].
@@ -198,6 +243,7 @@ pub(crate) fn lookup_to_wire(session: u64, request: &LookupRequest) -> proto::Lo
         lease_ms,
         tag: request.tag,
         with_places: request.with_places,
+        question: request.question.as_ref().map(question_to_wire),
     }
 }
 
@@ -209,6 +255,7 @@ pub(crate) fn lookup_reply_to_wire(reply: &LookupReply) -> proto::LookupReply {
         lease: reply.lease.map(|lease| Bytes::copy_from_slice(&lease_bytes(lease))).unwrap_or_default(),
         places: reply.places.iter().flat_map(|places| &places.places).map(|place| place.0).collect(),
         arena: reply.places.as_ref().map(|places| arena_bytes(places.arena)).unwrap_or_default(),
+        decision: reply.decision,
     }
 }
 
@@ -221,7 +268,13 @@ pub(crate) fn lookup_reply(reply: &proto::LookupReply) -> Result<LookupReply> {
         let places = reply.places.iter().copied().map(Place).collect();
         Some(Places { arena: arena(&reply.arena)?, places })
     };
-    Ok(LookupReply { hit_blocks: reply.hit_blocks, dram_blocks: reply.dram_blocks, lease, places })
+    Ok(LookupReply {
+        hit_blocks: reply.hit_blocks,
+        dram_blocks: reply.dram_blocks,
+        lease,
+        places,
+        decision: reply.decision,
+    })
 }
 
 /// A load's lease, shard and blocks.

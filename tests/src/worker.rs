@@ -230,6 +230,7 @@ impl TestWorker {
             lease,
             tag: chain.seed,
             with_places: false,
+            question: None,
         };
         Ok(self.client.lookup(&request)?)
     }
@@ -269,6 +270,7 @@ impl TestWorker {
             lease: Some(PLACED_LEASE),
             tag: chain.seed,
             with_places: true,
+            question: None,
         };
         let reply = self.client.lookup(&request)?;
         let (Some(lease), Some(places)) = (reply.lease, reply.places) else {

@@ -349,6 +349,7 @@ fn request(prompts: &Prompts, number: usize) -> LookupRequest {
         lease: Some(LEASE),
         tag: number as u64,
         with_places: false,
+        question: None,
     }
 }
 

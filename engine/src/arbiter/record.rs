@@ -5,13 +5,13 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use pegaflow_tiers::{Error, ErrorKind};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// By how much what was taken may be slower than what was predicted of the other way before it counts as a mistake.
 const MISTAKE: f64 = 1.05;
 
 /// Whether found prefixes are loaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoadPolicy {
     /// Where loading is expected to take less time than computing.

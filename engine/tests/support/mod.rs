@@ -97,6 +97,7 @@ impl Worker {
             lease: Some(Duration::from_secs(60)),
             tag: 1,
             with_places: false,
+            question: None,
         };
         self.engine.lookup(self.session, &request).expect("looked up")
     }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 KILL_SWITCH_ENV = "PEGAFLOW_DISABLE"
 
 Mode = Literal["auto", "server", "embedded"]
-LoadPolicy = Literal["auto", "always", "never"]
+LoadPolicy = Literal["auto", "always", "never", "shadow"]
 
 
 def default_socket() -> Path:
@@ -43,8 +43,9 @@ class ConnectorConfig:
     nvme: str | int | None = "16GiB"
     """Size of the store on the drive; `null` keeps blocks in memory only. Embedded only."""
     load_policy: LoadPolicy = "auto"
-    """Whether to load what is found: `always`, `never` (blocks are still saved), or `auto`, which means `always` in
-    this version."""
+    """Whether to load what is found: `always`, `never` (blocks are still saved), `shadow` (always, but it is decided and
+    recorded what `auto` would do), or `auto`: as the server's policy says, which by default loads where that is expected
+    to be faster than computing. The server's `never` outranks all."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     sync_loads: bool = True
@@ -100,7 +101,7 @@ class ConnectorConfig:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("auto", "server", "embedded"),
-    "load_policy": ("auto", "always", "never"),
+    "load_policy": ("auto", "always", "never", "shadow"),
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "min_blocks": (1, 65_536),

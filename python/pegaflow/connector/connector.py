@@ -60,7 +60,14 @@ class PegaKVConnector(KVConnectorBase_V1):
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             block_bytes = compat.block_bytes(kv_cache_config)
             self._scheduler = PegaScheduler(
-                config, cache, self._instance, block_size, block_bytes, workers, KillSwitch(config)
+                config,
+                cache,
+                self._instance,
+                block_size,
+                block_bytes,
+                workers,
+                KillSwitch(config),
+                step_tokens_max=vllm_config.scheduler_config.max_num_batched_tokens,
             )
         else:
             shard = parallel.rank % workers

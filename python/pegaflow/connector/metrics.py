@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _COUNTERS: dict[str, tuple[str | None, str]] = {
     "lookups": ("result", "Lookups in the cache, by result: hit, miss or error."),
     "lookup_blocks": (None, "Full blocks of prompts that were looked up."),
+    "decisions": ("verdict", "Found prefixes, by what was decided: load or recompute."),
     "hit_blocks": (None, "Full blocks of prompts that were found."),
     "loads": ("way", "Loads, by way: sync (within the step that needs them), direct (by the worker itself) or cache."),
     "loaded_blocks": ("tier", "Blocks loaded into the engine, by the tier that they came from."),

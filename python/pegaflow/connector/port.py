@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.pegaflow")
 
+Computed = tuple[int, int, int, float, float]
+"""Tokens that vLLM has computed of one request: the decision on it (0: none), the first, one after the last, the load of
+the GPU as the question had it, seconds."""
+Question = tuple[str, int, int, float, str | None, "Sequence[Computed]"]
+"""Whether to load: the request, blocks that vLLM has itself, tokens of a block, the share of the GPU's time that other
+requests want, the policy if it is not the cache's, what was computed since the last question."""
+
 _RPC_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
 
@@ -86,10 +93,19 @@ class CachePort(Protocol):
         """
 
     def lookup(
-        self, instance: str, group: int, keys: bytes, lease: float, tag: int, *, places: bool = False
-    ) -> tuple[int, int, int | None, bytes | None, bytes]:
+        self,
+        instance: str,
+        group: int,
+        keys: bytes,
+        lease: float,
+        tag: int,
+        *,
+        places: bool = False,
+        question: Question | None = None,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int]:
         """Blocks found, blocks of those in DRAM, lease; if asked for and all are in DRAM their arena and their places
-        in it, little-endian numbers of four bytes, shard after shard.
+        in it, little-endian numbers of four bytes, shard after shard; the number of the decision, 0 without one. With
+        `question` there is no lease if loading is not worth it.
         """
 
     def release(self, lease: int) -> None:

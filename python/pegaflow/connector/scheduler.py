@@ -19,6 +19,7 @@ from pegaflow.connector import compat
 from pegaflow.connector.identity import LoraDigests
 from pegaflow.connector.metadata import PLACE_BYTES, LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
 from pegaflow.connector.metrics import PegaStats
+from pegaflow.connector.prefill import PrefillTimes
 from pegaflow.errors import PegaError
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ class Found:
     """Blocks that vLLM has itself; the load starts after them."""
     reuse_until: float = 0.0
 
-
 @dataclass
 class Tracked:
     """What is known of one live request."""
@@ -86,6 +86,10 @@ class Tracked:
     loaded_from: tuple[int, int] = (0, 0)
     """Blocks of the last load, by tier: DRAM, NVMe."""
     has_failed_load: bool = False
+    decision: int = 0
+    """The last decision whether to load what was found."""
+    load_share: float = 0.0
+    """The load of the GPU when it was looked up last."""
     saving: set[int] = field(default_factory=set)
     """Saves in flight."""
     has_dropped_save: bool = False
@@ -111,6 +115,7 @@ class PegaScheduler:
         workers: int,
         kill_switch: KillSwitch,
         clock: Callable[[], float] = time.monotonic,
+        step_tokens_max: int = 8192,
     ) -> None:
         self._config = config
         self._cache = cache
@@ -138,6 +143,7 @@ class PegaScheduler:
         """Bytes that every worker loads synchronously in the step being planned."""
         self._refused = ""
         self._warned: set[str] = set()
+        self._prefills = PrefillTimes(step_tokens_max)
         self.stats = PegaStats()
 
     # --- a request arrives --------------------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ class PegaScheduler:
             and compat.may_read_cache(request)
         )
         # Also where nothing may be loaded: what is there need not be saved again.
-        found = self._look_up(tracked, blocks, with_lease=may_load)
+        found = self._look_up(tracked, blocks, local, with_lease=may_load)
         found.local_blocks = local
         # At least one token is left for the model to compute: it has to answer with the next one. A block that would
         # be loaded for that token's sake only is not worth a load, but after others it saves computing a block.
@@ -221,10 +227,18 @@ class PegaScheduler:
 
     def build_meta(self, output: SchedulerOutput) -> PegaMetadata:
         """This step's orders."""
+        now = self._clock()
         self._note_preemptions(compat.preempted_requests(output))
+        if not self._computing:
+            self._prefills.idle()
+        self._prefills.step_planned(output.total_num_scheduled_tokens, now)
         for new in output.scheduled_new_reqs:
             if tracked := self._tracked.get(new.req_id):
                 tracked.block_ids = list(new.block_ids[_GROUP])
+                prompt = tracked.request.num_prompt_tokens
+                self._prefills.started(
+                    new.req_id, new.num_computed_tokens, prompt, tracked.decision, tracked.load_share, now
+                )
                 self._save_final(tracked, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
         cached = output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
@@ -243,6 +257,7 @@ class PegaScheduler:
     def finished(self, request: Request, block_ids: list[int]) -> bool:
         """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""
         self._computing.discard(request.request_id)
+        self._end_prefill(request)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
@@ -268,7 +283,14 @@ class PegaScheduler:
     # --- the workers report -------------------------------------------------------------------------------------------
 
     def update(self, output: KVConnectorOutput) -> None:
-        """Takes in what the workers report."""
+        """Takes in what the workers report, after a step."""
+        for request_id in self._prefills.waiting():
+            if tracked := self._tracked.get(request_id):
+                if tracked.request.num_output_tokens:
+                    self._end_prefill(tracked.request)
+            else:
+                self._prefills.dropped(request_id)
+        self._prefills.step_ended(self._clock())
         for request_id in output.finished_recving or ():
             if tracked := self._tracked.get(request_id):
                 tracked.loading = None
@@ -312,6 +334,13 @@ class PegaScheduler:
         self._cache.close(timeout)
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _end_prefill(self, request: Request) -> None:
+        """The request has its first token, or never will."""
+        if request.num_output_tokens:
+            self._prefills.first_token(request.request_id, self._clock())
+        else:
+            self._prefills.dropped(request.request_id)
 
     def _is_on(self) -> bool:
         return not self._refused and not self._kill_switch.is_off(self._clock())
@@ -386,7 +415,7 @@ class PegaScheduler:
             self._meta.loads.remove(order)
             self._release(order.lease)
 
-    def _look_up(self, tracked: Tracked, blocks: int, *, with_lease: bool) -> Found:
+    def _look_up(self, tracked: Tracked, blocks: int, local: int, *, with_lease: bool) -> Found:
         now = self._clock()
         asked = (blocks, with_lease)
         if tracked.found is not None and tracked.found.asked == asked and now < tracked.found.reuse_until:
@@ -399,14 +428,18 @@ class PegaScheduler:
             lease_s = max(lease_s, _PLACED_LEASE_S)
         found = Found(asked, 0, 0, None, deadline=now + lease_s)
         result = "error"
+        policy = None if self._config.load_policy == "auto" else self._config.load_policy
+        load = tracked.load_share = self._prefills.load_share(now)
+        question = (tracked.request_id, local, self._block_size, load, policy, self._prefills.take())
         try:
-            found.hit_blocks, found.dram_blocks, found.lease, there, places = self._cache.lookup(
+            found.hit_blocks, found.dram_blocks, found.lease, there, places, tracked.decision = self._cache.lookup(
                 self._instance,
                 _GROUP,
                 bytes(tracked.keys[: blocks * _KEY]),
                 lease_s,
                 tracked.tag,
                 places=arena is not None,
+                question=question,
             )
             result = "hit" if found.hit_blocks else "miss"
             if there is not None and there == arena and len(places) == found.hit_blocks * self._workers * PLACE_BYTES:
@@ -422,6 +455,8 @@ class PegaScheduler:
             self.stats.count(f"lookups:{result}")
             self.stats.count("lookup_blocks", blocks)
             self.stats.count("hit_blocks", found.hit_blocks)
+            if tracked.decision:
+                self.stats.count("decisions:load" if found.lease is not None else "decisions:recompute")
         return found
 
     def _forget_found(self, tracked: Tracked) -> None:
@@ -476,6 +511,8 @@ class PegaScheduler:
             id_ for id_, tracked in self._tracked.items() if tracked.request.num_preemptions != tracked.preemptions
         }
         self._computing -= gone
+        for request_id in gone:
+            self._prefills.dropped(request_id)
         for request_id in gone:
             self._meta.preempted.append(request_id)
             if tracked := self._tracked.get(request_id):

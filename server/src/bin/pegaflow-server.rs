@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use pegaflow_engine::{
-    ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, NvmeConfig, NvmeDrive, Result,
-    WriteBudget,
+    ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, LoadPolicy, NvmeConfig, NvmeDrive,
+    Result, WriteBudget,
 };
 use pegaflow_server::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
@@ -64,6 +64,10 @@ struct Options {
     /// Whether blocks are compressed on the drive, without loss.
     #[arg(long, env = "PEGAFLOW_CODEC", value_enum, default_value_t = CodecOption::Auto)]
     codec: CodecOption,
+    /// Whether blocks that are found are loaded: auto (where that is expected to be faster than computing them), always,
+    /// never, or shadow (always, but decisions are made and recorded). `pegaflow load-policy` changes it while it runs.
+    #[arg(long, env = "PEGAFLOW_LOAD_POLICY", value_name = "POLICY", default_value_t = LoadPolicy::Auto)]
+    load_policy: LoadPolicy,
     /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
     #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -145,6 +149,7 @@ impl Options {
             ..NvmeConfig::new(path, self.capacity)
         });
         EngineConfig {
+            load_policy: self.load_policy,
             dram: self.dram,
             huge_pages: self.huge_pages,
             shared_dram: true,

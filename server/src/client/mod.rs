@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pegaflow_engine::{
     ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result,
+    LoadPolicy, LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -30,7 +30,7 @@ pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
 pub use config::{ClientConfig, Endpoint};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
-use crate::proto::{FlushRequest, ReopenStoreRequest, StatsReply, StatsRequest};
+use crate::proto::{ExplainRequest, FlushRequest, LoadPolicyRequest, ReopenStoreRequest, StatsReply, StatsRequest};
 use crate::status::from_status;
 use crate::wire;
 use config::Registration;
@@ -286,6 +286,30 @@ impl Client {
         let (mut rpc, _) = self.inner.shared.session()?;
         let (timeout_ms, patience) = self.patience(timeout);
         self.call(patience, async move { rpc.flush(FlushRequest { timeout_ms }).await }).map(drop)
+    }
+
+    /// Whether what lookups find is loaded; with `change`, from now on.
+    ///
+    /// # Errors
+    /// `Closed` without a server, `Timeout`.
+    pub fn load_policy(&self, change: Option<LoadPolicy>) -> Result<LoadPolicy> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let policy = change.map(|policy| policy.to_string()).unwrap_or_default();
+        let timeout = self.inner.config.rpc_timeout;
+        let reply = self.call(timeout, async move { rpc.load_policy(LoadPolicyRequest { policy }).await })?;
+        reply.policy.parse()
+    }
+
+    /// The latest decisions of the server whether to load, newest first, as a JSON array: for requests of this name, or for
+    /// all if it is empty. `limit`: 1 to 1,024.
+    ///
+    /// # Errors
+    /// `Closed` without a server, `Timeout`, `InvalidInput`.
+    pub fn explain(&self, request: &str, limit: u32) -> Result<String> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let (request, timeout) = (request.to_owned(), self.inner.config.rpc_timeout);
+        let reply = self.call(timeout, async move { rpc.explain(ExplainRequest { request, limit }).await })?;
+        Ok(reply.decisions_json)
     }
 
     /// Tries now to open the server's store again, if it went out of use.

@@ -178,6 +178,7 @@ impl Worker {
             lease: Some(PATIENCE),
             tag: 1,
             with_places,
+            question: None,
         })
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, Result, StorePaths, fsck};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::Value;
@@ -68,6 +68,22 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Explains why blocks that were found were loaded or computed, and what came of it.
+    Explain {
+        /// vLLM's name of the request, with or without its random end. Without it: the latest of all requests.
+        request: Option<String>,
+        /// At most so many decisions, the newest first.
+        #[arg(long, value_name = "NUMBER", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        last: u32,
+        /// As a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says whether blocks that are found are loaded; with a policy, changes that at once.
+    LoadPolicy {
+        /// auto, always, never or shadow.
+        policy: Option<LoadPolicy>,
+    },
     /// Compares policies of what is kept, on traces of requests. Needs no server.
     Policy {
         #[command(subcommand)]
@@ -106,17 +122,22 @@ fn run(options: &Options) -> Result<()> {
     check_there(&endpoint)?;
     let client = Client::start(ClientConfig::new(endpoint, "pegaflow command line"))?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
-    match options.command {
+    match &options.command {
         Command::Stats { json: true } => println!("{}", client.stats()?),
         Command::Stats { json: false } => print_stats(&client.stats()?),
         Command::Flush { timeout } => {
-            client.flush(Duration::from_secs(timeout))?;
+            client.flush(Duration::from_secs(*timeout))?;
             println!("flushed");
         }
         Command::Reopen { timeout } => {
-            client.reopen_store(Duration::from_secs(timeout))?;
+            client.reopen_store(Duration::from_secs(*timeout))?;
             println!("the store is in use");
         }
+        Command::Explain { request, last, json } => {
+            let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;
+            if *json { println!("{decisions}") } else { print_decisions(&decisions)? }
+        }
+        Command::LoadPolicy { policy } => println!("{}", client.load_policy(*policy)?),
         // Need no server.
         Command::Verify { .. } | Command::Policy { .. } => {}
         Command::Ping => {
@@ -127,6 +148,22 @@ fn run(options: &Options) -> Result<()> {
         }
     }
     client.close(Duration::from_secs(1));
+    Ok(())
+}
+
+/// One line for each decision.
+fn print_decisions(decisions: &str) -> Result<()> {
+    let decisions: Vec<Value> = serde_json::from_str(decisions)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("the server's answer is not understood: {error}")))?;
+    if decisions.is_empty() {
+        println!("no decision is known: nothing was found for it, or it was too long ago");
+    }
+    for decision in decisions {
+        let text = |name: &str| decision.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let ago = decision.get("ago_ms").and_then(Value::as_u64).unwrap_or_default() as f64 / 1000.0;
+        let mistake = if decision.get("is_mistake") == Some(&Value::Bool(true)) { " (a mistake)" } else { "" };
+        println!("{}, {ago:.1} s ago: {}{mistake}", text("request"), text("text"));
+    }
     Ok(())
 }
 
