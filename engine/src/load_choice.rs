@@ -169,11 +169,11 @@ impl LoadChoice {
 
     /// What was to be read beside a request has ended; `None`: not as it should.
     pub(crate) fn was_read(&self, instance: &InstanceId, bytes: u64, queued: u64, took: Option<Duration>) {
-        self.counters.read_bytes.add(bytes);
         let now = (self.clock)();
         if let Some(judge) = self.state.lock().judges.get_mut(instance) {
             judge.arbiter.was_read(bytes, queued, took, now);
         }
+        self.counters.read_bytes.add(bytes);
     }
 
     /// The decisions for a request, or all, newest first: at most `limit`.

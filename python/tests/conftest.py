@@ -218,6 +218,10 @@ class FakeRequest(SimpleNamespace):
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
 
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - int(self.num_prompt_tokens)
+
 
 @pytest.fixture
 def make_request() -> type[FakeRequest]:
@@ -245,6 +249,7 @@ def _step(
             num_computed_tokens=[computed for _, computed, _ in cached.values()],
         ),
         num_scheduled_tokens={id_: count for id_, (_, _, count) in [*new.items(), *cached.items()]},
+        total_num_scheduled_tokens=sum(count for _, _, count in [*new.values(), *cached.values()]),
         preempted_req_ids=preempted,
         finished_req_ids=finished,
     )

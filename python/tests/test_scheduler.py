@@ -53,6 +53,53 @@ def ended(scheduler: PegaScheduler, *operations: int, times: int = 1) -> None:
     report(scheduler, saves=Counter(dict.fromkeys(operations, times)))
 
 
+# --- load or recompute ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_worth_loading_is_computed_and_not_saved_again(make, cache, make_request, step, blocks) -> None:
+    cache.stored.update(keys_of(PROMPT)[:3])
+    cache.recommends_computing = True
+    scheduler, request = make(), make_request("r", PROMPT)
+    assert scheduler.matched_tokens(request, 0) == (0, False)
+    assert cache.questions[0][:3] == ("r", 0, BLOCK)
+    scheduler.allocated(request, blocks([1, 2, 3, 4, 5]), 0)
+    meta = scheduler.build_meta(step(new={"r": ([1, 2, 3, 4, 5], 0, 18)}))
+    assert meta.loads == []
+    assert [(save.depth, save.blocks) for save in meta.saves] == [(3, [4])]
+    assert scheduler.stats.data["decisions:recompute"] == 1
+    # All of it is in vLLM itself: there is nothing to ask.
+    scheduler.matched_tokens(make_request("s", PROMPT), 16)
+    assert cache.questions[-1][1] == 4
+
+
+def test_the_askers_policy_goes_with_the_question(make, cache, make_request) -> None:
+    for policy, told in (("auto", None), ("always", "always"), ("shadow", "shadow")):
+        make(load_policy=policy).matched_tokens(make_request("r", PROMPT), 0)
+        assert cache.questions[-1][4] == told
+
+
+def test_what_a_prompt_took_is_told_with_the_next_question(make, cache, make_request, step) -> None:
+    prompt = list(range(1000, 1202))
+    cache.stored.update(keys_of(prompt)[:3])
+    cache.recommends_computing = True
+    scheduler, request = make(), make_request("r", prompt)
+    scheduler.matched_tokens(request, 0)
+    scheduler.build_meta(step(new={"r": ([*range(51)], 0, 128)}))
+    report(scheduler)
+    scheduler.build_meta(step(cached={"r": ([], 128, 74)}))
+    scheduler.matched_tokens(make_request("early", PROMPT), 0)
+    assert cache.questions[-1][5] == []
+    request.all_token_ids.append(7)
+    report(scheduler)
+    scheduler.matched_tokens(make_request("next", PROMPT), 0)
+    ((decision, first, end, load, took),) = cache.questions[-1][5]
+    assert (decision, first, end, load) == (1, 0, 202, 0.0)
+    assert took > 0
+    assert 0 < cache.questions[-1][3] <= 1
+    scheduler.matched_tokens(make_request("later", PROMPT), 0)
+    assert cache.questions[-1][5] == []
+
+
 # --- lookups and loads ------------------------------------------------------------------------------------------------
 
 

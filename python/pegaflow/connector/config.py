@@ -43,9 +43,9 @@ class ConnectorConfig:
     nvme: str | int | None = "16GiB"
     """Size of the store on the drive; `null` keeps blocks in memory only. Embedded only."""
     load_policy: LoadPolicy = "auto"
-    """Whether to load what is found: `always`, `never` (blocks are still saved), `shadow` (always, but it is decided and
-    recorded what `auto` would do), or `auto`: as the server's policy says, which by default loads where that is expected
-    to be faster than computing. The server's `never` outranks all."""
+    """Whether to load what is found: `always`, `never` (blocks are still saved), `shadow` (always, but it is recorded
+    what `auto` would do), or `auto`: as the server's policy says, which by default loads where that is expected to be
+    faster than computing. The server's `never` outranks all."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     sync_loads: bool = True

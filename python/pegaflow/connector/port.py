@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.pegaflow")
 
 Computed = tuple[int, int, int, float, float]
-"""Tokens that vLLM has computed of one request: the decision on it (0: none), the first, one after the last, the load of
-the GPU as the question had it, seconds."""
+"""Tokens that vLLM has computed of one request: the decision on it (0: none), the first, one after the last, the load
+of the GPU as the question had it, seconds."""
 Question = tuple[str, int, int, float, str | None, "Sequence[Computed]"]
 """Whether to load: the request, blocks that vLLM has itself, tokens of a block, the share of the GPU's time that other
 requests want, the policy if it is not the cache's, what was computed since the last question."""

@@ -1,5 +1,5 @@
-"""How long vLLM takes to compute the tokens of a request, and how much others want the GPU: what the cache has to know to
-decide whether a prefix is worth loading. Seen from the scheduler's side, by its own clock; a few dictionary lookups a step.
+"""How long vLLM takes to compute the tokens of a request, and how much others want the GPU: what the cache has to know
+to decide whether a prefix is worth loading. Seen from the scheduler's side, by its own clock.
 """
 
 from __future__ import annotations
@@ -77,10 +77,6 @@ class PrefillTimes:
             if running.started is None:
                 running.started = now
 
-    def is_timed(self, request_id: str) -> bool:
-        """Whether the request's prefill is being timed."""
-        return request_id in self._running
-
     def waiting(self) -> list[str]:
         """The requests whose prefill is being timed."""
         return list(self._running)
@@ -90,9 +86,7 @@ class PrefillTimes:
         running = self._running.pop(request_id, None)
         if running is not None and running.started is not None and now > running.started:
             took = now - running.started
-            self._computed.append(
-                (running.decision, running.first_token, running.end_token, running.load_share, took)
-            )
+            self._computed.append((running.decision, running.first_token, running.end_token, running.load_share, took))
 
     def dropped(self, request_id: str) -> None:
         """The request was preempted, or is over without a token."""

@@ -67,6 +67,7 @@ class Found:
     """Blocks that vLLM has itself; the load starts after them."""
     reuse_until: float = 0.0
 
+
 @dataclass
 class Tracked:
     """What is known of one live request."""
@@ -284,13 +285,7 @@ class PegaScheduler:
 
     def update(self, output: KVConnectorOutput) -> None:
         """Takes in what the workers report, after a step."""
-        for request_id in self._prefills.waiting():
-            if tracked := self._tracked.get(request_id):
-                if tracked.request.num_output_tokens:
-                    self._end_prefill(tracked.request)
-            else:
-                self._prefills.dropped(request_id)
-        self._prefills.step_ended(self._clock())
+        self._time_step()
         for request_id in output.finished_recving or ():
             if tracked := self._tracked.get(request_id):
                 tracked.loading = None
@@ -334,6 +329,16 @@ class PegaScheduler:
         self._cache.close(timeout)
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _time_step(self) -> None:
+        """A step has ended: some requests have their first token."""
+        for request_id in self._prefills.waiting():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                self._prefills.dropped(request_id)
+            elif tracked.request.num_output_tokens:
+                self._end_prefill(tracked.request)
+        self._prefills.step_ended(self._clock())
 
     def _end_prefill(self, request: Request) -> None:
         """The request has its first token, or never will."""
