@@ -223,7 +223,7 @@ fn judge(settled: &[&Served]) -> WorldOutcome {
 fn recovery(after: &[Served], step_s: f64) -> f64 {
     let usual: Vec<&Served> = after.iter().filter(|served| !served.is_probe).collect();
     let is_bad = |window: &&[&Served]| window.iter().map(|served| served.ratio).sum::<f64>() > 1.05 * WINDOW as f64;
-    let last_bad = usual.windows(WINDOW).filter(is_bad).next_back();
+    let last_bad = usual.windows(WINDOW).rfind(is_bad);
     let last_request = last_bad.and_then(|window| window.iter().rev().find(|served| served.ratio > 1.05));
     last_request.map_or(0.0, |served| served.at_s - step_s)
 }

@@ -117,3 +117,37 @@ fn values_come_back_as_they_were() {
     }
     assert!(arena(&[0; 15]).is_err());
 }
+
+#[test]
+fn questions_come_back_from_the_wire_and_are_bounded() {
+    let computed = ComputedTokens {
+        decision: 3,
+        first_token: 16,
+        end_token: 4096,
+        load_share: 0.5,
+        took: Duration::from_micros(1_234_567),
+    };
+    let asked = LoadQuestion {
+        request: "r".into(),
+        first_block: 1,
+        block_tokens: 16,
+        load_share: 0.25,
+        policy: Some(LoadPolicy::Shadow),
+        computed: vec![computed],
+    };
+    let back = question(&question_to_wire(&asked)).expect("good");
+    assert_eq!((back.request.as_str(), back.first_block, back.block_tokens), ("r", 1, 16));
+    assert_eq!((back.load_share, back.policy, back.computed), (0.25, Some(LoadPolicy::Shadow), vec![computed]));
+    assert!(question(&proto::LoadQuestion::default()).is_ok_and(|question| question.policy.is_none()));
+    for (bytes, count, policy, ok) in
+        [(256, 256, "auto", true), (257, 1, "auto", false), (1, 257, "auto", false), (1, 1, "sometimes", false)]
+    {
+        let wire = proto::LoadQuestion {
+            request: "x".repeat(bytes),
+            policy: policy.into(),
+            computed: vec![proto::ComputedTokens::default(); count],
+            ..proto::LoadQuestion::default()
+        };
+        assert_eq!(question(&wire).is_ok(), ok, "{bytes} {count} {policy}");
+    }
+}
