@@ -1,3 +1,5 @@
+use pegaflow_engine::LoadPolicy;
+
 use super::*;
 
 fn kind<T>(result: Result<T>) -> Result<T, ErrorKind> {
