@@ -322,6 +322,12 @@ pub struct Stats {
     pub drives: Vec<DriveWear>,
     /// How fast the store's drives are and how they are used, the home first; empty without a store.
     pub drive_speeds: Vec<DriveSpeed>,
+    /// Who decides what stays in DRAM: `pegaflow`, `lru`, `fifo`, `s3fifo` or `arc`.
+    pub policy: String,
+    /// Requests that the policy was told of: a request that is looked up again while it waits counts once.
+    pub policy_requests: u64,
+    /// Requests of which it was not told, because too many waited.
+    pub policy_dropped_requests: u64,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

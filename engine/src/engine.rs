@@ -23,12 +23,14 @@ use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::operations::Operations;
+use crate::policy::PegaflowConfig;
 use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
+use crate::scheduler::{Requests, SizePolicies};
 use crate::spill::{BUDGET_NOTE, offer_again};
-use crate::{lookup, objects};
+use crate::{lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
 const COMMIT_BYTES: u64 = 64 << 20;
@@ -79,7 +81,10 @@ impl Engine {
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
-        let residency = Arc::new(Residency::new(Arc::clone(&arena)));
+        let start = Instant::now();
+        let clock = Box::new(move || start.elapsed().as_millis() as u64);
+        let policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock);
+        let residency = Arc::new(Residency::new(Arc::clone(&arena), policies));
         let mut recovered_records = 0;
         let drive = match source(&config, &arena, &residency) {
             None => DriveTier::none(),
@@ -93,10 +98,14 @@ impl Engine {
             (Some(store), Some(nvme)) => Some(admission(&store, nvme)?),
             _ => None,
         };
+        if let Some(store) = drive.store() {
+            restore_learned(&store, &residency);
+        }
         let inner = Arc::new(Inner {
             admission,
             wear: Arc::default(),
             residency,
+            requests: Requests::default(),
             arena,
             drive,
             leases: Leases::new(),
@@ -112,7 +121,7 @@ impl Engine {
         Ok(Self { shared: Arc::new(Shared { inner, workers }) })
     }
 
-    fn inner(&self) -> Result<&Arc<Inner>> {
+    pub(crate) fn inner(&self) -> Result<&Arc<Inner>> {
         let inner = &self.shared.inner;
         if inner.is_closed() { Err(Error::new(ErrorKind::Closed, "the engine is closed")) } else { Ok(inner) }
     }
@@ -310,6 +319,9 @@ impl Engine {
             dram_evicted_blocks,
             write_failed_records: counters.write_failed_records.get(),
             recovered_records: inner.recovered_records,
+            policy: inner.config.policy.name().into(),
+            policy_requests: inner.requests.counted.get(),
+            policy_dropped_requests: inner.requests.dropped.get(),
             drives: inner.wear.drives(),
             ..Stats::default()
         };
@@ -375,6 +387,7 @@ impl Shared {
         let threads = self.workers.write().stop();
         inner.leases.close();
         inner.wear.close();
+        inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;
         for thread in threads {
             // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
@@ -385,6 +398,7 @@ impl Shared {
         {
             tracing::debug!(%error, "the ledger of the write budget stays as it was noted last");
         }
+        scheduler::keep_learned(inner);
         inner.drive.close(deadline)
     }
 }
@@ -436,6 +450,23 @@ fn source(config: &EngineConfig, arena: &Arc<Arena>, residency: &Arc<Residency>)
 fn policy(nvme: &NvmeConfig, residency: &Arc<Residency>) -> impl Fn() -> Arc<CostBenefit> + use<> {
     let (regions, residency) = (nvme.capacity_bytes() / nvme.region_bytes().max(1), Arc::clone(residency));
     move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency))))
+}
+
+/// What the policies had learned when the store was used last. Without it they learn again.
+fn restore_learned(store: &Store, residency: &Residency) {
+    match store.note(scheduler::LEARNED_NOTE) {
+        Ok(Some(note)) if residency.restore_learned(&note) => {
+            tracing::info!(bytes = note.len(), "the policy goes on with what it had learned");
+        }
+        Ok(None) => {}
+        Ok(Some(note)) => {
+            tracing::warn!(
+                bytes = note.len(),
+                "what the policy had learned is damaged or of another version; it begins anew"
+            );
+        }
+        Err(error) => tracing::warn!(%error, "what the policy had learned can not be read; it begins anew"),
+    }
 }
 
 /// The way to the drive, with what earlier runs have spent.

@@ -20,8 +20,9 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
+use crate::scheduler::Requests;
 use crate::wear::Wear;
-use crate::{scrub, spares, store_keeper};
+use crate::{scheduler, scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -29,11 +30,13 @@ const SPARE_PATIENCE: Duration = Duration::from_secs(1);
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The shared state. Locks inside are never held across I/O or callbacks, and never two at a time but for
-/// `object_order`, which comes first.
+/// `object_order`, which comes first, and the two of the residency.
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
     pub(crate) residency: Arc<Residency>,
+    /// What was asked for, on its way to the policies of the residency.
+    pub(crate) requests: Requests,
     /// The store, if there is one at the moment.
     pub(crate) drive: Arc<DriveTier>,
     /// Which blocks go to the store, if there is one.
@@ -116,6 +119,8 @@ impl Workers {
         }
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        let scheduler = Arc::clone(inner);
+        workers.spawn("pega-policy".into(), move || scheduler::run(&scheduler))?;
         if inner.drive.is_configured() {
             let keeper = Arc::clone(inner);
             inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;

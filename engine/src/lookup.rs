@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, Location, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, BlockKey, Error, ErrorKind, Location, RecordId, Result, Store};
 
 use crate::api::{LookupReply, LookupRequest, Places, SessionId};
 use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
+use crate::scheduler::Asked;
 
 /// The most keys of one lookup.
 const KEYS_MAX: usize = 65_536;
@@ -39,6 +40,14 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         return Ok(LookupReply::default());
     }
     let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
+    inner.requests.push(Asked {
+        session,
+        tag: request.tag,
+        place,
+        shards: view.geometry.shards,
+        slot_bytes: Arena::slot_bytes(view.geometry.block_bytes as usize),
+        prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
+    });
     for _ in 0..ATTEMPTS {
         match attempt(inner, session, request, place, view.geometry.shards) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.

@@ -104,6 +104,8 @@ table! {
         "pegaflow_save_dropped_blocks_total", save_dropped_blocks, "Blocks not saved for want of DRAM or of queue.";
         "pegaflow_save_orphan_blocks_total", save_orphan_blocks, "Blocks not saved because an ancestor is missing.";
         "pegaflow_dram_evicted_blocks_total", dram_evicted_blocks, "Blocks evicted from DRAM.";
+        "pegaflow_policy_requests_total", policy_requests, "Requests that the policy was told of.";
+        "pegaflow_policy_dropped_requests_total", policy_dropped_requests, "Requests of which it was not told: too many waited.";
         "pegaflow_durable_records_total", durable_records, "Records made durable.";
         "pegaflow_write_failed_records_total", write_failed_records, "Records whose write failed.";
         "pegaflow_quarantined_records_total", quarantined_records, "Records that failed their checks when read.";
@@ -167,7 +169,7 @@ fn describe() {
         "When the last scrub that saw all ended; 0: never."
     );
     metrics::describe_gauge!("pegaflow_index_full", "1 if the in-memory index has every record, else 0.");
-    metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
+    metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version, the I/O engine and the policy.");
 }
 
 fn record(stats: &Stats, server: ServerGauges) {
@@ -220,8 +222,9 @@ fn record(stats: &Stats, server: ServerGauges) {
         metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);
     }
     metrics::gauge!("pegaflow_index_full").set(f64::from(u8::from(stats.index_full)));
-    let io_engine = stats.io_engine.clone();
-    metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
+    let (io_engine, policy) = (stats.io_engine.clone(), stats.policy.clone());
+    let version = env!("CARGO_PKG_VERSION");
+    metrics::gauge!("pegaflow_info", "version" => version, "io_engine" => io_engine, "policy" => policy).set(1.0);
 }
 
 #[cfg(test)]

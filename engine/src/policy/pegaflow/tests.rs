@@ -133,18 +133,18 @@ fn what_is_learned_counts_from_then_on() {
     ask(&mut policy, &[block(1)], 0, 0);
     let at = policy.tree.find(block(1).key).expect("known");
     let class = policy.tree.nodes[at as usize].class;
-    let fresh = policy.worth(at, 1);
+    let fresh = policy.worth_of(at, 1);
     for _ in 0..2000 {
         policy.hazard.add(hazard::Sighting { class, age: 0.5, is_use: true });
     }
     policy.news = 2000;
     policy.fit_if_due();
-    let learned = policy.worth(at, 1);
+    let learned = policy.worth_of(at, 1);
     assert!(learned > 4.0 * fresh, "{learned} after {fresh}");
 
     let mut later = PegaflowPolicy::new(PegaflowConfig::default());
     ask(&mut later, &[block(1)], 0, 0);
-    assert_eq!(later.worth(at, 1), fresh);
+    assert_eq!(later.worth_of(at, 1), fresh);
     assert!(later.restore(&policy.note()));
-    assert_eq!(later.worth(at, 1), learned);
+    assert_eq!(later.worth_of(at, 1), learned);
 }
