@@ -11,7 +11,7 @@ use pegaflow_tiers::{
     StoreConfig,
 };
 
-use crate::admission::{Admission, SeenBefore, SystemClock};
+use crate::admission::{Admission, Admit, ByWorth, SeenBefore, SystemClock};
 use crate::api::{
     InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest, OperationId, SaveOutcome,
     SaveRequest, SessionId, Stats,
@@ -23,12 +23,12 @@ use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::operations::Operations;
-use crate::policy::PegaflowConfig;
+use crate::policy::{PegaflowConfig, PolicyChoice};
 use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
-use crate::scheduler::{Requests, SizePolicies};
+use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
 use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::{lookup, objects, scheduler};
 
@@ -40,6 +40,9 @@ const COMMIT_BYTES: u64 = 64 << 20;
 pub struct Engine {
     shared: Arc<Shared>,
 }
+
+/// Who decides what stays, in DRAM and on the drive.
+type Deciders = (Arc<Residency>, Option<Arc<DrivePolicy>>);
 
 struct Shared {
     inner: Arc<Inner>,
@@ -64,9 +67,9 @@ impl Engine {
         config: EngineConfig,
         wrap: impl Fn(Arc<dyn pegaflow_tiers::BlockIo>) -> Arc<dyn pegaflow_tiers::BlockIo> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::open_with(config, |config, arena, residency| {
+        Self::open_with(config, |config, arena, deciders| {
             let nvme = config.nvme.as_ref()?;
-            let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+            let (path, policy) = (nvme.path.clone(), policy(nvme, deciders));
             let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
             let open = move || Store::open_wrapped(config.clone(), &arena, policy(), &wrap);
             Some(Source { path, open: Box::new(open) })
@@ -75,18 +78,21 @@ impl Engine {
 
     fn open_with(
         config: EngineConfig,
-        source: impl FnOnce(&EngineConfig, &Arc<Arena>, &Arc<Residency>) -> Option<Source>,
+        source: impl FnOnce(&EngineConfig, &Arc<Arena>, &Deciders) -> Option<Source>,
     ) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
         let start = Instant::now();
-        let clock = Box::new(move || start.elapsed().as_millis() as u64);
-        let policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock);
+        let clock = || Box::new(move || start.elapsed().as_millis() as u64);
+        let policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock());
         let residency = Arc::new(Residency::new(Arc::clone(&arena), policies));
+        let learns = config.nvme.as_ref().filter(|_| config.policy == PolicyChoice::Pegaflow);
+        let drive_policy = learns.map(|nvme| Arc::new(DrivePolicy::new(nvme.capacity_bytes(), clock())));
+        let deciders = (residency, drive_policy);
         let mut recovered_records = 0;
-        let drive = match source(&config, &arena, &residency) {
+        let drive = match source(&config, &arena, &deciders) {
             None => DriveTier::none(),
             Some(source) => {
                 let (drive, report) = DriveTier::open(source)?;
@@ -95,14 +101,17 @@ impl Engine {
             }
         };
         let admission = match (drive.store(), &config.nvme) {
-            (Some(store), Some(nvme)) => Some(admission(&store, nvme)?),
+            (Some(store), Some(nvme)) => Some(admission(&store, nvme, config.policy)?),
             _ => None,
         };
+        let (residency, drive_policy) = deciders;
         if let Some(store) = drive.store() {
-            restore_learned(&store, &residency);
+            restore_learned(&store, &residency, drive_policy.as_deref());
         }
         let inner = Arc::new(Inner {
             admission,
+            drive_policy,
+            curve: LiveCurve::new(),
             wear: Arc::default(),
             residency,
             requests: Requests::default(),
@@ -322,6 +331,8 @@ impl Engine {
             policy: inner.config.policy.name().into(),
             policy_requests: inner.requests.counted.get(),
             policy_dropped_requests: inner.requests.dropped.get(),
+            dram_estimates: inner.curve.estimates(inner.arena.capacity_bytes()),
+            nvme_estimates: inner.curve.estimates(inner.store_payload_bytes()),
             drives: inner.wear.drives(),
             ..Stats::default()
         };
@@ -333,6 +344,7 @@ impl Engine {
             stats.refused_budget_blocks = admission.refused_budget.get();
             stats.refused_unproven_blocks = admission.refused_unproven.get();
             stats.refused_ancestor_blocks = admission.refused_ancestor.get();
+            stats.refused_worth_blocks = admission.refused_worth.get();
         }
         stats
     }
@@ -438,24 +450,28 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
 }
 
 /// How the store is opened, now and whenever it has to be opened again.
-fn source(config: &EngineConfig, arena: &Arc<Arena>, residency: &Arc<Residency>) -> Option<Source> {
+fn source(config: &EngineConfig, arena: &Arc<Arena>, deciders: &Deciders) -> Option<Source> {
     let nvme = config.nvme.as_ref()?;
-    let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+    let (path, policy) = (nvme.path.clone(), policy(nvme, deciders));
     let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
     let open = move || Store::open(config.clone(), Arc::clone(&arena), policy());
     Some(Source { path, open: Box::new(open) })
 }
 
 /// Makes the policy that a store asks, anew for each store.
-fn policy(nvme: &NvmeConfig, residency: &Arc<Residency>) -> impl Fn() -> Arc<CostBenefit> + use<> {
-    let (regions, residency) = (nvme.capacity_bytes() / nvme.region_bytes().max(1), Arc::clone(residency));
-    move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency))))
+fn policy(nvme: &NvmeConfig, (residency, drive): &Deciders) -> impl Fn() -> Arc<CostBenefit> + use<> {
+    let regions = nvme.capacity_bytes() / nvme.region_bytes().max(1);
+    let (residency, drive) = (Arc::clone(residency), drive.clone());
+    move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency)), drive.clone()))
 }
 
 /// What the policies had learned when the store was used last. Without it they learn again.
-fn restore_learned(store: &Store, residency: &Residency) {
+fn restore_learned(store: &Store, residency: &Residency, drive: Option<&DrivePolicy>) {
     match store.note(scheduler::LEARNED_NOTE) {
         Ok(Some(note)) if residency.restore_learned(&note) => {
+            if let (Some(drive), Some(of_one)) = (drive, scheduler::first_learned(&note)) {
+                drive.restore(&of_one);
+            }
             tracing::info!(bytes = note.len(), "the policy goes on with what it had learned");
         }
         Ok(None) => {}
@@ -470,10 +486,13 @@ fn restore_learned(store: &Store, residency: &Residency) {
 }
 
 /// The way to the drive, with what earlier runs have spent.
-fn admission(store: &Store, nvme: &NvmeConfig) -> Result<Admission> {
+fn admission(store: &Store, nvme: &NvmeConfig, choice: PolicyChoice) -> Result<Admission> {
     let note = store.note(BUDGET_NOTE)?;
-    let (policy, clock) = (Box::new(SeenBefore::new()), Box::new(SystemClock));
-    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), policy, clock))
+    let admit: Box<dyn Admit> = match choice {
+        PolicyChoice::Pegaflow => Box::new(ByWorth::new()),
+        _ => Box::new(SeenBefore::new()),
+    };
+    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), admit, Box::new(SystemClock)))
 }
 
 fn add_drive(stats: &mut Stats, drive: &DriveTier) {

@@ -20,7 +20,7 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
-use crate::scheduler::Requests;
+use crate::scheduler::{DrivePolicy, LiveCurve, Requests};
 use crate::wear::Wear;
 use crate::{scheduler, scrub, spares, store_keeper};
 
@@ -41,6 +41,10 @@ pub(crate) struct Inner {
     pub(crate) drive: Arc<DriveTier>,
     /// Which blocks go to the store, if there is one.
     pub(crate) admission: Option<Admission>,
+    /// What tiers of other sizes would serve.
+    pub(crate) curve: LiveCurve,
+    /// What a place on the drive is worth, if the policy can tell.
+    pub(crate) drive_policy: Option<Arc<DrivePolicy>>,
     pub(crate) wear: Arc<Wear>,
     pub(crate) leases: Leases,
     pub(crate) operations: Operations,
@@ -66,6 +70,14 @@ impl Inner {
         if let Some(store) = self.drive.store() {
             store.note_uses(ids);
         }
+    }
+
+    /// Bytes of payloads that fit into the store, as blocks are compressed; 0 without a store.
+    pub(crate) fn store_payload_bytes(&self) -> u64 {
+        let (totals, ..) = self.drive.totals();
+        let (raw, stored) = (totals.appended_payload_bytes as f64, totals.appended_stored_bytes as f64);
+        let ratio = if stored > 0.0 { (raw / stored).max(1.0) } else { 1.0 };
+        self.config.nvme.as_ref().map_or(0, |nvme| (nvme.capacity_bytes() as f64 * ratio) as u64)
     }
 
     pub(crate) fn object_bytes_max(&self) -> u64 {

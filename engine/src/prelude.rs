@@ -2,7 +2,7 @@
 
 pub use crate::api::{
     BlockSave, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LookupReply,
-    LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, Stats,
+    LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SessionId, SizeEstimate, Stats,
 };
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};

@@ -155,6 +155,10 @@ fn describe() {
         "pegaflow_drive_read_depth_bytes",
         "Bytes of reads in flight with which the drive is almost at its best."
     );
+    metrics::describe_gauge!(
+        "pegaflow_hit_ratio_estimate",
+        "Share of the blocks asked for lately that a tier of that percentage of its present size would serve."
+    );
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -187,8 +191,16 @@ fn record(stats: &Stats, server: ServerGauges) {
         ("budget", stats.refused_budget_blocks),
         ("unproven", stats.refused_unproven_blocks),
         ("ancestor", stats.refused_ancestor_blocks),
+        ("worth", stats.refused_worth_blocks),
     ] {
         metrics::counter!("pegaflow_refused_blocks_total", "reason" => reason).absolute(blocks);
+    }
+    for (tier, estimates) in [("dram", &stats.dram_estimates), ("nvme", &stats.nvme_estimates)] {
+        for estimate in estimates {
+            let percent = estimate.percent_of_present.to_string();
+            let ratio = f64::from(estimate.hit_permille) / 1000.0;
+            metrics::gauge!("pegaflow_hit_ratio_estimate", "tier" => tier, "percent" => percent).set(ratio);
+        }
     }
     for wear in &stats.drives {
         let gauge = |name: &'static str, value: f64| metrics::gauge!(name, "drive" => wear.drive.clone()).set(value);
@@ -230,7 +242,7 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::{DriveSpeed, DriveWear};
+    use pegaflow_engine::{DriveSpeed, DriveWear, SizeEstimate};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
@@ -242,6 +254,7 @@ mod tests {
             nvme_degraded: Some(PoisonReason::NoSpace),
             io_engine: "psync".into(),
             refused_unproven_blocks: 5,
+            nvme_estimates: vec![SizeEstimate { percent_of_present: 200, capacity_bytes: 9, hit_permille: 125 }],
             drives,
             drive_speeds: vec![DriveSpeed {
                 path: "/nvme".into(),
@@ -271,6 +284,7 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
         }
         assert!(text.contains("io_engine=\"psync\""));
+        assert!(text.contains("pegaflow_hit_ratio_estimate{tier=\"nvme\",percent=\"200\"} 0.125"), "{text}");
         assert!(!text.contains("pegaflow_drive_write_bytes_per_second{"), "what is not known is not told");
         for reason in PoisonReason::ALL {
             let text =

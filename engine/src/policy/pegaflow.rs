@@ -114,6 +114,20 @@ impl PegaflowPolicy {
         }
     }
 
+    /// Bytes of the blocks that are here.
+    pub(crate) fn here_bytes(&self) -> u64 {
+        self.tree.here_bytes()
+    }
+
+    /// Sees to it that a block is known, here or not, as [`Policy::insert`] does for one that no request has named.
+    pub(crate) fn know(&mut self, block: &PolicyBlock, parent: Option<u64>) {
+        let parent = parent.map_or(NONE, |parent| self.find(parent).unwrap_or_else(|| self.tree.add(parent, 0)));
+        let at = self.find(block.key).unwrap_or_else(|| self.tree.add(block.key, 0));
+        if self.tree.nodes[at as usize].uses == 0 {
+            self.go_on(at, parent);
+        }
+    }
+
     /// Which turn of a conversation a request is whose deepest known block is `deepest`, and the gap since the one before.
     fn turn(&self, deepest: Option<u32>) -> (u8, Option<f32>) {
         let Some(at) = deepest else { return (1, None) };
@@ -349,11 +363,9 @@ impl Policy for PegaflowPolicy {
     }
 
     fn insert(&mut self, block: &PolicyBlock, parent: Option<u64>) {
-        let parent = parent.map_or(NONE, |parent| self.find(parent).unwrap_or_else(|| self.tree.add(parent, 0)));
-        let at = self.find(block.key).unwrap_or_else(|| self.tree.add(block.key, 0));
-        if self.tree.nodes[at as usize].uses == 0 {
-            self.go_on(at, parent);
-        }
+        self.know(block, parent);
+        let Some(at) = self.find(block.key) else { return };
+        let parent = parent.and_then(|parent| self.find(parent)).unwrap_or(NONE);
         if self.tree.nodes[at as usize].is_here {
             return;
         }

@@ -40,6 +40,11 @@ pub(super) fn decode(note: &[u8]) -> Option<Vec<(u32, Vec<u8>)>> {
     rest.is_empty().then_some(notes)
 }
 
+/// What was learned of one size of block, for who has no size of its own.
+pub(crate) fn first_learned(note: &[u8]) -> Option<Vec<u8>> {
+    decode(note)?.into_iter().next().map(|(_, note)| note)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,13 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::requests::{Next, Repeats};
+use pegaflow_tiers::NamespaceHandle;
+
+use super::requests::{Asked, Next, Repeats};
 use crate::inner::Inner;
 
 /// The name of what the policies have learned, in the store.
 pub(crate) const LEARNED_NOTE: &str = "policy";
 /// What was learned is kept so long after the first request that taught something.
 const KEEP_INTERVAL: Duration = Duration::from_secs(300);
+
+/// After so many requests it is looked how well blocks are compressed.
+const CAPACITY_REQUESTS: u64 = 64;
 
 /// The body of the thread.
 pub(crate) fn run(inner: &Arc<Inner>) {
@@ -24,8 +29,13 @@ pub(crate) fn run(inner: &Arc<Inner>) {
                 keep_at = None;
             }
             Next::Asked(asked) => {
-                if !repeats.is_repeat(&asked, start.elapsed().as_millis() as u64) {
+                let now_ms = start.elapsed().as_millis() as u64;
+                if !repeats.is_repeat(&asked, now_ms) {
+                    if asked.place.namespace != NamespaceHandle(0) {
+                        inner.curve.request(&asked, now_ms);
+                    }
                     inner.residency.request(&asked);
+                    tell_drive_policy(inner, &asked);
                     inner.requests.counted.add(1);
                     keep_at = keep_at.or(Some(Instant::now() + KEEP_INTERVAL));
                 }
@@ -36,6 +46,15 @@ pub(crate) fn run(inner: &Arc<Inner>) {
             }
         }
     }
+}
+
+fn tell_drive_policy(inner: &Inner, asked: &Asked) {
+    let Some(policy) = &inner.drive_policy else { return };
+    if inner.requests.counted.get().is_multiple_of(CAPACITY_REQUESTS) {
+        policy.set_capacity(inner.store_payload_bytes());
+    }
+    let store = inner.drive.store();
+    policy.request(asked, &|fingerprint| store.as_ref()?.has_fingerprint(fingerprint));
 }
 
 /// Keeps what was learned in the store, if there is one and anything was asked for. What can not be kept is learned again.
