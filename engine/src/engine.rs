@@ -206,6 +206,7 @@ impl Engine {
         let inner = &self.shared.inner;
         if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
             inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
+            inner.requests.push_served(taken.asker, &taken.hits);
             let slot_bytes = |hit: &Hit| match hit {
                 Hit::Dram(resident) => resident.slot.bytes(),
                 Hit::Nvme(..) => 0,

@@ -63,6 +63,8 @@ impl Pinned {
 
 /// What one shard's load takes over: the blocks, and what keeps them readable.
 pub(crate) struct ShardLease {
+    /// Who looked the blocks up, and for which request.
+    pub(crate) asker: (SessionId, u64),
     pub(crate) hits: Vec<Hit>,
     pub(crate) pinned: Option<Arc<Pinned>>,
 }
@@ -147,7 +149,10 @@ impl Leases {
         let mut state = self.state.lock();
         let lease = state.leases.get_mut(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
         let hits = lease.shards.remove(&shard).ok_or_else(over)?;
-        let taken = (lease.instance.clone(), ShardLease { hits, pinned: lease.pinned.clone() });
+        let taken = (
+            lease.instance.clone(),
+            ShardLease { asker: (lease.session, lease.tag), hits, pinned: lease.pinned.clone() },
+        );
         if lease.shards.is_empty() {
             let ended = state.take(id);
             drop(state);

@@ -67,6 +67,7 @@ impl LoadJob {
         if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
+        inner.requests.push_served(lease.asker, &lease.hits);
         let block_bytes = layout.block_bytes();
         let operation = inner.operations.start(request.session, request.operation, false);
         let arrived = vec![false; request.blocks.len()];

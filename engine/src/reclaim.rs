@@ -7,8 +7,7 @@
 //! nothing was used go in the order of their age, a hot one waits until it has cooled down.
 //!
 //! The records: those that were used, ancestors before their descendants: a block without its ancestors is worthless. Those
-//! first that the policy would keep, by what they are worth to it; none that it has let go; then those that it does not
-//! know, most used first. Each time a record is written again half of its uses are forgotten, so it has to earn the next round, as
+//! first that the policy would keep, by what they are worth to it; then the others, most used first. Each time a record is written again half of its uses are forgotten, so it has to earn the next round, as
 //! in S3-FIFO (Yang and others, 2023).
 
 use std::cmp::Ordering;
@@ -19,7 +18,7 @@ use pegaflow_tiers::{ReclaimPolicy, RecordInfo, RegionInfo, ResidentBlock};
 
 use crate::policy::PolicyBlock;
 use crate::residency::Residency;
-use crate::scheduler::{DrivePolicy, Standing};
+use crate::scheduler::DrivePolicy;
 
 /// Epochs of [`RecordInfo::idle_epochs`] after which a use counts half: the time in which all of the store is written once.
 const HALF_LIFE_EPOCHS: f64 = 16.0;
@@ -47,12 +46,8 @@ impl CostBenefit {
         let uses = worth(record);
         let bytes = u32::try_from(record.bytes).unwrap_or(u32::MAX);
         let block = PolicyBlock { key: record.fingerprint, bytes };
-        let standing = self.policy.as_ref().filter(|_| uses > 0.0).map(|policy| policy.standing(&block));
-        match standing {
-            Some(Standing::Kept(worth)) => Rank { is_kept: true, worth: f64::from(worth) },
-            Some(Standing::Left) => Rank::default(),
-            Some(Standing::Unknown) | None => Rank { is_kept: false, worth: uses },
-        }
+        let kept = self.policy.as_ref().filter(|_| uses > 0.0).and_then(|policy| policy.worth(&block));
+        kept.map_or(Rank { is_kept: false, worth: uses }, |worth| Rank { is_kept: true, worth: worth.into() })
     }
 
     /// The share of a region that is worth copying, as far as its own counters can say.

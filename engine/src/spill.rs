@@ -59,6 +59,8 @@ fn failed(inner: &Inner, block: &Arc<Resident>, kind: RecordKind) {
     inner.counters.write_failed_records.add(1);
     if kind == RecordKind::Object {
         inner.residency.hide(block);
+    } else if let Some(policy) = &inner.drive_policy {
+        policy.lose(block.id.fingerprint());
     }
     inner.residency.mark_clean(block);
 }

@@ -18,17 +18,6 @@ const WRITE_HURDLE: f32 = 0.99;
 /// Blocks that leave for one that comes, at most: blocks of other sizes may be much smaller.
 const LEAVING_MAX: usize = 64;
 
-/// What the policy knows of a block.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Standing {
-    /// It would be kept, and is worth so much.
-    Kept(f32),
-    /// It was let go.
-    Left,
-    /// Nothing.
-    Unknown,
-}
-
 struct State {
     policy: PegaflowPolicy,
     capacity_bytes: u64,
@@ -119,15 +108,15 @@ impl DrivePolicy {
         self.state.lock().take_in(block, parent);
     }
 
-    /// What is known of a block.
-    pub(crate) fn standing(&self, block: &PolicyBlock) -> Standing {
+    /// A block that was accepted could not be written.
+    pub(crate) fn lose(&self, fingerprint: u64) {
+        self.state.lock().policy.remove(fingerprint);
+    }
+
+    /// What a block is worth that the policy would keep.
+    pub(crate) fn worth(&self, block: &PolicyBlock) -> Option<f32> {
         let policy = &mut self.state.lock().policy;
-        let is_kept = policy.contains(block.key);
-        match policy.worth(block) {
-            Some(worth) if is_kept => Standing::Kept(worth),
-            Some(_) => Standing::Left,
-            None => Standing::Unknown,
-        }
+        if policy.contains(block.key) { policy.worth(block) } else { None }
     }
 }
 

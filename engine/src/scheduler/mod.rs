@@ -11,7 +11,7 @@ mod run;
 mod sizes;
 
 pub(crate) use curve::LiveCurve;
-pub(crate) use drive::{DrivePolicy, Standing};
+pub(crate) use drive::DrivePolicy;
 pub(crate) use learned::first_learned;
 pub(crate) use requests::{Asked, Requests};
 pub(crate) use run::{LEARNED_NOTE, keep_learned, run};

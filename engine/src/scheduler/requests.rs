@@ -11,6 +11,7 @@ use pegaflow_tiers::RecordId;
 
 use crate::api::SessionId;
 use crate::counters::Counter;
+use crate::lease::Hit;
 
 /// Keys that wait at most: 8 MiB.
 const WAITING_KEYS_MAX: usize = 1 << 20;
@@ -33,7 +34,8 @@ pub(crate) struct Asked {
     pub(crate) shards: u16,
     /// What a block of it takes in DRAM.
     pub(crate) slot_bytes: usize,
-    /// [`BlockKey::prefix`](pegaflow_tiers::BlockKey::prefix) of its keys, first to last.
+    /// [`BlockKey::prefix`](pegaflow_tiers::BlockKey::prefix) of its keys, first to last; none if the request was served, and
+    /// the next lookup is another one.
     pub(crate) prefixes: Vec<u64>,
 }
 
@@ -82,6 +84,13 @@ impl Requests {
         }
     }
 
+    /// Notes that a request has got its blocks.
+    pub(crate) fn push_served(&self, (session, tag): (SessionId, u64), hits: &[Hit]) {
+        if let Some(place) = hits.first().map(Hit::id) {
+            self.push(Asked { session, tag, place, shards: 1, slot_bytes: 0, prefixes: Vec::new() });
+        }
+    }
+
     /// The next thing to do, for the one thread that does it.
     pub(super) fn next(&self, until: Option<Instant>) -> Next {
         let mut state = self.state.lock();
@@ -121,10 +130,14 @@ impl Repeats {
         Self { seen: LruCache::new(REPEATS_MAX) }
     }
 
-    /// Whether this was asked for before by the same request, a moment ago.
+    /// Whether this was asked for before by the same request, a moment ago and in vain; or is no request at all.
     pub(super) fn is_repeat(&mut self, asked: &Asked, now_ms: u64) -> bool {
-        let last = asked.prefixes.last().copied().unwrap_or_default();
-        let before = self.seen.put((asked.session, asked.tag, asked.place.group), (last, now_ms));
+        let request = (asked.session, asked.tag, asked.place.group);
+        let Some(&last) = asked.prefixes.last() else {
+            self.seen.pop(&request);
+            return true;
+        };
+        let before = self.seen.put(request, (last, now_ms));
         before.is_some_and(|(before, at_ms)| before == last && now_ms.saturating_sub(at_ms) < REPEAT_MS)
     }
 }
@@ -148,6 +161,8 @@ mod tests {
         assert!(!repeats.is_repeat(&asked(1, vec![1, 2, 3]), 18_001), "it has gone on");
         assert!(!repeats.is_repeat(&asked(2, vec![1, 2, 3]), 18_002), "somebody else");
         assert!(!repeats.is_repeat(&asked(2, vec![1, 2, 3]), 40_000), "long after");
+        assert!(repeats.is_repeat(&asked(2, vec![]), 40_001), "it was served");
+        assert!(!repeats.is_repeat(&asked(2, vec![1, 2, 3]), 40_002), "so this is another one");
         (10..10_000).for_each(|tag| assert!(!repeats.is_repeat(&asked(tag, vec![1]), 40_000)));
         assert_eq!(repeats.seen.len(), REPEATS_MAX.get());
     }

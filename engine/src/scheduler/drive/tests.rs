@@ -36,7 +36,7 @@ fn it_writes_what_a_replay_writes() {
         for request in trace.requests() {
             now_ms.store(request.now_ms, Ordering::Relaxed);
             let keys: Vec<u64> = request.blocks.iter().map(|block| place().fingerprint_of(block.key)).collect();
-            let here = |key: u64| matches!(drive.standing(&block(key)), Standing::Kept(_));
+            let here = |key: u64| drive.worth(&block(key)).is_some();
             hits += keys.iter().take_while(|key| here(**key)).count() as u64;
             let stored: HashSet<u64> = keys.iter().copied().filter(|key| here(*key)).collect();
             drive.request(&asked(request.blocks.iter().map(|block| block.key).collect()), &|key| {
@@ -72,10 +72,8 @@ fn what_the_store_has_lost_or_has_from_before_is_brought_in_line_by_requests() {
     let on_drive = RefCell::new(HashSet::from([1, 2, 3].map(|key| place().fingerprint_of(key))));
     let is_stored = |key: u64| Some(on_drive.borrow().contains(&key));
     drive.request(&asked(vec![1, 2, 3, 4]), &is_stored);
-    let kept = |key: u64| matches!(drive.standing(&block(place().fingerprint_of(key))), Standing::Kept(_));
+    let kept = |key: u64| drive.worth(&block(place().fingerprint_of(key))).is_some();
     assert_eq!([1, 2, 3, 4, 5].map(kept), [true, true, true, false, false], "found on the drive");
-    assert_eq!(drive.standing(&block(place().fingerprint_of(4))), Standing::Left);
-    assert_eq!(drive.standing(&block(5)), Standing::Unknown);
     on_drive.borrow_mut().remove(&place().fingerprint_of(3));
     drive.request(&asked(vec![1, 2, 3, 4]), &is_stored);
     assert_eq!([1, 2, 3].map(kept), [true, true, false], "lost with its region");
@@ -99,6 +97,8 @@ fn a_store_with_room_takes_all_and_a_full_one_no_orphans() {
     assert!(drive.judge(&block(23), Some(77), true).is_ok());
     drive.accept(&block(23), Some(77));
     assert!(drive.state.lock().policy.len() <= 10);
+    drive.lose(23);
+    assert_eq!(drive.worth(&block(23)), None);
     // More blocks than it follows: everything is worth a write.
     let (large, _) = policy(BLOCKS_MAX as u64 + 1);
     assert!((0..100).all(|key| large.judge(&block(key), Some(5000), false).is_ok()));
