@@ -213,3 +213,27 @@ fn object(residency: &Residency, number: u32, payload: usize, dirty: bool) -> Ve
     drop(residency.insert(Arc::clone(&block), true));
     vec![id]
 }
+
+#[test]
+fn dirty_blocks_are_not_searched_and_whom_no_policy_knows_leaves_when_it_is_the_oldest() {
+    let entered = |residency: &Residency| {
+        let mut policies = residency.policies.lock();
+        while residency.enter(&mut policies) {}
+        policies.len()
+    };
+    let ours = residency();
+    let ids = chain(&ours, 1, 8, BLOCK, true);
+    assert_eq!(entered(&ours), 0);
+    ids.iter().take(3).filter_map(|id| ours.get(id)).for_each(|block| ours.mark_clean(&block));
+    // One of them is to be written once more before it is told of.
+    ours.get(&ids[1]).into_iter().for_each(|block| ours.mark_dirty(&block));
+    assert_eq!(entered(&ours), 2);
+
+    let lru = residency_of(PolicyChoice::Lru);
+    let unknown = chain(&lru, 1, 1, BLOCK, false);
+    let known = chain(&lru, 2, 63, BLOCK, false);
+    lru.touch_chain(known.iter().map(|id| (id, BLOCK + 4096)));
+    assert_eq!(entered(&lru), 63);
+    assert!(lru.alloc(BLOCK).is_some());
+    assert!(!lru.contains(&unknown[0]) && known.iter().all(|id| lru.contains(id)));
+}

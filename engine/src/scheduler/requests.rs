@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
@@ -39,6 +39,9 @@ pub(crate) struct Asked {
     pub(crate) prefixes: Vec<u64>,
 }
 
+/// After what waited was done the thread rests for so long: lookups that come meanwhile need not wake it.
+const REST: Duration = Duration::from_millis(5);
+
 /// What there is to do.
 pub(super) enum Next {
     Asked(Asked),
@@ -51,6 +54,9 @@ pub(super) enum Next {
 struct State {
     waiting: VecDeque<Asked>,
     waiting_keys: usize,
+    /// Whether the thread has to be woken.
+    is_asleep: bool,
+    has_worked: bool,
     is_closed: bool,
 }
 
@@ -75,11 +81,11 @@ impl Requests {
             self.dropped.add(1);
             return;
         }
-        let was_empty = state.waiting.is_empty();
+        let is_asleep = std::mem::take(&mut state.is_asleep);
         state.waiting_keys = keys;
         state.waiting.push_back(asked);
         drop(state);
-        if was_empty {
+        if is_asleep {
             self.changed.notify_one();
         }
     }
@@ -100,15 +106,24 @@ impl Requests {
             }
             if let Some(asked) = state.waiting.pop_front() {
                 state.waiting_keys -= asked.prefixes.len();
+                state.has_worked = true;
                 return Next::Asked(asked);
             }
-            match until {
-                None => self.changed.wait(&mut state),
-                Some(until) => {
-                    if self.changed.wait_until(&mut state, until).timed_out() && state.waiting.is_empty() {
-                        return if state.is_closed { Next::Closed } else { Next::Time };
-                    }
+            if std::mem::take(&mut state.has_worked) {
+                self.changed.wait_for(&mut state, REST);
+                continue;
+            }
+            state.is_asleep = true;
+            let is_late = match until {
+                None => {
+                    self.changed.wait(&mut state);
+                    false
                 }
+                Some(until) => self.changed.wait_until(&mut state, until).timed_out(),
+            };
+            state.is_asleep = false;
+            if is_late && state.waiting.is_empty() && !state.is_closed {
+                return Next::Time;
             }
         }
     }
