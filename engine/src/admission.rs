@@ -37,6 +37,8 @@ pub(crate) struct Offer {
     pub(crate) fingerprint: u64,
     /// Whether the block before it is in the store, or on its way there; also for a first block.
     pub(crate) has_parent: bool,
+    /// What a place on the drive is worth to it, where the policy knows.
+    pub(crate) worth: Option<f32>,
 }
 
 /// Why a block is not written.
@@ -48,6 +50,8 @@ pub(crate) enum Refusal {
     Unproven,
     /// A block without its ancestors is worthless.
     Ancestor,
+    /// The store is full of blocks that are worth more.
+    Worth,
 }
 
 /// Decides.
@@ -96,6 +100,49 @@ impl Admit for SeenBefore {
     }
 }
 
+/// Levels of worth that are told apart, four to a doubling.
+const LEVELS: usize = 128;
+const LEVEL_OF_ONE: f32 = 100.0;
+/// Offers after which the past counts half, and offers without which nothing is known of the others.
+const OFFERS_MAX: u32 = 8192;
+const OFFERS_MIN: u32 = 256;
+
+/// As [`SeenBefore`]; and with a budget that is less than half full also those blocks are admitted that are worth most, the
+/// fewer the emptier it is: with it filled to a fifth, the best two fifths of what was offered lately.
+pub(crate) struct ByWorth {
+    seen: SeenBefore,
+    /// How many of the last offers were of each level.
+    offers: [u32; LEVELS],
+}
+
+impl ByWorth {
+    pub(crate) fn new() -> Self {
+        Self { seen: SeenBefore::new(), offers: [0; LEVELS] }
+    }
+
+    /// Counts an offer; the share of offers that were worth as much or more.
+    fn rank(&mut self, worth: f32) -> f64 {
+        let level = (worth.max(f32::MIN_POSITIVE).log2() * 4.0 + LEVEL_OF_ONE).clamp(0.0, LEVELS as f32 - 1.0) as usize;
+        if let Some(offers) = self.offers.get_mut(level) {
+            *offers += 1;
+        }
+        let all: u32 = self.offers.iter().sum();
+        let as_good: u32 = self.offers.iter().skip(level).sum();
+        if all >= OFFERS_MAX {
+            self.offers.iter_mut().for_each(|offers| *offers /= 2);
+        }
+        if all < OFFERS_MIN { 1.0 } else { f64::from(as_good) / f64::from(all) }
+    }
+}
+
+impl Admit for ByWorth {
+    fn admit(&mut self, offer: &Offer, fill: f64) -> Result<(), Refusal> {
+        let rank = offer.worth.map_or(1.0, |worth| self.rank(worth));
+        let verdict = self.seen.admit(offer, fill);
+        if verdict == Err(Refusal::Unproven) && rank <= 2.0 * fill { Ok(()) } else { verdict }
+    }
+}
+
 /// What there is to see of the budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct BudgetStatus {
@@ -118,6 +165,7 @@ pub(crate) struct Admission {
     pub(crate) refused_budget: Counter,
     pub(crate) refused_unproven: Counter,
     pub(crate) refused_ancestor: Counter,
+    pub(crate) refused_worth: Counter,
 }
 
 impl Admission {
@@ -135,6 +183,17 @@ impl Admission {
             refused_budget: Counter::default(),
             refused_unproven: Counter::default(),
             refused_ancestor: Counter::default(),
+            refused_worth: Counter::default(),
+        }
+    }
+
+    /// Counts a block that is not written.
+    pub(crate) fn count(&self, refusal: Refusal) {
+        match refusal {
+            Refusal::Budget => self.refused_budget.add(1),
+            Refusal::Unproven => self.refused_unproven.add(1),
+            Refusal::Ancestor => self.refused_ancestor.add(1),
+            Refusal::Worth => self.refused_worth.add(1),
         }
     }
 
@@ -149,11 +208,8 @@ impl Admission {
         let verdict = state.admit.admit(offer, fill);
         let note = state.ledger.due_note();
         drop(state);
-        match verdict {
-            Ok(()) => {}
-            Err(Refusal::Budget) => self.refused_budget.add(1),
-            Err(Refusal::Unproven) => self.refused_unproven.add(1),
-            Err(Refusal::Ancestor) => self.refused_ancestor.add(1),
+        if let Err(refusal) = verdict {
+            self.count(refusal);
         }
         (verdict, note)
     }

@@ -249,6 +249,17 @@ pub struct DriveWear {
     pub media_errors: u64,
 }
 
+/// What a tier of another size would serve, if it let go what was used least recently.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct SizeEstimate {
+    /// The size, in percent of what there is.
+    pub percent_of_present: u32,
+    /// The size in bytes of blocks; on the drive of what they are before they are compressed.
+    pub capacity_bytes: u64,
+    /// Of a thousand blocks that were asked for in the last hours, how many it would have had, all before them included.
+    pub hit_permille: u32,
+}
+
 /// A snapshot of counters and gauges. Counters are since open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
@@ -386,10 +397,22 @@ pub struct Stats {
     pub refused_unproven_blocks: u64,
     /// Blocks that were not written because the block before them is not on the drive.
     pub refused_ancestor_blocks: u64,
+    /// Blocks that were not written because the store is full of blocks that are worth more.
+    pub refused_worth_blocks: u64,
     /// The health of the drives under the store; those that do not tell are not in it.
     pub drives: Vec<DriveWear>,
     /// How fast the store's drives are and how they are used, the home first; empty without a store.
     pub drive_speeds: Vec<DriveSpeed>,
+    /// Who decides what stays in DRAM: `pegaflow`, `lru`, `fifo`, `s3fifo` or `arc`.
+    pub policy: String,
+    /// Requests that the policy was told of: a request that is looked up again while it waits counts once.
+    pub policy_requests: u64,
+    /// Requests of which it was not told, because too many waited.
+    pub policy_dropped_requests: u64,
+    /// What more or less DRAM would serve: half of it, all, twice and four times as much.
+    pub dram_estimates: Vec<SizeEstimate>,
+    /// What a larger or smaller store would serve; empty without one.
+    pub nvme_estimates: Vec<SizeEstimate>,
     /// Records found by the scan at open that the index did not know.
     pub recovered_records: u64,
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::arbiter::LoadPolicy;
+use crate::policy::PolicyChoice;
 use crate::write_budget::WriteBudget;
 use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -267,6 +268,10 @@ pub struct EngineConfig {
     /// server sets it.
     #[serde(default)]
     pub shared_dram: bool,
+    /// Who decides what stays in DRAM: `pegaflow`, which learns, or one of the textbook policies `lru`, `fifo`, `s3fifo` and
+    /// `arc`. Default: pegaflow.
+    #[serde(default)]
+    pub policy: PolicyChoice,
     /// The store; without it blocks live in DRAM only. Default: none.
     #[serde(default)]
     pub nvme: Option<NvmeConfig>,
@@ -315,6 +320,7 @@ impl Default for EngineConfig {
             dram: default_dram(),
             huge_pages: false,
             shared_dram: false,
+            policy: PolicyChoice::default(),
             nvme: None,
             load_threads: default_load_threads(),
             save_threads: default_save_threads(),

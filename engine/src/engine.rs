@@ -11,7 +11,7 @@ use pegaflow_tiers::{
     StoreConfig,
 };
 
-use crate::admission::{Admission, SeenBefore, SystemClock};
+use crate::admission::{Admission, Admit, ByWorth, SeenBefore, SystemClock};
 use crate::api::{
     DecisionRecord, InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest,
     OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
@@ -26,12 +26,14 @@ use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
 use crate::look_aside::LookAside;
 use crate::operations::Operations;
+use crate::policy::{PegaflowConfig, PolicyChoice};
 use crate::reclaim::CostBenefit;
 use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
+use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
 use crate::spill::{BUDGET_NOTE, offer_again};
-use crate::{lookup, objects};
+use crate::{lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
 const COMMIT_BYTES: u64 = 64 << 20;
@@ -41,6 +43,9 @@ const COMMIT_BYTES: u64 = 64 << 20;
 pub struct Engine {
     shared: Arc<Shared>,
 }
+
+/// Who decides what stays, in DRAM and on the drive.
+type Deciders = (Arc<Residency>, Option<Arc<DrivePolicy>>);
 
 struct Shared {
     inner: Arc<Inner>,
@@ -65,9 +70,9 @@ impl Engine {
         config: EngineConfig,
         wrap: impl Fn(Arc<dyn pegaflow_tiers::BlockIo>) -> Arc<dyn pegaflow_tiers::BlockIo> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::open_with(config, |config, arena, residency| {
+        Self::open_with(config, |config, arena, deciders| {
             let nvme = config.nvme.as_ref()?;
-            let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+            let (path, policy) = (nvme.path.clone(), policy(nvme, deciders));
             let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
             let open = move || Store::open_wrapped(config.clone(), &arena, policy(), &wrap);
             Some(Source { path, open: Box::new(open) })
@@ -76,15 +81,21 @@ impl Engine {
 
     fn open_with(
         config: EngineConfig,
-        source: impl FnOnce(&EngineConfig, &Arc<Arena>, &Arc<Residency>) -> Option<Source>,
+        source: impl FnOnce(&EngineConfig, &Arc<Arena>, &Deciders) -> Option<Source>,
     ) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
         let arena =
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
-        let residency = Arc::new(Residency::new(Arc::clone(&arena)));
+        let start = Instant::now();
+        let clock = || Box::new(move || start.elapsed().as_millis() as u64);
+        let policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock());
+        let residency = Arc::new(Residency::new(Arc::clone(&arena), policies));
+        let learns = config.nvme.as_ref().filter(|_| config.policy == PolicyChoice::Pegaflow);
+        let drive_policy = learns.map(|nvme| Arc::new(DrivePolicy::new(nvme.capacity_bytes(), clock())));
+        let deciders = (residency, drive_policy);
         let mut recovered_records = 0;
-        let drive = match source(&config, &arena, &residency) {
+        let drive = match source(&config, &arena, &deciders) {
             None => DriveTier::none(),
             Some(source) => {
                 let (drive, report) = DriveTier::open(source)?;
@@ -93,13 +104,20 @@ impl Engine {
             }
         };
         let admission = match (drive.store(), &config.nvme) {
-            (Some(store), Some(nvme)) => Some(admission(&store, nvme)?),
+            (Some(store), Some(nvme)) => Some(admission(&store, nvme, config.policy)?),
             _ => None,
         };
+        let (residency, drive_policy) = deciders;
+        if let Some(store) = drive.store() {
+            restore_learned(&store, &residency, drive_policy.as_deref());
+        }
         let inner = Arc::new(Inner {
             admission,
+            drive_policy,
+            curve: LiveCurve::new(),
             wear: Arc::default(),
             residency,
+            requests: Requests::default(),
             arena,
             drive,
             leases: Leases::new(),
@@ -117,7 +135,7 @@ impl Engine {
         Ok(Self { shared: Arc::new(Shared { inner, workers }) })
     }
 
-    fn inner(&self) -> Result<&Arc<Inner>> {
+    pub(crate) fn inner(&self) -> Result<&Arc<Inner>> {
         let inner = &self.shared.inner;
         if inner.is_closed() { Err(Error::new(ErrorKind::Closed, "the engine is closed")) } else { Ok(inner) }
     }
@@ -210,6 +228,7 @@ impl Engine {
         let inner = &self.shared.inner;
         if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
             inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
+            inner.requests.push_served(taken.asker, &taken.hits);
             let slot_bytes = |hit: &Hit| match hit {
                 Hit::Dram(resident) => resident.slot.bytes(),
                 Hit::Nvme(..) => 0,
@@ -338,6 +357,11 @@ impl Engine {
             dram_evicted_blocks,
             write_failed_records: counters.write_failed_records.get(),
             recovered_records: inner.recovered_records,
+            policy: inner.config.policy.name().into(),
+            policy_requests: inner.requests.counted.get(),
+            policy_dropped_requests: inner.requests.dropped.get(),
+            dram_estimates: inner.curve.estimates(inner.arena.capacity_bytes()),
+            nvme_estimates: inner.curve.estimates(inner.store_payload_bytes()),
             drives: inner.wear.drives(),
             ..Stats::default()
         };
@@ -349,6 +373,7 @@ impl Engine {
             stats.refused_budget_blocks = admission.refused_budget.get();
             stats.refused_unproven_blocks = admission.refused_unproven.get();
             stats.refused_ancestor_blocks = admission.refused_ancestor.get();
+            stats.refused_worth_blocks = admission.refused_worth.get();
         }
         stats
     }
@@ -404,6 +429,7 @@ impl Shared {
         inner.leases.close();
         inner.look_aside.close();
         inner.wear.close();
+        inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;
         for thread in threads {
             // Every job has ended and the queues are gone: these end at once. A panic was caught inside.
@@ -414,6 +440,7 @@ impl Shared {
         {
             tracing::debug!(%error, "the ledger of the write budget stays as it was noted last");
         }
+        scheduler::keep_learned(inner);
         inner.drive.close(deadline)
     }
 }
@@ -453,25 +480,49 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
 }
 
 /// How the store is opened, now and whenever it has to be opened again.
-fn source(config: &EngineConfig, arena: &Arc<Arena>, residency: &Arc<Residency>) -> Option<Source> {
+fn source(config: &EngineConfig, arena: &Arc<Arena>, deciders: &Deciders) -> Option<Source> {
     let nvme = config.nvme.as_ref()?;
-    let (path, policy) = (nvme.path.clone(), policy(nvme, residency));
+    let (path, policy) = (nvme.path.clone(), policy(nvme, deciders));
     let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
     let open = move || Store::open(config.clone(), Arc::clone(&arena), policy());
     Some(Source { path, open: Box::new(open) })
 }
 
 /// Makes the policy that a store asks, anew for each store.
-fn policy(nvme: &NvmeConfig, residency: &Arc<Residency>) -> impl Fn() -> Arc<CostBenefit> + use<> {
-    let (regions, residency) = (nvme.capacity_bytes() / nvme.region_bytes().max(1), Arc::clone(residency));
-    move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency))))
+fn policy(nvme: &NvmeConfig, (residency, drive): &Deciders) -> impl Fn() -> Arc<CostBenefit> + use<> {
+    let regions = nvme.capacity_bytes() / nvme.region_bytes().max(1);
+    let (residency, drive) = (Arc::clone(residency), drive.clone());
+    move || Arc::new(CostBenefit::new(regions, Some(Arc::clone(&residency)), drive.clone()))
+}
+
+/// What the policies had learned when the store was used last. Without it they learn again.
+fn restore_learned(store: &Store, residency: &Residency, drive: Option<&DrivePolicy>) {
+    match store.note(scheduler::LEARNED_NOTE) {
+        Ok(Some(note)) if residency.restore_learned(&note) => {
+            if let (Some(drive), Some(of_one)) = (drive, scheduler::first_learned(&note)) {
+                drive.restore(&of_one);
+            }
+            tracing::info!(bytes = note.len(), "the policy goes on with what it had learned");
+        }
+        Ok(None) => {}
+        Ok(Some(note)) => {
+            tracing::warn!(
+                bytes = note.len(),
+                "what the policy had learned is damaged or of another version; it begins anew"
+            );
+        }
+        Err(error) => tracing::warn!(%error, "what the policy had learned can not be read; it begins anew"),
+    }
 }
 
 /// The way to the drive, with what earlier runs have spent.
-fn admission(store: &Store, nvme: &NvmeConfig) -> Result<Admission> {
+fn admission(store: &Store, nvme: &NvmeConfig, choice: PolicyChoice) -> Result<Admission> {
     let note = store.note(BUDGET_NOTE)?;
-    let (policy, clock) = (Box::new(SeenBefore::new()), Box::new(SystemClock));
-    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), policy, clock))
+    let admit: Box<dyn Admit> = match choice {
+        PolicyChoice::Pegaflow => Box::new(ByWorth::new()),
+        _ => Box::new(SeenBefore::new()),
+    };
+    Ok(Admission::new(nvme.write_bytes_per_day(), note.as_deref(), admit, Box::new(SystemClock)))
 }
 
 fn add_drive(stats: &mut Stats, drive: &DriveTier) {

@@ -22,8 +22,9 @@ use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
+use crate::scheduler::{DrivePolicy, LiveCurve, Requests};
 use crate::wear::Wear;
-use crate::{scrub, spares, store_keeper};
+use crate::{scheduler, scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -31,15 +32,21 @@ const SPARE_PATIENCE: Duration = Duration::from_secs(1);
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The shared state. Locks inside are never held across I/O or callbacks, and never two at a time but for
-/// `object_order`, which comes first.
+/// `object_order`, which comes first, and the two of the residency.
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
     pub(crate) residency: Arc<Residency>,
+    /// What was asked for, on its way to the policies of the residency.
+    pub(crate) requests: Requests,
     /// The store, if there is one at the moment.
     pub(crate) drive: Arc<DriveTier>,
     /// Which blocks go to the store, if there is one.
     pub(crate) admission: Option<Admission>,
+    /// What tiers of other sizes would serve.
+    pub(crate) curve: LiveCurve,
+    /// What a place on the drive is worth, if the policy can tell.
+    pub(crate) drive_policy: Option<Arc<DrivePolicy>>,
     pub(crate) wear: Arc<Wear>,
     pub(crate) leases: Leases,
     /// Whether what is found is loaded.
@@ -69,6 +76,14 @@ impl Inner {
         if let Some(store) = self.drive.store() {
             store.note_uses(ids);
         }
+    }
+
+    /// Bytes of payloads that fit into the store, as blocks are compressed; 0 without a store.
+    pub(crate) fn store_payload_bytes(&self) -> u64 {
+        let (totals, ..) = self.drive.totals();
+        let (raw, stored) = (totals.appended_payload_bytes as f64, totals.appended_stored_bytes as f64);
+        let ratio = if stored > 0.0 { (raw / stored).max(1.0) } else { 1.0 };
+        self.config.nvme.as_ref().map_or(0, |nvme| (nvme.capacity_bytes() as f64 * ratio) as u64)
     }
 
     pub(crate) fn object_bytes_max(&self) -> u64 {
@@ -122,6 +137,8 @@ impl Workers {
         }
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        let scheduler = Arc::clone(inner);
+        workers.spawn("pega-policy".into(), move || scheduler::run(&scheduler))?;
         if inner.drive.is_configured() {
             let looker = Arc::clone(inner);
             workers.spawn("pega-look".into(), move || looker.look_aside.serve(&looker))?;

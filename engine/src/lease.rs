@@ -64,6 +64,8 @@ impl Pinned {
 
 /// What one shard's load takes over: the blocks, and what keeps them readable.
 pub(crate) struct ShardLease {
+    /// Who looked the blocks up, and for which request.
+    pub(crate) asker: (SessionId, u64),
     pub(crate) hits: Vec<Hit>,
     pub(crate) pinned: Option<Arc<Pinned>>,
     /// Is told how the load ends, if its time is wanted.
@@ -152,8 +154,13 @@ impl Leases {
         let mut state = self.state.lock();
         let lease = state.leases.get_mut(&id).filter(|lease| lease.expires > Instant::now()).ok_or_else(over)?;
         let hits = lease.shards.remove(&shard).ok_or_else(over)?;
-        let taken =
-            (lease.instance.clone(), ShardLease { hits, pinned: lease.pinned.clone(), watch: lease.watch.clone() });
+        let taken = ShardLease {
+            asker: (lease.session, lease.tag),
+            hits,
+            pinned: lease.pinned.clone(),
+            watch: lease.watch.clone(),
+        };
+        let taken = (lease.instance.clone(), taken);
         if lease.shards.is_empty() {
             let ended = state.take(id);
             drop(state);

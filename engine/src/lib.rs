@@ -28,6 +28,7 @@ mod registry;
 mod replay;
 mod residency;
 mod save;
+mod scheduler;
 mod scrub;
 mod spares;
 mod spill;

@@ -71,6 +71,7 @@ impl LoadJob {
         if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
+        inner.requests.push_served(lease.asker, &lease.hits);
         let block_bytes = layout.block_bytes();
         if let Some(watch) = &lease.watch {
             watch.began();

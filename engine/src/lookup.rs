@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, GroupGeometry, Location, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, BlockKey, Error, ErrorKind, GroupGeometry, Location, RecordId, Result, Store};
 
 use crate::api::{LoadQuestion, LookupReply, LookupRequest, Places, SessionId};
 use crate::arbiter::Choice;
 use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
 use crate::load_choice::{FoundBytes, LoadWatch};
+use crate::scheduler::Asked;
 
 /// The most keys of one lookup.
 const KEYS_MAX: usize = 65_536;
@@ -51,6 +52,14 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         inner.load_choice.hear(&request.instance, view.namespace, question);
     }
     let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
+    inner.requests.push(Asked {
+        session,
+        tag: request.tag,
+        place,
+        shards: view.geometry.shards,
+        slot_bytes: Arena::slot_bytes(view.geometry.block_bytes as usize),
+        prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
+    });
     for _ in 0..ATTEMPTS {
         match attempt(inner, session, request, place, &view.geometry) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.

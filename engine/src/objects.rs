@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 use pegaflow_tiers::{Append, BlockKey, Error, ErrorKind, IoPriority, NamespaceHandle, RecordId, RecordKind, Result};
 
+use crate::api::SessionId;
 use crate::engine::ObjectBytes;
 use crate::inner::Inner;
 use crate::residency::Resident;
+use crate::scheduler::Asked;
 use crate::spill::spill;
 
 /// How long a put waits for room in DRAM.
@@ -54,6 +56,9 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
         let slot_bytes = resident.slot.bytes();
         inner.residency.touch_chain(std::iter::once((&id, slot_bytes)));
         inner.note_uses([id]);
+        let prefixes = vec![id.key.prefix()];
+        let (session, tag) = (SessionId(0), id.fingerprint());
+        inner.requests.push(Asked { session, tag, place: id, shards: 1, slot_bytes, prefixes });
         return Ok(Some(ObjectBytes::new(&resident)));
     }
     let Some(store) = inner.drive.store() else { return Ok(None) };

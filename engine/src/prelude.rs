@@ -3,7 +3,7 @@
 pub use crate::api::{
     BlockSave, ComputedTokens, DecisionRecord, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock,
     LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome, SaveRequest,
-    SessionId, Stats,
+    SessionId, SizeEstimate, Stats,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};

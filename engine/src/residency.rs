@@ -1,10 +1,14 @@
 //! Which blocks are in DRAM: the map that lookups ask, and the order in which blocks leave.
 //!
 //! A block is *dirty* until the store has it (then it cannot leave), and *held* while a lease, a load or a reader has it.
-//! Blocks leave least recently used first, leaves of a chain before their ancestors: a block without its ancestors is
-//! worthless. This module moves no bytes; it gives and takes slots.
+//! Of one size those leave first that the policy says; whom it does not know, least recently used first. Leaves of a chain
+//! leave before their ancestors: a block without its ancestors is worthless. This module moves no bytes; it gives and takes
+//! slots.
+//!
+//! Two locks: that of the policies, which is held for as long as a policy thinks, comes before that of the map, which is
+//! all that lookups take.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -14,12 +18,17 @@ use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 use pegaflow_tiers::{Arena, BlockKey, NamespaceHandle, RecordId, ResidentBlock, Slot};
 
+use crate::scheduler::{Asked, SizePolicies};
+
 /// How many blocks one search for a victim looks at before it takes the oldest that may leave.
 const VICTIM_TRIES: usize = 1024;
 /// How many of the oldest blocks of another size have their chunks looked at when one is to be emptied.
 const CHUNK_TRIES: usize = 16;
 /// Dirty bytes may take this share of DRAM (in percent); beyond it saves are dropped, so that loads always find room.
 const DIRTY_PERCENT_MAX: u64 = 75;
+/// How many blocks the policies are told of before one is asked who leaves; and how many under one lock of the map.
+const ENTER_MAX: usize = 4096;
+const ENTER_STEP: usize = 64;
 
 /// A block in DRAM. Its payload does not change any more.
 pub(crate) struct Resident {
@@ -33,6 +42,8 @@ pub(crate) struct Resident {
     children: AtomicU32,
     /// Whether it was not admitted to the drive.
     is_refused: AtomicBool,
+    /// Whether it waits for the policies to be told of it.
+    is_entering: AtomicBool,
 }
 
 impl Resident {
@@ -45,7 +56,8 @@ impl Resident {
     ) -> Arc<Self> {
         let children = AtomicU32::new(0);
         let (dirty, is_refused) = (AtomicBool::new(dirty), AtomicBool::new(false));
-        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused })
+        let is_entering = AtomicBool::new(false);
+        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused, is_entering })
     }
 
     /// Notes that the block was not admitted to the drive.
@@ -106,12 +118,14 @@ struct State {
     by_fingerprint: HashMap<u64, RecordId, Build>,
     /// Who lies in which chunk of the arena.
     by_chunk: BTreeSet<(u32, RecordId)>,
-    /// By slot size: who leaves next, with the tick of the last use.
+    /// By slot size: least recently used first, with the tick of the last use.
     order: BTreeMap<usize, LruCache<RecordId, u64, Build>>,
     /// Named objects of which the store may know what is over: their removal is not durable yet, or their newest version
     /// could not be written. By the number of the removal.
     removed: HashMap<RecordId, u64, Build>,
     removals: u64,
+    /// Of whom the policies are to be told.
+    entering: VecDeque<RecordId>,
     tick: u64,
     dirty_bytes: u64,
     evicted: u64,
@@ -145,16 +159,65 @@ impl Room {
 /// All blocks in DRAM.
 pub(crate) struct Residency {
     arena: Arc<Arena>,
+    /// Who leaves. Locked before the state; whoever takes a block out holds it.
+    policies: Mutex<SizePolicies>,
+    /// Whether the policies only know an order, in which the blocks of a chain come last to first. Others know the tree, and
+    /// are told of a block when it may leave.
+    is_ordered: bool,
     state: Mutex<State>,
     room: Arc<Room>,
 }
 
 impl Residency {
-    pub(crate) fn new(arena: Arc<Arena>) -> Self {
+    pub(crate) fn new(arena: Arc<Arena>, policies: SizePolicies) -> Self {
         let room = Arc::new(Room::default());
         let growing = Arc::clone(&room);
         arena.on_growth(Box::new(move || growing.announce()));
-        Self { arena, state: Mutex::new(State::default()), room }
+        let (is_ordered, policies) = (policies.take_last_first(), Mutex::new(policies));
+        Self { arena, policies, is_ordered, state: Mutex::new(State::default()), room }
+    }
+
+    /// A request for a chain: those of its blocks that are here, and those that are not.
+    pub(crate) fn request(&self, asked: &Asked) {
+        // Without those that earlier requests have left here it would not be known as their next turn.
+        while self.enter(&mut self.policies.lock()) {}
+        let is_block = asked.place.namespace != NamespaceHandle(0);
+        for shard in 0..asked.shards {
+            let place = RecordId { shard, ..asked.place };
+            let keys = asked.prefixes.iter().map(|prefix| place.fingerprint_of(*prefix));
+            self.policies.lock().request(asked.slot_bytes, is_block, place.namespace.0.into(), keys);
+        }
+    }
+
+    /// What the policies have learned, to be kept; `None` if that is nothing.
+    pub(crate) fn learned(&self) -> Option<Vec<u8>> {
+        self.policies.lock().note()
+    }
+
+    /// Begins with what an earlier run had learned; false if that can not be read.
+    pub(crate) fn restore_learned(&self, note: &[u8]) -> bool {
+        self.policies.lock().restore(note)
+    }
+
+    /// Tells the policies of blocks that have come or may leave by now; whether there are more.
+    fn enter(&self, policies: &mut SizePolicies) -> bool {
+        for _ in 0..ENTER_MAX / ENTER_STEP {
+            let mut state = self.state.lock();
+            let count = state.entering.len().min(ENTER_STEP);
+            let ids: Vec<RecordId> = state.entering.drain(..count).collect();
+            let blocks: Vec<_> = ids.into_iter().filter_map(|id| state.take_entering(&id)).collect();
+            drop(state);
+            // None of them goes meanwhile: that takes the lock of the policies.
+            for (block, slot_bytes) in blocks.into_iter().filter(|(block, _)| self.is_ordered || !block.is_dirty()) {
+                let parent = (!block.parent.is_root()).then(|| block.id.with_key(block.parent).fingerprint());
+                let is_block = block.id.namespace != NamespaceHandle(0);
+                policies.enter(slot_bytes, block.id.fingerprint(), parent, is_block);
+            }
+            if count < ENTER_STEP {
+                return false;
+            }
+        }
+        true
     }
 
     /// The block, if it is here. Does not count as a use.
@@ -185,6 +248,9 @@ impl Residency {
         let mut state = self.state.lock();
         for (id, slot_bytes) in ids.rev() {
             state.touch(id, slot_bytes);
+            if self.is_ordered {
+                state.start_entering(id);
+            }
         }
     }
 
@@ -198,11 +264,14 @@ impl Residency {
             if Arena::slot_bytes(payload_bytes) as u64 > self.arena.ready_bytes() {
                 return None;
             }
-            let victims = self.state.lock().take_victims(Arena::slot_bytes(payload_bytes));
+            let mut policies = self.policies.lock();
+            self.enter(&mut policies);
+            let victims = self.state.lock().take_victims(Arena::slot_bytes(payload_bytes), &mut policies);
+            drop(policies);
             if victims.is_empty() {
                 return None;
             }
-            // Slots go back to the arena here, outside of the lock.
+            // Slots go back to the arena here, outside of the locks.
             drop(victims);
         }
     }
@@ -234,14 +303,13 @@ impl Residency {
     /// Makes a block visible. If the id is here already, `replace` decides whether the new one takes its place; the one
     /// that is here afterwards is returned.
     pub(crate) fn insert(&self, block: Arc<Resident>, replace: bool) -> Arc<Resident> {
+        let mut policies = replace.then(|| self.policies.lock());
         let mut state = self.state.lock();
         state.removed.remove(&block.id);
         if let Some(present) = state.blocks.get(&block.id) {
-            if !replace {
-                return Arc::clone(present);
-            }
+            let Some(policies) = &mut policies else { return Arc::clone(present) };
             let id = block.id;
-            drop(state.detach(&id));
+            drop(state.detach(&id, policies));
         }
         if block.is_dirty() {
             state.dirty_bytes += block.slot.bytes() as u64;
@@ -254,13 +322,23 @@ impl Residency {
         state.by_fingerprint.insert(id.fingerprint(), id);
         state.blocks.insert(id, Arc::clone(&block));
         state.touch(&id, slot_bytes);
+        // The order of a chain is known when all of it has come, see `touch_chain`.
+        let is_object = id.namespace == NamespaceHandle(0);
+        if if self.is_ordered { is_object } else { !block.is_dirty() } {
+            state.start_entering(&id);
+        }
         block
     }
 
     /// The store has the block (or never will): it may leave.
     pub(crate) fn mark_clean(&self, block: &Resident) {
         if block.dirty.swap(false, Ordering::AcqRel) {
-            self.state.lock().dirty_bytes -= block.slot.bytes() as u64;
+            let mut state = self.state.lock();
+            state.dirty_bytes -= block.slot.bytes() as u64;
+            if !self.is_ordered {
+                state.start_entering(&block.id);
+            }
+            drop(state);
             self.room.announce();
         }
     }
@@ -279,11 +357,12 @@ impl Residency {
 
     /// Takes a named object out; whatever the store still has of it is hidden until [`Residency::end_removal`].
     pub(crate) fn remove(&self, id: &RecordId) -> (Option<Arc<Resident>>, u64) {
+        let mut policies = self.policies.lock();
         let mut state = self.state.lock();
         state.removals += 1;
         let removal = state.removals;
         state.removed.insert(*id, removal);
-        (state.detach(id), removal)
+        (state.detach(id, &mut policies), removal)
     }
 
     /// The removal is durable: the store itself no longer finds the object.
@@ -346,12 +425,31 @@ impl State {
         }
     }
 
-    fn detach(&mut self, id: &RecordId) -> Option<Arc<Resident>> {
+    /// The policies are to be told of a block, if it is here.
+    fn start_entering(&mut self, id: &RecordId) {
+        if let Some(block) = self.blocks.get(id)
+            && !block.is_entering.swap(true, Ordering::Relaxed)
+        {
+            self.entering.push_back(*id);
+        }
+    }
+
+    /// A block of which the policies are told now, with the bytes of its slot. Of two with one fingerprint the policies
+    /// know the later one.
+    fn take_entering(&self, id: &RecordId) -> Option<(Arc<Resident>, usize)> {
+        let block = self.blocks.get(id)?;
+        block.is_entering.store(false, Ordering::Relaxed);
+        let is_meant = self.by_fingerprint.get(&id.fingerprint()) == Some(id);
+        is_meant.then(|| (Arc::clone(block), block.slot.bytes()))
+    }
+
+    fn detach(&mut self, id: &RecordId, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
         let block = self.blocks.remove(id)?;
         let slot_bytes = block.slot.bytes();
         self.by_chunk.remove(&(block.slot.chunk(), *id));
         if self.by_fingerprint.get(&id.fingerprint()) == Some(id) {
             self.by_fingerprint.remove(&id.fingerprint());
+            policies.leave(slot_bytes, id.fingerprint());
         }
         if let Some(order) = self.order.get_mut(&slot_bytes) {
             order.pop(id);
@@ -372,9 +470,15 @@ impl State {
         })
     }
 
-    /// Takes out whoever must leave so that a slot of `wanted` bytes may become free: the oldest of its own size, or a
-    /// whole chunk of another size whose oldest block is older still. Empty if nobody may leave.
-    fn take_victims(&mut self, wanted: usize) -> Vec<Arc<Resident>> {
+    fn may_leave_as_leaf(&self, id: &RecordId) -> bool {
+        let has_no_child = |block: &Arc<Resident>| block.children.load(Ordering::Relaxed) == 0;
+        self.may_leave(id) && self.blocks.get(id).is_some_and(has_no_child)
+    }
+
+    /// Takes out whoever must leave so that a slot of `wanted` bytes may become free: the one of its own size that is worth
+    /// least, or a whole chunk of another size whose oldest block is older than the oldest of its own. Empty if nobody may
+    /// leave.
+    fn take_victims(&mut self, wanted: usize, policies: &mut SizePolicies) -> Vec<Arc<Resident>> {
         let oldest = |order: &LruCache<RecordId, u64, Build>| order.peek_lru().map_or(u64::MAX, |(_, &tick)| tick);
         let own = self.order.get(&wanted).map_or(u64::MAX, oldest);
         let other = self
@@ -387,16 +491,17 @@ impl State {
         if let Some((age, bytes)) = other
             && age < own
         {
-            victims = self.take_chunk(bytes);
+            victims = self.take_chunk(bytes, policies);
         }
         if victims.is_empty() {
-            victims.extend(self.take_oldest(wanted));
+            let least = self.take_least(wanted, policies);
+            victims.extend(least.or_else(|| self.take_oldest(wanted, policies)));
         }
         if victims.is_empty() {
             let sizes: Vec<usize> = self.order.keys().copied().filter(|bytes| *bytes != wanted).collect();
             victims = sizes
                 .into_iter()
-                .map(|bytes| self.take_chunk(bytes))
+                .map(|bytes| self.take_chunk(bytes, policies))
                 .find(|taken| !taken.is_empty())
                 .unwrap_or_default();
         }
@@ -404,25 +509,38 @@ impl State {
         victims
     }
 
+    /// The block of a size that its policy lets go, or the oldest if the policy does not know that.
+    fn take_least(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
+        let oldest = *self.order.get(&slot_bytes)?.peek_lru()?.0;
+        if !policies.contains(slot_bytes, oldest.fingerprint()) && self.may_leave_as_leaf(&oldest) {
+            return self.detach(&oldest, policies);
+        }
+        let least = policies.evict(slot_bytes, &mut |fingerprint| {
+            self.by_fingerprint.get(&fingerprint).is_some_and(|id| self.may_leave_as_leaf(id))
+        })?;
+        let id = *self.by_fingerprint.get(&least)?;
+        self.detach(&id, policies)
+    }
+
     /// The oldest block of a size that may leave, leaves of chains first.
-    fn take_oldest(&mut self, slot_bytes: usize) -> Option<Arc<Resident>> {
+    fn take_oldest(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
         let mut parent_that_may_leave = None;
         for _ in 0..VICTIM_TRIES.min(self.order.get(&slot_bytes)?.len()) {
             let id = *self.order.get(&slot_bytes)?.peek_lru()?.0;
             if self.may_leave(&id) {
                 let is_parent = self.blocks.get(&id).is_some_and(|block| block.children.load(Ordering::Relaxed) > 0);
                 if !is_parent {
-                    return self.detach(&id);
+                    return self.detach(&id, policies);
                 }
                 parent_that_may_leave.get_or_insert(id);
             }
             self.touch(&id, slot_bytes);
         }
-        parent_that_may_leave.and_then(|id| self.detach(&id))
+        parent_that_may_leave.and_then(|id| self.detach(&id, policies))
     }
 
     /// All blocks of one chunk: the first chunk of which all may leave, among those of the oldest blocks of a size.
-    fn take_chunk(&mut self, slot_bytes: usize) -> Vec<Arc<Resident>> {
+    fn take_chunk(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Vec<Arc<Resident>> {
         let Some(order) = self.order.get(&slot_bytes) else { return Vec::new() };
         let oldest = order.iter().rev().take(CHUNK_TRIES).filter_map(|(id, _)| Some(self.blocks.get(id)?.slot.chunk()));
         let members = |chunk: u32| -> Vec<RecordId> {
@@ -430,128 +548,9 @@ impl State {
             from_here.take_while(|(of, _)| *of == chunk).map(|(_, id)| *id).collect()
         };
         let free = oldest.map(members).find(|ids| ids.iter().all(|id| self.may_leave(id)));
-        free.unwrap_or_default().iter().filter_map(|id| self.detach(id)).collect()
+        free.unwrap_or_default().iter().filter_map(|id| self.detach(id, policies)).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-    use pegaflow_tiers::{ArenaConfig, KeyChain, NamespaceHandle};
-
-    const BLOCK: usize = 60 * 1024;
-
-    fn residency() -> Residency {
-        Residency::new(Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(4 << 20) }).expect("memory"))
-    }
-
-    fn chain(residency: &Residency, first: u32, length: u32, payload: usize, dirty: bool) -> Vec<RecordId> {
-        let mut keys = KeyChain::new();
-        let mut ids = Vec::new();
-        for depth in 0..length {
-            let parent = keys.parent();
-            let key = keys.next(&[first, depth], b"");
-            let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
-            let Some(slot) = residency.alloc(payload) else { break };
-            drop(residency.insert(Resident::new(id, (parent, depth), Arc::new(slot), payload as u64, dirty), false));
-            ids.push(id);
-        }
-        ids
-    }
-
-    #[test]
-    fn leaves_leave_before_their_ancestors() {
-        let residency = residency();
-        let ids = chain(&residency, 1, 64, BLOCK, false);
-        assert_eq!(ids.len(), 64);
-        drop(chain(&residency, 2, 16, BLOCK, false));
-        let here: Vec<bool> = ids.iter().map(|id| residency.contains(id)).collect();
-        let kept = here.iter().take_while(|here| **here).count();
-        assert!(kept > 0 && here[kept..].iter().all(|here| !here), "a hole in the chain: {here:?}");
-    }
-
-    #[test]
-    fn dirty_and_held_blocks_stay() {
-        let residency = residency();
-        let dirty = chain(&residency, 1, 32, BLOCK, true);
-        let clean = chain(&residency, 2, 32, BLOCK, false);
-        let held: Vec<_> = clean.iter().filter_map(|id| residency.get(id)).collect();
-        assert!(residency.alloc(BLOCK).is_none());
-        drop(held);
-        assert!(residency.alloc(BLOCK).is_some());
-        assert!(dirty.iter().all(|id| residency.contains(id)));
-        dirty.iter().filter_map(|id| residency.get(id)).for_each(|block| residency.mark_clean(&block));
-        assert_eq!(residency.gauges().1, 0);
-    }
-
-    #[test]
-    fn another_size_gets_room_from_the_coldest_chunk() {
-        let residency = residency();
-        let small = chain(&residency, 1, 64, BLOCK, false);
-        assert_eq!(small.len(), 64);
-        let large = chain(&residency, 2, 1, 1 << 20, false);
-        assert_eq!(large.len(), 1);
-        assert!(small.iter().filter(|id| residency.contains(id)).count() >= 32);
-    }
-
-    #[test]
-    fn saves_leave_room_for_loads() {
-        let residency = residency();
-        let mut accepted = 0;
-        while let Some(slot) = residency.alloc_dirty(BLOCK) {
-            let key = BlockKey::from_name(&[accepted]);
-            let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
-            residency.insert(Resident::new(id, (BlockKey::ROOT, 0), Arc::new(slot), 1, true), false);
-            accepted += 1;
-        }
-        assert!((40..64).contains(&accepted), "{accepted}");
-        assert!(residency.alloc(BLOCK).is_some());
-    }
-
-    #[test]
-    fn who_waits_for_room_is_woken_by_a_change_also_just_before() {
-        let residency = Arc::new(residency());
-        let held: Vec<Slot> = std::iter::from_fn(|| residency.alloc(BLOCK)).collect();
-        let seen = residency.room.changes();
-        residency.notify_room();
-        let patience = Duration::from_secs(30);
-        assert!(residency.room.wait(seen, Instant::now() + patience), "a change before the wait is not lost");
-        assert!(!residency.room.wait(seen + 1, Instant::now()), "there was no other");
-        let waiting = std::thread::spawn({
-            let residency = Arc::clone(&residency);
-            move || residency.alloc_until(BLOCK, false, Instant::now() + patience).is_some()
-        });
-        drop(held);
-        residency.notify_room();
-        assert!(waiting.join().expect("no panic"));
-    }
-
-    #[test]
-    fn a_growing_arena_wakes_who_waits_for_room_and_raises_the_limit_of_dirty_bytes() {
-        let arena = Arena::new(ArenaConfig { window_bytes: 2 << 20, ..ArenaConfig::new(512 << 20) }).expect("memory");
-        let residency = Residency::new(Arc::clone(&arena));
-        // More than half of the arena: there is room only when it has grown, and nobody else makes any.
-        let wanted = 300 << 20;
-        let deadline = Instant::now() + Duration::from_secs(60);
-        assert!(residency.alloc_until(wanted, true, deadline).is_some());
-        assert!(Instant::now() < deadline, "found at the last look, not woken");
-        assert!(arena.ready_bytes() >= 400 << 20, "{} bytes of DRAM are too few", arena.ready_bytes());
-    }
-
-    #[test]
-    fn a_removal_hides_until_it_ends_and_a_newer_insert_wins() {
-        let residency = residency();
-        let id = chain(&residency, 1, 1, BLOCK, false)[0];
-        let (taken, removal) = residency.remove(&id);
-        assert!(taken.is_some() && residency.is_removed(&id));
-        chain(&residency, 1, 1, BLOCK, false);
-        assert!(!residency.is_removed(&id));
-        let (_, newer) = residency.remove(&id);
-        residency.end_removal(&id, removal);
-        assert!(residency.is_removed(&id));
-        residency.end_removal(&id, newer);
-        assert!(!residency.is_removed(&id));
-    }
-}
+mod tests;

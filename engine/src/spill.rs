@@ -7,6 +7,7 @@ use pegaflow_tiers::{Append, RecordKind, Store};
 
 use crate::admission::{Offer, Refusal};
 use crate::inner::Inner;
+use crate::policy::PolicyBlock;
 use crate::residency::Resident;
 
 /// Gives a dirty block to the store. If the store cannot take it the block stays in DRAM until it has to leave, and is
@@ -58,6 +59,8 @@ fn failed(inner: &Inner, block: &Arc<Resident>, kind: RecordKind) {
     inner.counters.write_failed_records.add(1);
     if kind == RecordKind::Object {
         inner.residency.hide(block);
+    } else if let Some(policy) = &inner.drive_policy {
+        policy.lose(block.id.fingerprint());
     }
     inner.residency.mark_clean(block);
 }
@@ -71,10 +74,25 @@ fn admit(inner: &Inner, store: &Store, block: &Resident) -> Result<(), Refusal> 
     let parent = block.id.with_key(block.parent);
     let is_on_its_way = || inner.residency.get(&parent).is_some_and(|parent| parent.is_dirty());
     let has_parent = block.parent.is_root() || store.locate(&parent).is_some() || is_on_its_way();
-    let offer = Offer { fingerprint: block.id.fingerprint(), has_parent };
-    let (verdict, note) = admission.offer(&offer, inner.drive.write_volume());
+    let fingerprint = block.id.fingerprint();
+    let judged = PolicyBlock { key: fingerprint, bytes: u32::try_from(block.slot.bytes()).unwrap_or(u32::MAX) };
+    let judged_parent = (!block.parent.is_root()).then(|| parent.fingerprint());
+    let worth = match &inner.drive_policy {
+        None => None,
+        Some(policy) => match policy.judge(&judged, judged_parent, has_parent) {
+            Ok(worth) => Some(worth),
+            Err(refusal) => {
+                admission.count(refusal);
+                return Err(refusal);
+            }
+        },
+    };
+    let (verdict, note) = admission.offer(&Offer { fingerprint, has_parent, worth }, inner.drive.write_volume());
     if let Some(error) = note.and_then(|note| store.put_note(BUDGET_NOTE, &note).err()) {
         tracing::warn!(%error, "the ledger of the write budget could not be kept; a crash would forget what was spent");
+    }
+    if let (Ok(()), Some(policy)) = (verdict, &inner.drive_policy) {
+        policy.accept(&judged, judged_parent);
     }
     verdict
 }

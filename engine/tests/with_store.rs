@@ -195,8 +195,15 @@ fn a_block_damaged_on_the_drive_is_a_miss_and_is_quarantined() {
 /// Blocks that are used outlive the regions that they were written to.
 #[test]
 fn what_is_used_is_still_there_after_everything_was_written_over() {
+    let stats = write_everything_over(PolicyChoice::Lru);
+    assert!(stats.reclaimed_regions >= 8 && stats.reinserted_records >= u64::from(BLOCKS), "{stats:?}");
+    write_everything_over(PolicyChoice::Pegaflow);
+}
+
+fn write_everything_over(policy: PolicyChoice) -> Stats {
     let directory = directory();
-    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    let config = EngineConfig { policy, ..config(directory.path(), 16, IoEngineChoice::Auto) };
+    let mut worker = Worker::new(config.clone());
     let (used, unused) = (keys(BLOCKS, 1000), keys(BLOCKS, 1001));
     for chain in [&used, &unused] {
         write(&mut worker, chain);
@@ -214,13 +221,13 @@ fn what_is_used_is_still_there_after_everything_was_written_over() {
         }
     }
     let stats = worker.engine.stats();
-    assert!(stats.reclaimed_regions >= 8 && stats.reinserted_records >= u64::from(BLOCKS), "{stats:?}");
     assert!(stats.reinserted_bytes * 4 <= stats.appended_bytes, "{stats:?}");
     worker.engine.close(soon()).expect("closed");
     drop(worker);
-    let mut worker = Worker::new(config(directory.path(), 16, IoEngineChoice::Auto));
+    let mut worker = Worker::new(config.clone());
     assert_eq!(read(&mut worker, &unused), (0, 0, 0));
     assert_eq!(read(&mut worker, &used), (0, BLOCKS, 0));
+    stats
 }
 
 /// A budget of 64 MiB a day, all of which may be saved up, and 90 MiB of blocks.

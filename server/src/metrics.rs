@@ -104,6 +104,8 @@ table! {
         "pegaflow_save_dropped_blocks_total", save_dropped_blocks, "Blocks not saved for want of DRAM or of queue.";
         "pegaflow_save_orphan_blocks_total", save_orphan_blocks, "Blocks not saved because an ancestor is missing.";
         "pegaflow_dram_evicted_blocks_total", dram_evicted_blocks, "Blocks evicted from DRAM.";
+        "pegaflow_policy_requests_total", policy_requests, "Requests that the policy was told of.";
+        "pegaflow_policy_dropped_requests_total", policy_dropped_requests, "Requests of which it was not told: too many waited.";
         "pegaflow_durable_records_total", durable_records, "Records made durable.";
         "pegaflow_write_failed_records_total", write_failed_records, "Records whose write failed.";
         "pegaflow_quarantined_records_total", quarantined_records, "Records that failed their checks when read.";
@@ -163,6 +165,10 @@ fn describe() {
         "pegaflow_drive_read_depth_bytes",
         "Bytes of reads in flight with which the drive is almost at its best."
     );
+    metrics::describe_gauge!(
+        "pegaflow_hit_ratio_estimate",
+        "Share of the blocks asked for lately that a tier of that percentage of its present size would serve."
+    );
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -177,7 +183,7 @@ fn describe() {
         "When the last scrub that saw all ended; 0: never."
     );
     metrics::describe_gauge!("pegaflow_index_full", "1 if the in-memory index has every record, else 0.");
-    metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version and the I/O engine.");
+    metrics::describe_gauge!("pegaflow_info", "Always 1; the labels name the version, the I/O engine and the policy.");
 }
 
 fn record(stats: &Stats, server: ServerGauges) {
@@ -206,8 +212,16 @@ fn record(stats: &Stats, server: ServerGauges) {
         ("budget", stats.refused_budget_blocks),
         ("unproven", stats.refused_unproven_blocks),
         ("ancestor", stats.refused_ancestor_blocks),
+        ("worth", stats.refused_worth_blocks),
     ] {
         metrics::counter!("pegaflow_refused_blocks_total", "reason" => reason).absolute(blocks);
+    }
+    for (tier, estimates) in [("dram", &stats.dram_estimates), ("nvme", &stats.nvme_estimates)] {
+        for estimate in estimates {
+            let percent = estimate.percent_of_present.to_string();
+            let ratio = f64::from(estimate.hit_permille) / 1000.0;
+            metrics::gauge!("pegaflow_hit_ratio_estimate", "tier" => tier, "percent" => percent).set(ratio);
+        }
     }
     for wear in &stats.drives {
         let gauge = |name: &'static str, value: f64| metrics::gauge!(name, "drive" => wear.drive.clone()).set(value);
@@ -241,14 +255,15 @@ fn record(stats: &Stats, server: ServerGauges) {
         metrics::gauge!("pegaflow_nvme_degraded", "reason" => reason.as_str()).set(is_so);
     }
     metrics::gauge!("pegaflow_index_full").set(f64::from(u8::from(stats.index_full)));
-    let io_engine = stats.io_engine.clone();
-    metrics::gauge!("pegaflow_info", "version" => env!("CARGO_PKG_VERSION"), "io_engine" => io_engine).set(1.0);
+    let (io_engine, policy) = (stats.io_engine.clone(), stats.policy.clone());
+    let version = env!("CARGO_PKG_VERSION");
+    metrics::gauge!("pegaflow_info", "version" => version, "io_engine" => io_engine, "policy" => policy).set(1.0);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::{DriveSpeed, DriveWear};
+    use pegaflow_engine::{DriveSpeed, DriveWear, SizeEstimate};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
@@ -260,6 +275,7 @@ mod tests {
             nvme_degraded: Some(PoisonReason::NoSpace),
             io_engine: "psync".into(),
             refused_unproven_blocks: 5,
+            nvme_estimates: vec![SizeEstimate { percent_of_present: 200, capacity_bytes: 9, hit_permille: 125 }],
             drives,
             drive_speeds: vec![DriveSpeed {
                 path: "/nvme".into(),
@@ -289,6 +305,7 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} not in\n{text}");
         }
         assert!(text.contains("io_engine=\"psync\""));
+        assert!(text.contains("pegaflow_hit_ratio_estimate{tier=\"nvme\",percent=\"200\"} 0.125"), "{text}");
         assert!(!text.contains("pegaflow_drive_write_bytes_per_second{"), "what is not known is not told");
         for reason in PoisonReason::ALL {
             let text =

@@ -24,7 +24,7 @@ fn admission(bytes_per_day: Option<u64>, note: Option<&[u8]>, now: &Arc<AtomicU6
 }
 
 fn offer(fingerprint: u64) -> Offer {
-    Offer { fingerprint, has_parent: true }
+    Offer { fingerprint, has_parent: true, worth: None }
 }
 
 fn written(written_bytes: u64) -> WriteVolume {
@@ -118,4 +118,36 @@ fn the_budget_holds_over_restarts_and_goes_to_what_is_reused() {
     let mean = |(sum, count): (u64, u64)| sum as f64 / count as f64;
     println!("sights of a block: {:.1} if written, {:.1} if refused", mean(written_sights), mean(refused_sights));
     assert!(mean(written_sights) > 2.0 * mean(refused_sights));
+}
+
+#[test]
+fn with_a_short_budget_the_blocks_that_are_worth_most_need_not_be_seen_twice() {
+    let mut policy = ByWorth::new();
+    let mut rng = SmallRng::seed_from_u64(3);
+    // Worth from 1/256 to 1, evenly over its logarithm.
+    let mut admitted_at = |fill: f64| {
+        let (mut sum, mut count) = (0.0, 0);
+        for _ in 0..4000 {
+            let doublings = rng.random_range(-8.0f32..0.0);
+            let offer = Offer { worth: Some(doublings.exp2()), ..offer(rng.random()) };
+            if policy.admit(&offer, fill).is_ok() {
+                (sum, count) = (sum + f64::from(doublings), count + 1);
+            }
+        }
+        (sum / f64::from(count.max(1)), f64::from(count) / 4000.0)
+    };
+    let (_, all) = admitted_at(0.6);
+    assert_eq!(all, 1.0);
+    let (mean, share) = admitted_at(0.2);
+    assert!((0.3..0.45).contains(&share) && mean > -2.0, "{share} of them, {mean}");
+    let (mean, share) = admitted_at(0.05);
+    assert!((0.03..0.15).contains(&share) && mean > -0.6, "{share} of them, {mean}");
+    assert_eq!(admitted_at(0.0).1, 0.0);
+    let orphan = Offer { has_parent: false, worth: Some(100.0), ..offer(1) };
+    assert_eq!(policy.admit(&orphan, 0.4), Err(Refusal::Ancestor));
+    // All alike: then nobody is among the best, and only those that were seen before are written.
+    let mut policy = ByWorth::new();
+    let alike = |fingerprint| Offer { worth: Some(0.5), ..offer(fingerprint) };
+    assert!((1..2000).all(|fingerprint| policy.admit(&alike(fingerprint), 0.4) == Err(Refusal::Unproven)));
+    assert!(policy.admit(&alike(1), 0.4).is_ok());
 }

@@ -3,7 +3,7 @@
 
 use lru::LruCache;
 
-use super::least_recent::PINNED_MAX;
+use super::least_recent::pop_oldest;
 use super::{Build, Policy, PolicyBlock, PolicyRequest};
 
 /// Keys with their bytes, in order of use.
@@ -30,8 +30,9 @@ impl List {
     }
 
     fn pop_oldest(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<(u64, u32)> {
-        let oldest = self.order.iter().rev().take(PINNED_MAX).map(|(key, _)| *key).find(|key| may_leave(*key))?;
-        self.pop(oldest).map(|bytes| (oldest, bytes))
+        let (key, bytes) = pop_oldest(&mut self.order, may_leave)?;
+        self.bytes -= u64::from(bytes);
+        Some((key, bytes))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use lru::LruCache;
 
-use super::least_recent::PINNED_MAX;
+use super::least_recent::pop_oldest;
 use super::{Build, Policy, PolicyBlock, PolicyRequest};
 
 pub(super) struct Fifo {
@@ -25,9 +25,7 @@ impl Policy for Fifo {
     }
 
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
-        let victim = self.order.iter().rev().take(PINNED_MAX).map(|(key, ())| *key).find(|key| may_leave(*key))?;
-        self.order.pop(&victim);
-        Some(victim)
+        pop_oldest(&mut self.order, may_leave).map(|(key, ())| key)
     }
 
     fn remove(&mut self, key: u64) {

@@ -7,6 +7,22 @@ use super::{Build, Policy, PolicyBlock, PolicyRequest};
 /// How many pinned blocks a search for a victim passes before it gives up.
 pub(super) const PINNED_MAX: usize = 1024;
 
+/// Takes out the oldest of a list that may leave. Who may not gets another round, so that the next search does not meet
+/// the same ones.
+pub(super) fn pop_oldest<V>(
+    order: &mut LruCache<u64, V, Build>,
+    may_leave: &mut dyn FnMut(u64) -> bool,
+) -> Option<(u64, V)> {
+    for _ in 0..PINNED_MAX.min(order.len()) {
+        let key = *order.peek_lru()?.0;
+        if may_leave(key) {
+            return order.pop_lru();
+        }
+        order.promote(&key);
+    }
+    None
+}
+
 pub(super) struct LeastRecent {
     order: LruCache<u64, (), Build>,
 }
@@ -29,9 +45,7 @@ impl Policy for LeastRecent {
     }
 
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
-        let victim = self.order.iter().rev().take(PINNED_MAX).map(|(key, ())| *key).find(|key| may_leave(*key))?;
-        self.order.pop(&victim);
-        Some(victim)
+        pop_oldest(&mut self.order, may_leave).map(|(key, ())| key)
     }
 
     fn remove(&mut self, key: u64) {

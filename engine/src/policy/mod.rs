@@ -18,6 +18,8 @@ use std::str::FromStr;
 
 pub use pegaflow::{PegaflowConfig, PegaflowPolicy};
 
+use serde::{Deserialize, Serialize};
+
 use crate::residency::KeyHasher;
 pub(crate) use random::SplitMix;
 
@@ -62,7 +64,7 @@ pub trait Policy: Send {
         true
     }
 
-    /// The block is there from now on.
+    /// The block is there from now on. No request need have named it: then it goes on where its parent's request ended.
     fn insert(&mut self, block: &PolicyBlock, parent: Option<u64>);
 
     /// Takes out the block that is worth least among those that `may_leave`; `None` if there is none, or none was found
@@ -83,6 +85,22 @@ pub trait Policy: Send {
         self.len() == 0
     }
 
+    /// What a place in the tier is worth to the block, in expected uses per second of occupation; `None` where the policy
+    /// only knows an order, or nothing of the block.
+    fn worth(&mut self, _block: &PolicyBlock) -> Option<f32> {
+        None
+    }
+
+    /// What was learned, a few kilobytes to be kept for the next run; empty if this policy does not learn.
+    fn note(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Begins with what an earlier run had learned. False, and nothing changed, if `note` is none of this policy's.
+    fn restore(&mut self, _note: &[u8]) -> bool {
+        false
+    }
+
     /// Whether the owner hands over the blocks of a request from the last to the first. Policies that know only the order
     /// of arrival need that, or else roots would leave before their leaves. One that knows the tree takes them as they
     /// come.
@@ -92,7 +110,8 @@ pub trait Policy: Send {
 }
 
 /// Which policy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PolicyChoice {
     /// Least recently used leaves first.
     Lru,
@@ -103,6 +122,7 @@ pub enum PolicyChoice {
     /// ARC (Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003).
     Arc,
     /// Ours, see [`PegaflowPolicy`].
+    #[default]
     Pegaflow,
 }
 

@@ -114,16 +114,18 @@ impl PegaflowPolicy {
         }
     }
 
-    /// What was learned, a few kilobytes to be kept for the next run.
-    pub fn note(&self) -> Vec<u8> {
-        self.hazard.note()
+    /// Bytes of the blocks that are here.
+    pub(crate) fn here_bytes(&self) -> u64 {
+        self.tree.here_bytes()
     }
 
-    /// Begins with what an earlier run had learned. False, and nothing changed, if `note` is not of this version.
-    pub fn restore(&mut self, note: &[u8]) -> bool {
-        let is_good = self.hazard.restore(note);
-        self.worth.forget();
-        is_good
+    /// Sees to it that a block is known, here or not, as [`Policy::insert`] does for one that no request has named.
+    pub(crate) fn know(&mut self, block: &PolicyBlock, parent: Option<u64>) {
+        let parent = parent.map_or(NONE, |parent| self.find(parent).unwrap_or_else(|| self.tree.add(parent, 0)));
+        let at = self.find(block.key).unwrap_or_else(|| self.tree.add(block.key, 0));
+        if self.tree.nodes[at as usize].uses == 0 {
+            self.go_on(at, parent);
+        }
     }
 
     /// Which turn of a conversation a request is whose deepest known block is `deepest`, and the gap since the one before.
@@ -211,17 +213,29 @@ impl PegaflowPolicy {
     }
 
     /// What a place is worth to the block now.
-    fn worth(&mut self, at: u32, bytes: u32) -> f32 {
+    fn worth_of(&mut self, at: u32, bytes: u32) -> f32 {
         let node = &self.tree.nodes[at as usize];
         let uses = self.worth.of(self.hazard.factors(), node.class, seconds(self.now - node.last));
         let cost = 1.0 + node.depth as f32 / self.config.recompute_knee_blocks;
         uses * cost * self.unit_bytes / bytes.max(1) as f32
     }
 
+    /// A block that no request has named, most likely what the model wrote behind its prompt: it is the end of its
+    /// parent's request now, from where the conversation goes on.
+    fn go_on(&mut self, at: u32, parent: u32) {
+        let before = self.tree.nodes.get(parent as usize).copied();
+        let node = &mut self.tree.nodes[at as usize];
+        (node.last, node.uses, node.blocks_after) = (self.now, 1, 0);
+        if let Some(before) = before {
+            node.depth = before.depth + 1;
+            (node.class, node.first_turn, node.turn) = (before.class, before.turn, before.turn);
+        }
+    }
+
     /// Puts a leaf where it belongs now.
     fn place(&mut self, at: u32) {
         let bytes = self.tree.nodes[at as usize].bytes;
-        let worth = self.worth(at, bytes);
+        let worth = self.worth_of(at, bytes);
         let age_step = age::step(seconds(self.now - self.tree.nodes[at as usize].last));
         self.levels.push(&mut self.tree.nodes, at, level(worth), age_step as u8);
     }
@@ -252,7 +266,7 @@ impl PegaflowPolicy {
             let at = self.levels.lowest()?;
             let node = &self.tree.nodes[at as usize];
             let (bytes, before) = (node.bytes, node.level());
-            if level(self.worth(at, bytes)) <= before {
+            if level(self.worth_of(at, bytes)) <= before {
                 break;
             }
             self.place_again(at);
@@ -344,15 +358,14 @@ impl Policy for PegaflowPolicy {
             return false;
         }
         let victim_bytes = self.tree.nodes[victim as usize].bytes;
-        let victim_worth = self.worth(victim, victim_bytes);
-        self.worth(at, block.bytes) > self.config.write_hurdle * victim_worth
+        let victim_worth = self.worth_of(victim, victim_bytes);
+        self.worth_of(at, block.bytes) > self.config.write_hurdle * victim_worth
     }
 
     fn insert(&mut self, block: &PolicyBlock, parent: Option<u64>) {
+        self.know(block, parent);
+        let Some(at) = self.find(block.key) else { return };
         let parent = parent.and_then(|parent| self.find(parent)).unwrap_or(NONE);
-        let found = self.find(block.key);
-        let depth = self.tree.nodes.get(parent as usize).map_or(0, |parent| parent.depth + 1);
-        let at = found.unwrap_or_else(|| self.tree.add(block.key, depth));
         if self.tree.nodes[at as usize].is_here {
             return;
         }
@@ -392,6 +405,21 @@ impl Policy for PegaflowPolicy {
 
     fn len(&self) -> usize {
         self.tree.here()
+    }
+
+    fn worth(&mut self, block: &PolicyBlock) -> Option<f32> {
+        let at = self.find(block.key)?;
+        Some(self.worth_of(at, block.bytes))
+    }
+
+    fn note(&self) -> Vec<u8> {
+        self.hazard.note()
+    }
+
+    fn restore(&mut self, note: &[u8]) -> bool {
+        let is_good = self.hazard.restore(note);
+        self.worth.forget();
+        is_good
     }
 
     fn takes_last_first(&self) -> bool {

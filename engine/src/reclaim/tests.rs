@@ -34,7 +34,7 @@ fn record(fingerprint: u64, parent: u32, uses: u8, idle_epochs: u16) -> RecordIn
 
 #[test]
 fn what_nobody_uses_goes_by_age_and_what_is_hot_waits_until_it_has_cooled_down() {
-    let policy = CostBenefit::new(REGIONS, None);
+    let policy = CostBenefit::new(REGIONS, None, None);
     assert_eq!(policy.victim(&[]), None);
     let cold: Vec<RegionInfo> = (0..8).map(|number| region(number, u64::from(20 - number))).collect();
     assert_eq!(policy.victim(&cold), Some(0), "the oldest");
@@ -54,7 +54,7 @@ fn what_nobody_uses_goes_by_age_and_what_is_hot_waits_until_it_has_cooled_down()
 
 #[test]
 fn ancestors_come_before_their_descendants_and_the_budget_cuts_at_the_leaves() {
-    let policy = CostBenefit::new(REGIONS, None);
+    let policy = CostBenefit::new(REGIONS, None, None);
     // Two chains, 1-2-3 and 11-12-13, interleaved; 12 and 13 are hot, 11 was only counted before; 20 is cold, 21 is stale.
     let records = [
         record(1, 0, 1, 0),
@@ -76,6 +76,25 @@ fn ancestors_come_before_their_descendants_and_the_budget_cuts_at_the_leaves() {
     // Parents that are elsewhere, in another order, or the block itself must not matter.
     let odd = [record(1, 1, 2, 0), record(2, 77, 3, 0), record(3, 4, 1, 0), record(4, 0, 0, 0)];
     assert_eq!(policy.keep(&odd, u64::MAX), [1, 0, 2]);
+}
+
+#[test]
+fn what_the_policy_would_keep_comes_first_and_then_what_was_used_most() {
+    let drive = Arc::new(DrivePolicy::new(2, Box::new(|| 0)));
+    let block = |key| PolicyBlock { key, bytes: 1 };
+    // It has room for two: 31, the oldest, has left.
+    for (key, parent) in [(31, None), (41, None), (42, Some(41))] {
+        drive.judge(&block(key), parent, true).expect("as good as any");
+        drive.accept(&block(key), parent);
+    }
+    assert_eq!([31, 41, 42, 1].map(|key| drive.worth(&block(key)).is_some()), [false, true, true, false]);
+    let policy = CostBenefit::new(REGIONS, None, Some(drive));
+    let records =
+        [record(1, 0, 15, 0), record(31, 0, 9, 0), record(41, 0, 1, 0), record(42, 41, 1, 0), record(2, 1, 14, 0)];
+    let kept: Vec<u64> = policy.keep(&records, u64::MAX).iter().map(|place| records[*place].fingerprint).collect();
+    assert_eq!(kept, [41, 42, 1, 2, 31]);
+    let unused = [record(41, 0, 0, 0), record(42, 41, 0, 0)];
+    assert!(policy.keep(&unused, u64::MAX).is_empty(), "of no use so far");
 }
 
 /// A store of blocks in regions, without bytes: what the real one does with a policy's answers.
@@ -240,7 +259,7 @@ fn replay(policy: &dyn ReclaimPolicy, reinsert_percent: u64) -> (f64, f64) {
 
 #[test]
 fn hot_blocks_survive_churn() {
-    let policy = CostBenefit::new(REGIONS, None);
+    let policy = CostBenefit::new(REGIONS, None, None);
     let (fifo, _) = replay(&Fifo, 0);
     let (choosing, _) = replay(&policy, 0);
     let (keeping, amplification) = replay(&policy, 25);

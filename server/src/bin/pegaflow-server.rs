@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, ValueEnum};
 use pegaflow_engine::{
     ByteSize, CodecChoice, Engine, EngineConfig, Error, ErrorKind, IoEngineChoice, LoadPolicy, NvmeConfig, NvmeDrive,
-    Result, WriteBudget,
+    PolicyChoice, Result, WriteBudget,
 };
 use pegaflow_server::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path,
@@ -52,6 +52,9 @@ struct Options {
     /// Bytes of DRAM for blocks, taken at start.
     #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
     dram: ByteSize,
+    /// Who decides what stays in DRAM and what is written to the drive: pegaflow, which learns, or lru, fifo, s3fifo, arc.
+    #[arg(long, env = "PEGAFLOW_POLICY", value_name = "POLICY", default_value_t = PolicyChoice::default())]
+    policy: PolicyChoice,
     /// Ask for 2 MiB pages.
     #[arg(long, env = "PEGAFLOW_HUGE_PAGES")]
     huge_pages: bool,
@@ -152,6 +155,7 @@ impl Options {
             load_policy: self.load_policy,
             dram: self.dram,
             huge_pages: self.huge_pages,
+            policy: self.policy,
             shared_dram: true,
             nvme,
             ..EngineConfig::default()

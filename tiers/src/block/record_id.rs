@@ -46,8 +46,13 @@ impl RecordId {
 
     /// A 64-bit fingerprint, uniform because the key is a hash; never 0, which tables use for "empty".
     pub fn fingerprint(&self) -> u64 {
+        self.fingerprint_of(self.key.prefix())
+    }
+
+    /// The fingerprint of the record in the same place whose key has this [`BlockKey::prefix`].
+    pub fn fingerprint_of(&self, prefix: u64) -> u64 {
         let place = (u64::from(self.namespace.0) << 32) | (u64::from(self.group) << 16) | u64::from(self.shard);
-        (self.key.prefix() ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15)).max(1)
+        (prefix ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15)).max(1)
     }
 
     /// The same place with another key: the identity of a neighbour in the chain.

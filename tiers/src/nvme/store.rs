@@ -399,6 +399,13 @@ impl Store {
         Some(location)
     }
 
+    /// Whether lookups find a record with this fingerprint, without counting as one; `None` while the table in memory is
+    /// being filled.
+    pub fn has_fingerprint(&self, fingerprint: u64) -> Option<bool> {
+        let found = self.shared.table.get(fingerprint).and_then(|location| self.shared.regions.resolve(location));
+        (found.is_some() || self.shared.fill.progress().is_full).then_some(found.is_some())
+    }
+
     /// The locations of the longest run of records that are there, from the first on. Clears `out`. In memory, once the
     /// table is full; before that it may take 20 microseconds for each of the first 4096 records, and ends behind them.
     pub fn locate_prefix(&self, ids: &[RecordId], out: &mut Vec<Location>) {

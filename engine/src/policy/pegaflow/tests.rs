@@ -133,18 +133,36 @@ fn what_is_learned_counts_from_then_on() {
     ask(&mut policy, &[block(1)], 0, 0);
     let at = policy.tree.find(block(1).key).expect("known");
     let class = policy.tree.nodes[at as usize].class;
-    let fresh = policy.worth(at, 1);
+    let fresh = policy.worth_of(at, 1);
     for _ in 0..2000 {
         policy.hazard.add(hazard::Sighting { class, age: 0.5, is_use: true });
     }
     policy.news = 2000;
     policy.fit_if_due();
-    let learned = policy.worth(at, 1);
+    let learned = policy.worth_of(at, 1);
     assert!(learned > 4.0 * fresh, "{learned} after {fresh}");
 
     let mut later = PegaflowPolicy::new(PegaflowConfig::default());
     ask(&mut later, &[block(1)], 0, 0);
-    assert_eq!(later.worth(at, 1), fresh);
+    assert_eq!(later.worth_of(at, 1), fresh);
     assert!(later.restore(&policy.note()));
-    assert_eq!(later.worth(at, 1), learned);
+    assert_eq!(later.worth_of(at, 1), learned);
+}
+
+#[test]
+fn what_the_model_wrote_behind_a_prompt_is_the_end_of_its_request() {
+    let mut policy = PegaflowPolicy::new(PegaflowConfig::default());
+    ask(&mut policy, &[block(1), block(2)], 3, 0);
+    policy.request(&PolicyRequest { chain: &[], tenant: 0, now_ms: 60_000 });
+    policy.insert(&block(3), Some(block(2).key));
+    policy.insert(&block(5), Some(block(4).key));
+    let node = |policy: &PegaflowPolicy, number: u64| {
+        policy.tree.nodes[policy.tree.find(block(number).key).expect("known") as usize]
+    };
+    let (prompt, written) = (node(&policy, 2), node(&policy, 3));
+    assert_eq!((written.class, written.turn, written.depth), (prompt.class, 1, 2));
+    assert_eq!(written.last, policy.now, "it is as young as it is");
+    assert!(!node(&policy, 4).is_here && node(&policy, 5).is_here, "a parent may come later");
+    ask(&mut policy, &[1, 2, 3, 6].map(block), 3, 120_000);
+    assert_eq!((node(&policy, 6).turn, node(&policy, 6).class.rhythm() > 0), (2, true), "the conversation goes on");
 }

@@ -73,6 +73,7 @@ pub(super) struct Tree {
     remembered: VecDeque<u32>,
     remembered_max: usize,
     here: usize,
+    here_bytes: u64,
 }
 
 impl Tree {
@@ -84,6 +85,7 @@ impl Tree {
             remembered: VecDeque::new(),
             remembered_max,
             here: 0,
+            here_bytes: 0,
         }
     }
 
@@ -93,6 +95,10 @@ impl Tree {
 
     pub(super) fn here(&self) -> usize {
         self.here
+    }
+
+    pub(super) fn here_bytes(&self) -> u64 {
+        self.here_bytes
     }
 
     /// A node for a block that was not known.
@@ -128,6 +134,7 @@ impl Tree {
     /// The block is here, after `parent`. Returns the parent if it was a leaf that is none any more.
     pub(super) fn enter(&mut self, at: u32, parent: u32, bytes: u32) -> Option<u32> {
         self.here += 1;
+        self.here_bytes += u64::from(bytes);
         let node = &mut self.nodes[at as usize];
         (node.is_here, node.parent, node.bytes) = (true, parent, bytes);
         let parent_node = self.nodes.get_mut(parent as usize)?;
@@ -140,6 +147,7 @@ impl Tree {
         self.here -= 1;
         let node = &mut self.nodes[at as usize];
         node.is_here = false;
+        self.here_bytes -= u64::from(node.bytes);
         let parent = std::mem::replace(&mut node.parent, NONE);
         self.remember(at);
         let parent_node = self.nodes.get_mut(parent as usize)?;

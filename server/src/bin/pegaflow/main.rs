@@ -259,6 +259,15 @@ fn print_stats(stats: &Value) {
         Value::String(text) => println!("{name:<26} {text}"),
         other => println!("{name:<26} {other}"),
     };
+    let print = |name: &str, value: &Value| {
+        let Some(sizes) = value.as_array().filter(|_| name.ends_with("_estimates")) else { return print(name, value) };
+        for size in sizes {
+            let number = |of: &str| size.get(of).and_then(Value::as_u64).unwrap_or_default();
+            let (percent, bytes) = (number("percent_of_present"), ByteSize(number("capacity_bytes")));
+            let ratio = number("hit_permille") as f64 / 1000.0;
+            println!("{name:<26} {ratio:.3} of blocks with {percent} % of the size, {bytes}");
+        }
+    };
     let Some(fields) = stats.as_object() else { return };
     for (name, value) in fields {
         match value.as_object() {

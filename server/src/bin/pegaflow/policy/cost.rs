@@ -1,6 +1,6 @@
 //! What policies cost: CPU time for each block that a request touches, and memory for each block in the tier.
 
-use pegaflow_engine::{PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+use pegaflow_engine::{MissRatioCurve, PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, json};
@@ -32,7 +32,28 @@ pub(super) fn measure(blocks: u64, policies: &[PolicyChoice]) {
         println!("{:<10} {ns:>16.0} {bytes:>16.0}", choice.name());
         report.insert(choice.name().into(), json!({ "ns_per_touch": ns, "bytes_per_block": bytes }));
     }
-    println!("{}", json!({ "blocks": blocks, "policies": report }));
+    let curve_ns = measure_curve(blocks);
+    println!("{:<10} {curve_ns:>16.0}", "curve");
+    println!("{}", json!({ "blocks": blocks, "policies": report, "curve_ns_per_touch": curve_ns }));
+}
+
+/// The same for the live miss-ratio curve, as a server keeps it, once so many blocks were touched.
+fn measure_curve(blocks: u64) -> f64 {
+    let mut load = Load::new(PolicyChoice::Fifo.build(1, PegaflowConfig::default()), 1);
+    let mut curve = MissRatioCurve::new(8192);
+    let mut ask = |touches: usize| {
+        let (mut done, mut ns) = (0, 0);
+        while done < touches {
+            load.ask();
+            let started = cpu_ns();
+            curve.request(&load.chain);
+            ns += cpu_ns().saturating_sub(started);
+            done += load.chain.len();
+        }
+        ns as f64 / done as f64
+    };
+    ask(blocks as usize);
+    ask(TOUCHES)
 }
 
 /// Conversations that begin all the time; every other request goes on with one of the past.
@@ -60,7 +81,8 @@ impl Load {
         done
     }
 
-    fn request(&mut self) -> usize {
+    /// The next request's chain.
+    fn ask(&mut self) {
         self.requests += 1;
         let at = if self.requests.is_multiple_of(2) && !self.conversations.is_empty() {
             self.random.random_range(0..self.conversations.len())
@@ -68,13 +90,17 @@ impl Load {
             self.conversations.push(0);
             self.conversations.len() - 1
         };
-        let Some(blocks) = self.conversations.get_mut(at) else { return 0 };
+        let Some(blocks) = self.conversations.get_mut(at) else { return };
         *blocks += if *blocks == 0 { FIRST_BLOCKS } else { TURN_BLOCKS };
         let key =
             |depth: u32| (((at as u64) << 24) | u64::from(depth)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         let blocks = 0..*blocks;
         self.chain.clear();
         self.chain.extend(blocks.map(|depth| PolicyBlock { key: key(depth), bytes: 1 }));
+    }
+
+    fn request(&mut self) -> usize {
+        self.ask();
         let now_ms = self.requests * 1000 / REQUESTS_PER_S;
         self.policy.request(&PolicyRequest { chain: &self.chain, tenant: 0, now_ms });
         let last_first = self.policy.takes_last_first();
