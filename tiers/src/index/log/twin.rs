@@ -33,6 +33,8 @@ struct State {
     live: Rows,
     /// Batches since the last durable one, the oldest first.
     since: Vec<Batch>,
+    /// It was cleared, and nobody has asked since.
+    is_new: bool,
 }
 
 impl TwinIndex {
@@ -59,18 +61,29 @@ impl TwinIndex {
     /// The same rows in a database of their own, as a copy of the files would have them.
     pub(crate) fn copy(&self) -> Self {
         let live = self.0.lock().live.clone();
-        Self(Arc::new(Mutex::new(State { durable: live.clone(), live, since: Vec::new() })))
+        Self(Arc::new(Mutex::new(State { durable: live.clone(), live, ..State::default() })))
     }
 
     /// A copy takes its place, durably.
     pub(crate) fn restore(&self, copy: &Self) {
         let live = copy.0.lock().live.clone();
-        *self.0.lock() = State { durable: live.clone(), live, since: Vec::new() };
+        *self.0.lock() = State { durable: live.clone(), live, ..State::default() };
     }
 
     /// Everything is gone.
     pub(crate) fn clear(&self) {
-        *self.0.lock() = State::default();
+        *self.0.lock() = State { is_new: true, ..State::default() };
+    }
+
+    /// Whether it was cleared since the last [`Self::note_seen`], and has a value under a name again.
+    pub(crate) fn is_new_with(&self, name: &str) -> bool {
+        let state = self.0.lock();
+        state.is_new && state.live.contains_key(&(Family::Meta, name.as_bytes().to_vec()))
+    }
+
+    /// What it holds is known now.
+    pub(crate) fn note_seen(&self) {
+        self.0.lock().is_new = false;
     }
 }
 

@@ -19,6 +19,7 @@ use crate::error::{ErrorKind, Result};
 use crate::index::{Location, TwinIndex};
 use crate::nvme::io::{FaultAction, SimCrash};
 use crate::nvme::policy::RegionState;
+use crate::nvme::recovery::STORE_NAME;
 use crate::nvme::regions::RegionPins;
 use crate::nvme::switches::{Sabotage, with_sabotage};
 
@@ -380,7 +381,7 @@ impl History {
                 cuts += 1;
                 self.tally.crashes_in_open += 1;
                 self.note_rebuild(opened.is_ok_and(|report| report.index_rebuilt));
-                self.was_rebuilt |= self.may_be_rebuilt;
+                self.was_rebuilt |= self.world.backing.index.is_new_with(STORE_NAME);
                 self.crash(SimCrash::PowerLoss);
                 continue;
             }
@@ -397,7 +398,7 @@ impl History {
                 Err(_) if self.world.disk().fired() > fired => {
                     self.has_failed = true;
                     // It may have failed when the new index was there.
-                    self.was_rebuilt |= self.may_be_rebuilt;
+                    self.was_rebuilt |= self.world.backing.index.is_new_with(STORE_NAME);
                     if self.world.disk().failed_syncs() > failed_syncs {
                         self.crash(SimCrash::PowerLoss);
                     }
@@ -428,6 +429,7 @@ impl History {
             self.forgive(judged)?;
         }
         self.was_rebuilt = false;
+        self.world.backing.index.note_seen();
         self.world.settle()
     }
 
