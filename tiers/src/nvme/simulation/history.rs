@@ -43,6 +43,9 @@ pub struct SimOptions {
     pub sabotage: Option<Sabotage>,
     /// Whether to say on standard error what is done.
     pub is_told: bool,
+    /// Whether it is believed of an open that fails after it has made the index anew that it has met damage which hides
+    /// what is older. It says nothing of it, so this excuses a little more than it must. Default: true.
+    pub excuses_failed_opens: bool,
 }
 
 /// What histories have more of than usual, so that something rare is met soon.
@@ -62,7 +65,14 @@ pub enum SimBias {
 impl SimOptions {
     /// Everything on.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Self { directory: directory.into(), drives: None, bias: SimBias::None, sabotage: None, is_told: false }
+        Self {
+            directory: directory.into(),
+            drives: None,
+            bias: SimBias::None,
+            sabotage: None,
+            is_told: false,
+            excuses_failed_opens: true,
+        }
     }
 }
 
@@ -166,7 +176,9 @@ impl Simulator {
         self.guarded(seed, |path, arena| {
             let bias = self.options.bias;
             let drives = self.options.drives.unwrap_or_else(|| drives_of(seed, bias));
-            History::on_drives(drives, path, seed, arena, self.options.is_told).biased(bias).run()
+            let mut history = History::on_drives(drives, path, seed, arena, self.options.is_told).biased(bias);
+            history.excuses_failed_opens = self.options.excuses_failed_opens;
+            history.run()
         })
     }
 
@@ -241,6 +253,7 @@ pub(super) struct History {
     /// Whether a drive that lies is simulated: then what was durable may be lost or old, and only bytes are judged.
     pub(super) is_lied_to: bool,
     pub(super) bias: SimBias,
+    excuses_failed_opens: bool,
     is_told: bool,
     /// What happens to the drives; `None` in a history of one drive.
     pub(super) drives: Option<Drives>,
@@ -288,6 +301,7 @@ impl History {
             is_lied_to: false,
             bias: SimBias::None,
             is_told,
+            excuses_failed_opens: true,
         }
     }
 
@@ -381,7 +395,7 @@ impl History {
                 cuts += 1;
                 self.tally.crashes_in_open += 1;
                 self.note_rebuild(opened.is_ok_and(|report| report.index_rebuilt));
-                self.was_rebuilt |= self.world.backing.index.is_new_with(STORE_NAME);
+                self.note_failed_rebuild();
                 self.crash(SimCrash::PowerLoss);
                 continue;
             }
@@ -398,7 +412,7 @@ impl History {
                 Err(_) if self.world.disk().fired() > fired => {
                     self.has_failed = true;
                     // It may have failed when the new index was there.
-                    self.was_rebuilt |= self.world.backing.index.is_new_with(STORE_NAME);
+                    self.note_failed_rebuild();
                     if self.world.disk().failed_syncs() > failed_syncs {
                         self.crash(SimCrash::PowerLoss);
                     }
@@ -414,6 +428,11 @@ impl History {
             (self.was_rebuilt, self.may_be_rebuilt) = (true, true);
             self.older_index = None;
         }
+    }
+
+    /// An open that has failed may have made the index anew before that.
+    fn note_failed_rebuild(&mut self) {
+        self.was_rebuilt |= self.excuses_failed_opens && self.world.backing.index.is_new_with(STORE_NAME);
     }
 
     /// After an open, what is there is known, and has to stay.

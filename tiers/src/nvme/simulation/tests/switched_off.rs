@@ -14,6 +14,8 @@ enum By {
     Biased(SimBias),
     /// The same from a seed on that is known to meet it: from the first one on it takes too many.
     BiasedFrom(SimBias, u64),
+    /// The same, and no failed open excuses anything.
+    StrictFrom(SimBias, u64),
     Flips,
     Scenario(Scenario),
 }
@@ -21,15 +23,16 @@ enum By {
 fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
     let directory = super::directory();
     let bias = match by {
-        By::Biased(bias) | By::BiasedFrom(bias, _) => *bias,
+        By::Biased(bias) | By::BiasedFrom(bias, _) | By::StrictFrom(bias, _) => *bias,
         _ => SimBias::None,
     };
-    let options = SimOptions { sabotage, bias, ..SimOptions::new(directory.path()) };
+    let excuses_failed_opens = !matches!(by, By::StrictFrom(..));
+    let options = SimOptions { sabotage, bias, excuses_failed_opens, ..SimOptions::new(directory.path()) };
     let simulator = Simulator::new(options).expect("memory");
     let from = |first: u64| (first..first + SEEDS_MAX).find_map(|seed| simulator.run(seed).err());
     match by {
         By::Histories | By::Biased(_) => from(0),
-        By::BiasedFrom(_, first) => from(*first),
+        By::BiasedFrom(_, first) | By::StrictFrom(_, first) => from(*first),
         By::Flips => simulator.flips(8, 50).err(),
         By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
     }
@@ -72,7 +75,7 @@ noticed! {
     skip_namespace_checksum: SkipNamespaceChecksum by By::Flips;
     commit_before_sync: CommitBeforeSync by By::Histories;
     retry_failed_sync: RetryFailedSync by By::Biased(SimBias::Faults);
-    believe_sync_beside_failed: BelieveSyncBesideFailed by By::BiasedFrom(SimBias::Faults, 3083);
+    believe_sync_beside_failed: BelieveSyncBesideFailed by By::StrictFrom(SimBias::Faults, 3083);
     commit_past_holes: CommitPastHoles by By::Histories;
     reuse_sequences: ReuseSequences by By::Histories;
     reuse_generations: ReuseGenerations by By::Histories;
