@@ -16,7 +16,6 @@ use crate::residency::Resident;
 
 /// The most reads of one look.
 const READS_MAX: usize = 64;
-const PAGE_BYTES: u64 = 4096;
 /// How long a look waits for a slot. Nobody waits for it, so it must not wait for others.
 const SLOT_PATIENCE: Duration = Duration::from_millis(50);
 
@@ -55,7 +54,7 @@ impl LookAside {
         let on_drive = hits.filter_map(|hit| hit.location().map(|location| (hit.id(), location)));
         let wanted = |(_, location): &(RecordId, Location)| {
             let is_wanted = left > 0;
-            left = left.saturating_sub(u64::from(location.pages) * PAGE_BYTES);
+            left = left.saturating_sub(location.bytes());
             is_wanted
         };
         let reads: Vec<_> = on_drive.take_while(wanted).take(READS_MAX).collect();
@@ -134,7 +133,7 @@ impl Look {
             let verified = result.ok().filter(|verified| verified.payload_bytes == self.block_bytes)?;
             let block = Resident::new(id, (verified.parent, verified.depth), slot, verified.payload_bytes, false);
             inner.residency.insert(block, false);
-            bytes += u64::from(location.pages) * PAGE_BYTES;
+            bytes += location.bytes();
         }
         (bytes > 0).then_some(bytes)
     }
