@@ -47,6 +47,7 @@ class Settings:
     server_arguments: tuple[str, ...] = ()
     upstream_site: str = ""
     kv_cache_dtype: str = "auto"
+    load_policy: str = "always"
     max_model_len: int = 40_000
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine, or others."""
@@ -313,7 +314,7 @@ class PegaFlow(System):
 
     def connector(self) -> dict[str, Any] | None:
         """See `System`."""
-        extra = {"mode": "server", "socket": str(self._socket), "load_policy": "always", **self._extra}
+        extra = {"mode": "server", "socket": str(self._socket), "load_policy": self.settings.load_policy, **self._extra}
         return {
             "kv_connector": "PegaKVConnector",
             "kv_connector_module_path": "pegaflow",
@@ -471,6 +472,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dram", default="40GiB", help="of every system's cache, in MiB or GiB")
     parser.add_argument("--nvme", default="36GiB", help="the size of the store")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--load-policy", default="always", help="of PegaFlow: always, auto, never or shadow")
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="more of vLLM's, as JSON")
     parser.add_argument("--upstream-site", default=os.environ.get("UPSTREAM_SITE", ""))
 
@@ -492,6 +494,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         server_arguments=tuple(options.server_argument),
         upstream_site=options.upstream_site,
         kv_cache_dtype=options.kv_cache_dtype,
+        load_policy=options.load_policy,
         engine=options.engine_arguments,
     )
 
