@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -477,8 +478,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream-site", default=os.environ.get("UPSTREAM_SITE", ""))
 
 
+def why_no_gpu() -> str:
+    """Why nothing can be measured here; empty where the driver finds a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver: libcuda.so.1 is not on this host"
+    count = ctypes.c_int()
+    if code := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return f"the CUDA driver reports error {code}"
+    return "" if count.value else "the CUDA driver finds no GPU"
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings out of the options. From now on SIGTERM ends what was started, too."""
+    """The settings out of the options; where there is no GPU, ends the program with a reason and exit code 0. From now
+    on SIGTERM ends what was started, too.
+    """
+    if reason := why_no_gpu():
+        print(f"{Path(sys.argv[0]).stem}: skipped: {reason}", file=sys.stderr)
+        print(json.dumps({"skipped": reason}))
+        sys.exit(0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.state.mkdir(parents=True, exist_ok=True)
     return Settings(
