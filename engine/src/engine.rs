@@ -390,13 +390,20 @@ impl Engine {
         })
     }
 
-    /// Tries now to open a store again that is out of use, instead of at the next interval. Without a store, and with one
-    /// that is in use, there is nothing to do.
+    /// Tries now to open a store again that is out of use, instead of at the next interval. With one that is in use
+    /// there is nothing to do.
     ///
     /// # Errors
-    /// Why it can not be opened; `Timeout` at `deadline` (it is tried further), `Closed`.
+    /// `NotFound` without a store. Why it can not be opened; `Timeout` at `deadline` (it is tried further), `Closed`.
     pub fn reopen_store(&self, deadline: Instant) -> Result<()> {
-        self.inner()?.drive.reopen_now(deadline)
+        let inner = self.inner()?;
+        if inner.config.nvme.is_none() {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                "there is no store, blocks live in DRAM only; give a path for one",
+            ));
+        }
+        inner.drive.reopen_now(deadline)
     }
 
     /// Whether an instance has registered all of its shards.

@@ -194,7 +194,7 @@ impl StopSignals {
         tokio::spawn(async move {
             self.asked().await;
             eprintln!("pegaflow-server: second signal, ending at once");
-            std::process::exit(ExitStatus::Other as i32);
+            std::process::exit(ExitStatus::Failed as i32);
         });
     }
 }

@@ -8,32 +8,29 @@ use pegaflow_engine::ErrorKind;
 pub enum ExitStatus {
     /// Everything done; everything accepted before is durable.
     Ok = 0,
-    /// Anything that has no number of its own.
-    Other = 1,
+    /// It failed, for any reason that has no number of its own: no space, an input or output error, problems found.
+    Failed = 1,
     /// The command line or the configuration is invalid.
     Usage = 2,
-    /// Another process holds the store or the socket.
-    Locked = 3,
-    /// The directory holds a foreign store, or one of a newer version.
-    Format = 4,
-    /// The operating system refused for lack of rights.
-    Permission = 5,
-    /// The file system is full, or smaller than asked for.
-    NoSpace = 6,
-    /// Reading or writing failed.
-    Io = 7,
+    /// What was named is not there.
+    NotFound = 3,
+    /// Refused: lack of rights, or it is something else than what it should be (a foreign store, a newer format).
+    Refused = 4,
+    /// Unavailable: no server, no answer in time, too busy, or another process holds the store or the socket.
+    Unavailable = 5,
 }
 
 impl From<ErrorKind> for ExitStatus {
     fn from(kind: ErrorKind) -> Self {
         match kind {
             ErrorKind::InvalidInput => Self::Usage,
-            ErrorKind::Locked => Self::Locked,
-            ErrorKind::ForeignFormat | ErrorKind::NewerFormat => Self::Format,
-            ErrorKind::PermissionDenied => Self::Permission,
-            ErrorKind::NoSpace => Self::NoSpace,
-            ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Poisoned => Self::Io,
-            _ => Self::Other,
+            ErrorKind::NotFound => Self::NotFound,
+            ErrorKind::PermissionDenied
+            | ErrorKind::ForeignFormat
+            | ErrorKind::NewerFormat
+            | ErrorKind::GeometryMismatch => Self::Refused,
+            ErrorKind::Locked | ErrorKind::Closed | ErrorKind::Timeout | ErrorKind::Busy => Self::Unavailable,
+            _ => Self::Failed,
         }
     }
 }

@@ -175,7 +175,7 @@ fn a_limit_on_file_sizes_is_an_error_at_the_start() {
     let limited = limited(&["--fsize", "41943040"]);
     let output = command(&limited, place.path(), &store).stderr(Stdio::piped()).output().expect("runs");
     let error = String::from_utf8(output.stderr).expect("UTF-8");
-    assert_eq!(output.status.code(), Some(6), "{error}");
+    assert_eq!(output.status.code(), Some(1), "{error}");
     let last = error.lines().last().unwrap_or_default();
     assert!(last.contains("larger than a file may be here") && last.contains("ulimit -f"), "{error}");
     assert!(!store.join("VERSION").exists() && !store.join("regions.0").exists(), "nothing is left behind");
@@ -208,7 +208,7 @@ fn a_full_file_system_is_an_error_at_the_start() {
     if error.contains("Operation not permitted") || error.contains("permission denied") {
         return println!("skipped: mounts are not allowed here: {error}");
     }
-    assert_eq!(output.status.code(), Some(6), "{error}");
+    assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.lines().last().is_some_and(|line| line.contains("free") && line.contains("capacity")), "{error}");
 }
 

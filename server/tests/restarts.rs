@@ -106,7 +106,7 @@ fn a_second_server_on_the_socket_is_refused_in_one_line_and_the_first_is_unharme
     let socket = directory.path().join("p.sock");
     let (_server, _) = Process::start(Process::command(&socket));
     let (code, stdout, stderr) = run(Process::command(&socket).args(["--log", "error"]));
-    assert_eq!((code, stdout.as_str()), (Some(3), ""));
+    assert_eq!((code, stdout.as_str()), (Some(5), ""));
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.contains("already") && stderr.contains("p.sock"), "{stderr}");
     let (code, stdout, _) = run(cli(&socket).arg("ping"));
@@ -124,18 +124,32 @@ fn cli(socket: &std::path::Path) -> Command {
 fn the_command_line_asks_the_server() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("p.sock");
-    let (code, _, stderr) = run(cli(&socket).arg("stats"));
-    assert_eq!(code, Some(1));
+    let (code, _, stderr) = run(cli(&socket).arg("status"));
+    assert_eq!(code, Some(5));
     assert!(stderr.contains("no server") && stderr.lines().count() == 1, "{stderr}");
     let (_server, _) = Process::start(Process::command(&socket));
-    let (code, stdout, _) = run(cli(&socket).args(["stats", "--json"]));
+    let (code, stdout, _) = run(cli(&socket).args(["--json", "status"]));
     assert_eq!(code, Some(0));
     let stats: serde_json::Value = serde_json::from_str(&stdout).expect("JSON");
     assert_eq!(stats["engine"]["dram_capacity_bytes"], 32 << 20);
-    let (code, stdout, _) = run(cli(&socket).arg("stats"));
+    let (code, stdout, _) = run(cli(&socket).arg("status"));
     assert!(code == Some(0) && stdout.contains("dram_capacity_bytes"), "{stdout}");
     let (code, stdout, stderr) = run(cli(&socket).arg("flush"));
     assert_eq!((code, stdout.as_str()), (Some(0), "flushed\n"), "{stderr}");
+    let json = |arguments: &[&str]| -> (Option<i32>, serde_json::Value) {
+        let (code, stdout, stderr) = run(cli(&socket).arg("--json").args(arguments));
+        (code, serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{stdout}{stderr}: {error}")))
+    };
+    assert_eq!(json(&["flush"]), (Some(0), serde_json::json!({ "flushed": true })));
+    assert_eq!(json(&["load-policy", "shadow"]), (Some(0), serde_json::json!({ "load_policy": "shadow" })));
+    assert_eq!(json(&["explain"]), (Some(0), serde_json::json!({ "decisions": [] })));
+    assert!(json(&["ping"]).1["answered_ms"].as_f64().is_some_and(|ms| ms > 0.0));
+    let (code, failed) = json(&["reopen"]);
+    assert!(code == Some(3) && failed["error"]["kind"] == "NotFound", "{code:?} {failed}");
+    let nowhere = directory.path().join("nowhere.sock");
+    let (code, failed, _) = run(cli(&nowhere).args(["--json", "ping"]));
+    let failed: serde_json::Value = serde_json::from_str(&failed).expect("JSON");
+    assert!(code == Some(5) && failed["error"]["kind"] == "Closed", "{code:?} {failed}");
     let (code, ..) = run(cli(&socket).arg("dance"));
     assert_eq!(code, Some(2));
 }
@@ -206,7 +220,7 @@ fn a_directory_in_use_or_of_something_else_is_refused_in_one_line() {
     let (_server, _) = Process::start(with_store(&sockets.path().join("1.sock"), &store));
     let second = sockets.path().join("2.sock");
     let (code, stdout, stderr) = run(&mut with_store(&second, &store));
-    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(3), "", 1), "{stderr}");
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(5), "", 1), "{stderr}");
     assert!(!second.exists());
     let foreign = directory.path().join("foreign");
     std::fs::create_dir(&foreign).expect("makes");
@@ -224,7 +238,7 @@ fn a_store_larger_than_a_file_may_be_is_refused_in_one_line() {
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -f 80000; exec \"$@\"", "sh"]).arg(limited.get_program()).args(limited.get_args());
     let (code, stdout, stderr) = run(&mut command);
-    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(6), "", 1), "{stderr}");
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(1), "", 1), "{stderr}");
     assert!(stderr.contains("ulimit") && stderr.contains("capacity"), "{stderr}");
     assert!(!store.join("regions.0").exists(), "nothing is left of it");
     let (_server, ready) = Process::start(with_store(&sockets.path().join("p.sock"), &store));

@@ -32,7 +32,7 @@ fn a_store_is_checked_and_repaired_and_the_exit_code_says_so() {
     worker.wait(operation);
     worker.client.flush(PATIENCE).expect("durable");
     let (code, _, error) = verify(&[], &store);
-    assert_eq!(code, Some(3), "{error}");
+    assert_eq!(code, Some(5), "{error}");
     assert!(error.contains(&server.child.id().to_string()), "it says who has it open: {error}");
     worker.client.close(PATIENCE);
     server.signal("-TERM");

@@ -121,7 +121,7 @@ class Stage:
                     (answer,) = cached.ask([prompt]).answers
                     loaded = sum(server.loaded_blocks().values()) - before
                     explained = asked(self.options, self.server.socket, "explain", "--json", "--last", "1")
-                    (record,) = json.loads(explained)
+                    (record,) = json.loads(explained)["decisions"]
                     line = f"{policy}: {record['text']}; {loaded} blocks loaded"
                     print(line, flush=True)
                     outcome["decisions"].append(line)

@@ -10,8 +10,8 @@ use pegaflow_server::{ExitStatus, run_server};
 
 /// A tiered KV cache for LLM engines: DRAM and NVMe, kept across restarts.
 ///
-/// Exit status: 0 stopped in order, 1 other, 2 invalid command line or configuration, 3 store or socket in use by another
-/// process, 4 foreign or newer store format, 5 permission denied, 6 no space, 7 input/output error.
+/// Exit status: 0 stopped in order, 1 failed (no space, input/output error), 2 invalid command line or configuration, 4
+/// refused (permission, foreign or newer store), 5 store or socket in use by another process.
 #[derive(Debug, Parser)]
 #[command(name = "pegaflow-server", version)]
 struct Options {

@@ -5,6 +5,7 @@ mod policy;
 mod settings;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,7 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
@@ -23,8 +24,9 @@ use settings::ConfigCommand;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
-/// Exit status: 0 done, 1 no server, no answer, or `verify` has found problems that it did not repair, 2 invalid command
-/// line, 3 the store is in use, 4 foreign or newer store format, 5 permission denied, 6 no space, 7 input/output error.
+/// Exit status: 0 done, 1 failed (also: `verify` has found problems that it did not repair), 2 invalid command line or
+/// configuration, 3 not found, 4 refused (permission, foreign or newer store), 5 unavailable (no server, no answer in time, in
+/// use by another process).
 #[derive(Debug, Parser)]
 #[command(name = "pegaflow", version)]
 struct Options {
@@ -38,6 +40,9 @@ struct Options {
     #[arg(long, value_name = "SECONDS", default_value_t = 5, global = true,
           value_parser = clap::value_parser!(u64).range(1..=600))]
     connect_timeout: u64,
+    /// Prints one JSON object instead of text; an error is one, too.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,11 +60,8 @@ enum Command {
         command: ConfigCommand,
     },
     /// Prints the server's counters and gauges.
-    Stats {
-        /// As one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
+    #[command(alias = "stats")]
+    Status,
     /// Makes everything saved so far durable.
     Flush {
         /// The longest wait, in seconds.
@@ -78,9 +80,6 @@ enum Command {
         /// Drops rows that disagree, puts missing ones back, removes an index that can not be used.
         #[arg(long)]
         repair: bool,
-        /// Prints one JSON object instead of text.
-        #[arg(long)]
-        json: bool,
     },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
@@ -89,9 +88,6 @@ enum Command {
         /// At most so many decisions, the newest first.
         #[arg(long, value_name = "NUMBER", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1024))]
         last: u32,
-        /// As a JSON array.
-        #[arg(long)]
-        json: bool,
     },
     /// Says whether blocks that are found are loaded; with a policy, changes that at once.
     LoadPolicy {
@@ -118,17 +114,23 @@ fn main() -> ExitCode {
     }
     let options = Options::parse();
     let outcome = match &options.command {
-        Command::Verify { paths, repair, json } => verify(paths, *repair, *json),
+        Command::Verify { paths, repair } => verify(paths, *repair, options.json),
         Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
     match outcome {
         Ok(status) => status.into(),
-        Err(error) => {
-            eprintln!("pegaflow: {error:#}");
-            ExitStatus::from(error.kind()).into()
-        }
+        Err(error) => failed(&error, options.json),
     }
+}
+
+/// Tells why it failed.
+fn failed(error: &Error, is_json: bool) -> ExitCode {
+    if is_json {
+        println!("{}", json!({ "error": { "kind": format!("{:?}", error.kind()), "message": format!("{error:#}") } }));
+    }
+    eprintln!("pegaflow: {error:#}");
+    ExitStatus::from(error.kind()).into()
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -140,40 +142,69 @@ fn run(options: &Options) -> Result<()> {
     check_there(&endpoint)?;
     let client = Client::start(ClientConfig::new(endpoint, "pegaflow command line"))?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
-    match &options.command {
-        Command::Stats { json: true } => println!("{}", client.stats()?),
-        Command::Stats { json: false } => print_stats(&client.stats()?),
-        Command::Flush { timeout } => {
-            client.flush(Duration::from_secs(*timeout))?;
-            println!("flushed");
-        }
-        Command::Reopen { timeout } => {
-            client.reopen_store(Duration::from_secs(*timeout))?;
-            println!("the store is in use");
-        }
-        Command::Explain { request, last, json } => {
-            let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;
-            if *json { println!("{decisions}") } else { print_decisions(&decisions)? }
-        }
-        Command::LoadPolicy { policy } => println!("{}", client.load_policy(*policy)?),
-        // Need no server.
-        // None of these asks a server; see `main`.
-        Command::Verify { .. } | Command::Policy { .. } | Command::Serve { .. } | Command::Config { .. } => {}
-        Command::Ping => {
-            let started = Instant::now();
-            let stats = client.stats()?;
-            let version = stats.get("server_version").and_then(Value::as_str).unwrap_or("unknown");
-            println!("pegaflow-server {version} answered in {:.1} ms", started.elapsed().as_secs_f64() * 1000.0);
-        }
+    let answer = ask(&client, &options.command, options.json)?;
+    if options.json {
+        println!("{answer}");
     }
     client.close(Duration::from_secs(1));
     Ok(())
 }
 
+/// What the server says, as JSON; also as text if that is wanted.
+fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
+    let tell = |text: &dyn Display| {
+        if !is_json {
+            println!("{text}");
+        }
+    };
+    Ok(match command {
+        Command::Status => {
+            let stats = client.stats()?;
+            if !is_json {
+                print_stats(&stats);
+            }
+            stats
+        }
+        Command::Flush { timeout } => {
+            client.flush(Duration::from_secs(*timeout))?;
+            tell(&"flushed");
+            json!({ "flushed": true })
+        }
+        Command::Reopen { timeout } => {
+            client.reopen_store(Duration::from_secs(*timeout))?;
+            tell(&"the store is in use");
+            json!({ "in_use": true })
+        }
+        Command::Explain { request, last } => {
+            let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;
+            let decisions: Vec<Value> = serde_json::from_str(&decisions).map_err(|error| {
+                Error::new(ErrorKind::Io, format!("the server's answer is not understood: {error}"))
+            })?;
+            if !is_json {
+                print_decisions(&decisions);
+            }
+            json!({ "decisions": decisions })
+        }
+        Command::LoadPolicy { policy } => {
+            let policy = client.load_policy(*policy)?;
+            tell(&policy);
+            json!({ "load_policy": policy.to_string() })
+        }
+        Command::Ping => {
+            let started = Instant::now();
+            let stats = client.stats()?;
+            let version = stats.get("server_version").and_then(Value::as_str).unwrap_or("unknown");
+            let ms = started.elapsed().as_secs_f64() * 1000.0;
+            tell(&format_args!("pegaflow-server {version} answered in {ms:.1} ms"));
+            json!({ "server_version": version, "answered_ms": ms })
+        }
+        // None of these asks a server; see `main`.
+        Command::Verify { .. } | Command::Policy { .. } | Command::Serve { .. } | Command::Config { .. } => Value::Null,
+    })
+}
+
 /// One line for each decision.
-fn print_decisions(decisions: &str) -> Result<()> {
-    let decisions: Vec<Value> = serde_json::from_str(decisions)
-        .map_err(|error| Error::new(ErrorKind::Io, format!("the server's answer is not understood: {error}")))?;
+fn print_decisions(decisions: &[Value]) {
     if decisions.is_empty() {
         println!("no decision is known: nothing was found for it, or it was too long ago");
     }
@@ -183,7 +214,6 @@ fn print_decisions(decisions: &str) -> Result<()> {
         let mistake = if decision.get("is_mistake") == Some(&Value::Bool(true)) { " (a mistake)" } else { "" };
         println!("{}, {ago:.1} s ago: {}{mistake}", text("request"), text("text"));
     }
-    Ok(())
 }
 
 /// Checks each store, and prints what was found.
@@ -204,14 +234,11 @@ fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
         let stores: Vec<Value> = stores
             .iter()
             .zip(&reports)
-            .map(|(store, report)| serde_json::json!({ "path": store.home, "report": report }))
+            .map(|(store, report)| json!({ "path": store.home, "report": report }))
             .collect();
-        println!(
-            "{}",
-            serde_json::json!({ "is_good": is_good, "problems": problems, "repaired": repaired, "stores": stores })
-        );
+        println!("{}", json!({ "is_good": is_good, "problems": problems, "repaired": repaired, "stores": stores }));
     }
-    Ok(if is_good { ExitStatus::Ok } else { ExitStatus::Other })
+    Ok(if is_good { ExitStatus::Ok } else { ExitStatus::Failed })
 }
 
 fn verify_one(store: &StorePaths, repair: bool) -> Result<FsckReport> {

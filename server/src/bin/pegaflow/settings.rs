@@ -4,7 +4,6 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Command, Subcommand};
-use pegaflow_engine::Result;
 use pegaflow_server::settings::{Loaded, Setting, Settings, Source, load};
 use pegaflow_server::{ExitStatus, run_server};
 use serde_json::{Value, json};
@@ -16,17 +15,11 @@ pub(crate) enum ConfigCommand {
     Check {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// As one JSON object.
-        #[arg(long)]
-        json: bool,
     },
     /// Prints the settings that hold as a file of settings, with where each comes from.
     Show {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// As one JSON object.
-        #[arg(long)]
-        json: bool,
     },
 }
 
@@ -58,6 +51,9 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
             if problems.is_empty() { ExitStatus::Ok } else { ExitStatus::Usage }.into()
         }
         (_, Err(problems)) => {
+            if has_json {
+                println!("{}", json!({ "error": { "kind": "InvalidInput", "message": problems.join("; ") } }));
+            }
             problems.iter().for_each(|problem| eprintln!("pegaflow: {problem}"));
             ExitStatus::Usage.into()
         }
@@ -69,17 +65,10 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
             show(&loaded, has_json);
             ExitStatus::Ok.into()
         }
-        (_, Ok(loaded)) => ended(run_server(&loaded, &read)),
-    }
-}
-
-fn ended(outcome: Result<()>) -> ExitCode {
-    match outcome {
-        Ok(()) => ExitStatus::Ok.into(),
-        Err(error) => {
-            eprintln!("pegaflow: {error:#}");
-            ExitStatus::from(error.kind()).into()
-        }
+        (_, Ok(loaded)) => match run_server(&loaded, &read) {
+            Ok(()) => ExitStatus::Ok.into(),
+            Err(error) => super::failed(&error, has_json),
+        },
     }
 }
 
