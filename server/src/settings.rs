@@ -196,6 +196,12 @@ impl Settings {
         problems
     }
 
+    /// The directories of the store with the bytes that it takes of each, its home first; none without a store.
+    pub fn drives_in_all(&self) -> Vec<(PathBuf, u64)> {
+        let home = self.path.iter().map(|path| (path.clone(), self.capacity.0));
+        home.chain(self.drives.iter().map(|drive| (drive.path.clone(), drive.capacity.0))).collect()
+    }
+
     /// Where the HTTP server listens, if it does.
     pub fn http_address(&self) -> Option<SocketAddr> {
         self.http.0

@@ -183,3 +183,26 @@ fn hang_up_changes_what_can_change_and_names_the_rest() {
     server.signal("-TERM");
     assert_eq!(server.wait_exit(), Some(0));
 }
+
+#[test]
+fn the_doctor_names_what_is_wrong_and_what_mends_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let examine = |arguments: &[&str]| -> (Option<i32>, Value) {
+        let mut command = cli(&["--json", "doctor", "--no-measure", "--dram", "16MiB", "--socket"]);
+        let (code, stdout, stderr) = run(command.arg(folder.path().join("p.sock")).args(arguments));
+        (code, serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{stdout}{stderr}: {error}")))
+    };
+    let (code, good) = examine(&[]);
+    assert_eq!((code, &good["is_good"]), (Some(0), &Value::Bool(true)), "{good}");
+    let (code, full) = examine(&["--capacity", "9000000TiB", "--path", path.to_str().expect("text")]);
+    assert_eq!((code, &full["is_good"]), (Some(1), &Value::Bool(false)), "{full}");
+    let findings = full["findings"].as_array().expect("a list");
+    let wrong: Vec<&Value> = findings.iter().filter(|finding| finding["state"] == "wrong").collect();
+    assert!(
+        wrong.iter().any(|finding| finding["remedy"].as_str().is_some_and(|text| text.contains("give it at most")))
+    );
+    assert!(!path.exists(), "looking changes nothing");
+    let (code, text, _) = run(cli(&["doctor", "--no-measure", "--dram", "90000TiB"]).env("PEGAFLOW_HTTP", "off"));
+    assert!(code == Some(1) && text.contains("WRONG   memory: "), "{text}");
+}

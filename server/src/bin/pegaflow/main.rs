@@ -1,6 +1,7 @@
 //! The command line of operators: asks a running server over its socket, and checks stores that no server has open.
 #![deny(unsafe_code)]
 
+mod doctor;
 mod policy;
 mod settings;
 
@@ -58,6 +59,17 @@ enum Command {
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
+    },
+    /// Looks at this machine with the server's settings in hand: drives (and how fast they are), memory, limits, kernel,
+    /// GPUs, permissions. Says what is slow, missing or wrong, and what mends it. Takes the same options as `serve`.
+    ///
+    /// Exit status 1 if something is wrong.
+    Doctor {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Do not write and read 512 MiB on each drive to see how fast it is.
+        #[arg(long)]
+        no_measure: bool,
     },
     /// Prints the server's counters and gauges.
     #[command(alias = "stats")]
@@ -199,7 +211,11 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             json!({ "server_version": version, "answered_ms": ms })
         }
         // None of these asks a server; see `main`.
-        Command::Verify { .. } | Command::Policy { .. } | Command::Serve { .. } | Command::Config { .. } => Value::Null,
+        Command::Verify { .. }
+        | Command::Policy { .. }
+        | Command::Serve { .. }
+        | Command::Config { .. }
+        | Command::Doctor { .. } => Value::Null,
     })
 }
 

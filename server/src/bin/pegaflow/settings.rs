@@ -1,4 +1,4 @@
-//! `pegaflow serve` and `pegaflow config`: what has to do with the server's settings.
+//! `pegaflow serve`, `config` and `doctor`: what has to do with the server's settings.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -7,6 +7,8 @@ use clap::{Command, Subcommand};
 use pegaflow_server::settings::{Loaded, Setting, Settings, Source, load};
 use pegaflow_server::{ExitStatus, run_server};
 use serde_json::{Value, json};
+
+use crate::doctor;
 
 /// What is to be done with settings.
 #[derive(Debug, Subcommand)]
@@ -24,7 +26,7 @@ pub(crate) enum ConfigCommand {
 }
 
 /// Commands with settings, which are read in a way of their own.
-const COMMANDS: [&[&str]; 3] = [&["serve"], &["config", "check"], &["config", "show"]];
+const COMMANDS: [&[&str]; 4] = [&["serve"], &["config", "check"], &["config", "show"], &["doctor"]];
 
 /// Which of the commands of this module was asked for.
 pub(crate) fn asked_for(command: &Command, arguments: &[OsString]) -> Option<&'static [&'static str]> {
@@ -64,6 +66,11 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
         (["config", ..], Ok(loaded)) => {
             show(&loaded, has_json);
             ExitStatus::Ok.into()
+        }
+        (["doctor"], Ok(loaded)) => {
+            let of_doctor = loaded.matches.subcommand_matches("doctor");
+            let measures = !of_doctor.is_some_and(|matches| matches.get_flag("no_measure"));
+            doctor::examine(&loaded.settings, measures, has_json)
         }
         (_, Ok(loaded)) => match run_server(&loaded, &read) {
             Ok(()) => ExitStatus::Ok.into(),
