@@ -187,6 +187,13 @@ impl Admission {
         }
     }
 
+    /// Another write budget from now on; `None`: no bound.
+    pub(crate) fn set_bytes_per_day(&self, bytes_per_day: Option<u64>, volume: WriteVolume) {
+        let mut state = self.state.lock();
+        state.bring_up_to_date(volume, self.clock.unix_ms());
+        state.ledger.set_bytes_per_day(bytes_per_day);
+    }
+
     /// Counts a block that is not written.
     pub(crate) fn count(&self, refusal: Refusal) {
         match refusal {

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -17,7 +17,7 @@ use crate::api::{
     OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
 };
 use crate::arbiter::LoadPolicy;
-use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
+use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
 use crate::inner::{Inner, Workers};
@@ -33,6 +33,7 @@ use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
 use crate::spill::{BUDGET_NOTE, offer_again};
+use crate::write_budget::WriteBudget;
 use crate::{lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
@@ -118,6 +119,7 @@ impl Engine {
             wear: Arc::default(),
             residency,
             requests: Requests::default(),
+            scrub_rate: Arc::new(AtomicU64::new(config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0))),
             arena,
             drive,
             leases: Leases::new(),
@@ -196,6 +198,41 @@ impl Engine {
     /// own.
     pub fn set_load_policy(&self, policy: LoadPolicy) {
         self.shared.inner.load_choice.set_policy(policy);
+    }
+
+    /// Changes how many bytes a second are scrubbed while the drives are idle, within a minute; 0: none.
+    ///
+    /// # Errors
+    /// `InvalidInput` above the limit of [`NvmeConfig::scrub`], `NotFound` without a store.
+    pub fn set_scrub(&self, bytes_per_second: ByteSize) -> Result<()> {
+        self.change_store(|nvme| nvme.scrub = bytes_per_second)?;
+        self.shared.inner.scrub_rate.store(bytes_per_second.0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Changes what may be written to the drives, from the next block on; `None`: no bound. What was saved up of the old
+    /// budget stays as far as the new one allows; a first budget begins with nothing.
+    ///
+    /// # Errors
+    /// `InvalidInput` below the least budget, see [`NvmeConfig::write_budget`]; `NotFound` without a store.
+    pub fn set_write_budget(&self, budget: Option<WriteBudget>) -> Result<()> {
+        let nvme = self.change_store(|nvme| nvme.write_budget = budget)?;
+        let inner = &self.shared.inner;
+        if let Some(admission) = &inner.admission {
+            admission.set_bytes_per_day(nvme.write_bytes_per_day(), inner.drive.write_volume());
+        }
+        Ok(())
+    }
+
+    /// The store's configuration with a change, if that is valid.
+    fn change_store(&self, change: impl FnOnce(&mut NvmeConfig)) -> Result<NvmeConfig> {
+        let mut config = self.shared.inner.config.clone();
+        let Some(nvme) = &mut config.nvme else {
+            return Err(Error::new(ErrorKind::NotFound, "there is no store; give a path for one"));
+        };
+        change(nvme);
+        let changed = nvme.clone();
+        config.validate().map(|()| changed)
     }
 
     /// The latest decisions whether to load, newest first, at most `limit`: of the requests with this name (or with it and

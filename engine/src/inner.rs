@@ -1,7 +1,7 @@
 //! What the threads of an engine share, and the threads.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ pub(crate) struct Inner {
     pub(crate) leases: Leases,
     /// Whether what is found is loaded.
     pub(crate) load_choice: Arc<LoadChoice>,
+    /// Bytes a second that are scrubbed; 0: none.
+    pub(crate) scrub_rate: Arc<AtomicU64>,
     /// Reads beside requests, one at a time.
     pub(crate) look_aside: LookAside,
     pub(crate) operations: Operations,
@@ -144,11 +146,8 @@ impl Workers {
             workers.spawn("pega-look".into(), move || looker.look_aside.serve(&looker))?;
             let keeper = Arc::clone(inner);
             inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
-            let rate = inner.config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0);
-            if rate > 0 {
-                let scrubber = Arc::clone(inner);
-                inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber, rate))?;
-            }
+            let scrubber = Arc::clone(inner);
+            inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber))?;
         }
         if let Some(nvme) = inner.config.nvme.as_ref().filter(|nvme| nvme.health_interval_s > 0) {
             let interval = Duration::from_secs(nvme.health_interval_s);

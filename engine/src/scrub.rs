@@ -2,12 +2,12 @@
 //! somebody wants the record. Slow, and only while nobody else asks anything of the drive; rests between two passes.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use pegaflow_tiers::{ScrubPace, Store};
 
-use crate::drive_tier::DriveTier;
 use crate::inner::Inner;
 
 /// After an open the drive has other things to do.
@@ -19,12 +19,19 @@ const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// A drive that is always in use is scrubbed all the same: one piece after so long.
 const BUSY_MAX: Duration = Duration::from_secs(5);
 
-/// The body of the thread; `bytes_per_second` is above zero.
-pub(crate) fn scrub(inner: &Arc<Inner>, bytes_per_second: u64) {
+/// While nothing is to be scrubbed it is looked so often whether that has changed.
+const OFF_PAUSE: Duration = Duration::from_secs(60);
+
+/// The body of the thread; see [`Inner::scrub_rate`].
+pub(crate) fn scrub(inner: &Arc<Inner>) {
     let tier = &inner.drive;
     let mut rest = START_PAUSE;
     while tier.rest(rest) {
         rest = START_PAUSE;
+        if inner.scrub_rate.load(Ordering::Relaxed) == 0 {
+            rest = OFF_PAUSE;
+            continue;
+        }
         let Some(store) = tier.store().filter(|_| tier.degraded().is_none()) else { continue };
         let last = store.last_scrub_unix_ms().unwrap_or(0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
@@ -35,7 +42,7 @@ pub(crate) fn scrub(inner: &Arc<Inner>, bytes_per_second: u64) {
             continue;
         }
         tier.set_scrubbing(true);
-        let scrubbed = store.scrub(&pace(tier, &store, bytes_per_second));
+        let scrubbed = store.scrub(&pace(inner, &store));
         tier.set_scrubbing(false);
         match scrubbed {
             Ok(report) if report.is_stopped => {}
@@ -50,11 +57,12 @@ pub(crate) fn scrub(inner: &Arc<Inner>, bytes_per_second: u64) {
 }
 
 /// Lets the next piece be read when it is due and nobody else uses the drive.
-fn pace(tier: &Arc<DriveTier>, store: &Arc<Store>, bytes_per_second: u64) -> ScrubPace {
-    let (tier, store) = (Arc::clone(tier), Arc::downgrade(store));
+fn pace(inner: &Arc<Inner>, store: &Arc<Store>) -> ScrubPace {
+    let (tier, store, rate) = (Arc::clone(&inner.drive), Arc::downgrade(store), Arc::clone(&inner.scrub_rate));
     let seen = Mutex::new(0);
     Arc::new(move |bytes| {
-        if !tier.rest(Duration::from_nanos((bytes.saturating_mul(1_000_000_000)) / bytes_per_second)) {
+        let nanos = bytes.saturating_mul(1_000_000_000).checked_div(rate.load(Ordering::Relaxed));
+        if !nanos.is_some_and(|nanos| tier.rest(Duration::from_nanos(nanos))) {
             return false;
         }
         let busy_until = Instant::now() + BUSY_MAX;

@@ -123,6 +123,17 @@ impl Ledger {
         ledger
     }
 
+    /// Another bound from now on. What was saved up stays, as far as it may be saved up; a first bound begins with nothing.
+    pub(crate) fn set_bytes_per_day(&mut self, bytes_per_day: Option<u64>) {
+        if self.bytes_per_day == bytes_per_day {
+            return;
+        }
+        let saved = self.bytes_per_day.map_or(0, |_| self.tokens);
+        self.tokens = bytes_per_day.map_or(0, |rate| saved.min(burst_bytes(rate) as i64));
+        // The next note follows at once: the step of the last one was another.
+        (self.bytes_per_day, self.remainder, self.is_noted) = (bytes_per_day, 0, false);
+    }
+
     /// Lets time pass. A clock that goes back stands still until it has caught up; one that leaps ahead fills the bucket.
     pub(crate) fn advance(&mut self, now_ms: u64) {
         let passed_ms = now_ms.saturating_sub(self.at_ms);
@@ -301,6 +312,27 @@ mod tests {
         for bad in [&[][..], &note[1..], &[9; 209], &note[..100]] {
             assert_eq!(Ledger::from_note(Some(GIB), Some(bad), START_MS), Ledger::new(Some(GIB), START_MS));
         }
+    }
+
+    #[test]
+    fn another_bound_gives_nothing_away() {
+        let mut ledger = ledger(240 * GIB);
+        ledger.spend(3 << 30);
+        let (tokens, hours) = (ledger.tokens, ledger.hours);
+        ledger.set_bytes_per_day(Some(480 * GIB));
+        assert_eq!((ledger.tokens, ledger.hours), (tokens, hours), "a larger bound comes in with time");
+        assert!(ledger.due_note().is_some());
+        ledger.set_bytes_per_day(Some(24 * GIB));
+        assert_eq!(ledger.tokens, 1 << 30, "an hour of it may be saved up");
+        ledger.spend(2 << 30);
+        ledger.set_bytes_per_day(Some(240 * GIB));
+        assert_eq!(ledger.tokens, -(1 << 30), "what is owed stays owed");
+        ledger.set_bytes_per_day(None);
+        assert!(ledger.fill(u64::MAX) == 1.0);
+        ledger.set_bytes_per_day(Some(240 * GIB));
+        assert_eq!(ledger.fill(0), 0.0);
+        ledger.advance(START_MS + HOUR_MS / 2);
+        assert!((ledger.fill(0) - 0.5).abs() < 1e-9);
     }
 
     #[test]

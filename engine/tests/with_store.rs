@@ -230,6 +230,22 @@ fn write_everything_over(policy: PolicyChoice) -> Stats {
     stats
 }
 
+#[test]
+fn budget_and_scrub_change_while_it_runs_within_their_limits() {
+    let directory = directory();
+    let worker = Worker::new(config(directory.path(), 64, IoEngineChoice::Auto));
+    let budget = |text: &str| Some(text.parse().expect("a budget"));
+    worker.engine.set_write_budget(budget("1GiB/day")).expect("above the least");
+    assert_eq!(worker.engine.stats().write_budget_day_bytes, 1 << 30);
+    let refused = worker.engine.set_write_budget(budget("1MiB/day")).expect_err("too little");
+    assert!(refused.message().contains("give at least 64 MiB"), "{refused}");
+    assert_eq!(worker.engine.stats().write_budget_day_bytes, 1 << 30, "nothing has changed");
+    worker.engine.set_write_budget(None).expect("no bound");
+    assert_eq!(worker.engine.stats().write_budget_day_bytes, 0);
+    worker.engine.set_scrub(ByteSize(0)).expect("none");
+    worker.engine.set_scrub(ByteSize::gib(17)).expect_err("above the limit");
+}
+
 /// A budget of 64 MiB a day, all of which may be saved up, and 90 MiB of blocks.
 #[test]
 fn the_write_budget_holds_and_goes_to_what_is_used_again() {

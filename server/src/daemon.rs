@@ -139,7 +139,7 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
 
 /// Puts changed settings into effect, as far as that goes while the server runs.
 fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
-    let mut is_same = true;
+    let (mut is_same, engine) = (true, server.engine());
     for (before, after) in current.effective.iter().zip(&wanted.effective) {
         if before.values == after.values {
             continue;
@@ -149,9 +149,11 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
         let is_done = match name {
             "log" => EnvFilter::try_new(&wanted.settings.log).is_ok_and(|filter| log.reload(filter).is_ok()),
             "load_policy" => {
-                server.engine().set_load_policy(wanted.settings.load_policy);
+                engine.set_load_policy(wanted.settings.load_policy);
                 true
             }
+            "write_budget" => engine.set_write_budget(wanted.settings.write_budget).is_ok(),
+            "scrub" => engine.set_scrub(wanted.settings.scrub).is_ok(),
             // Read when it is needed; and where the settings are is no setting of the server.
             "shutdown_timeout" | "config" => true,
             _ => false,

@@ -145,7 +145,10 @@ fn the_example_names_every_setting_with_its_default() {
 fn hang_up_changes_what_can_change_and_names_the_rest() {
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("p.sock");
-    let path = file(folder.path(), "dram = \"32MiB\"\nhttp = \"off\"\n");
+    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let of_store = format!("path = \"{}\"\ncapacity = \"64MiB\"\nregion = \"16MiB\"\n", store.path().display());
+    let settings = |more: &str| file(folder.path(), &format!("http = \"off\"\n{of_store}{more}"));
+    let path = settings("dram = \"32MiB\"\n");
     let mut child = cli(&["serve", "--config"])
         .arg(&path)
         .arg("--socket")
@@ -161,22 +164,27 @@ fn hang_up_changes_what_can_change_and_names_the_rest() {
     let mut server = Process { child };
     let socket = socket.to_str().expect("text").to_owned();
     let policy = || run(&mut cli(&["--socket", &socket, "load-policy"])).1;
+    let budget = || {
+        let (_, stdout, _) = run(&mut cli(&["--socket", &socket, "--json", "status"]));
+        let status: Value = serde_json::from_str(&stdout).expect("JSON");
+        status["engine"]["write_budget_day_bytes"].as_u64().expect("a number")
+    };
     let mut wait_for = |part: &str| loop {
         let line = log.next().expect("the log goes on").expect("reads");
         if line.contains(part) {
             return line;
         }
     };
-    assert_eq!(policy(), "auto\n");
-    file(folder.path(), "dram = \"64MiB\"\nhttp = \"off\"\nload_policy = \"never\"\n");
+    assert_eq!((policy().as_str(), budget()), ("auto\n", 0));
+    settings("dram = \"64MiB\"\nload_policy = \"never\"\nwrite_budget = \"1GiB/day\"\nscrub = \"1MiB\"\n");
     server.signal("-HUP");
     let line = wait_for("takes a restart");
     assert!(line.contains("dram") && line.contains("64MiB"), "{line}");
-    until("the policy has changed", || policy() == "never\n");
-    file(folder.path(), "dram = \"64MiB\"\nload_policy = \"sometimes\"\n");
+    until("the policy and the budget have changed", || policy() == "never\n" && budget() == 1 << 30);
+    settings("load_policy = \"sometimes\"\n");
     server.signal("-HUP");
     let line = wait_for("the settings stay as they are");
-    assert!(line.contains("pegaflow.toml:2: load_policy"), "{line}");
+    assert!(line.contains("pegaflow.toml:5: load_policy"), "{line}");
     assert_eq!(policy(), "never\n");
     server.signal("-HUP");
     wait_for("the settings stay as they are");
