@@ -85,7 +85,8 @@ class Cache:
         *,
         places: bool = False,
         question: tuple[str, int, int, float, str | None, Sequence[tuple[int, int, int, float, float]]] | None = None,
-    ) -> tuple[int, int, int | None, bytes | None, bytes, int]: ...
+        prefetch: bool = False,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]: ...
     def release(self, lease: int) -> None: ...
     def load(
         self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int], stream: int = 0

@@ -350,6 +350,9 @@ fn request(prompts: &Prompts, number: usize) -> LookupRequest {
         tag: number as u64,
         with_places: false,
         question: None,
+        prefet,
+        prefetch: false,
+        ch: false,
     }
 }
 
