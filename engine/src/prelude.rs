@@ -12,7 +12,8 @@ pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 pub use crate::replay::{
-    ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay, replay_optimal,
+    PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
+    replay_optimal, replay_prefetch,
 };
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{

@@ -48,8 +48,8 @@ class ConnectorConfig:
     what `auto` would do), or `auto`: as the server's policy says, which by default loads where that is expected to be
     faster than computing. The server's `never` outranks all."""
     prefetch: Prefetch = "auto"
-    """`auto`: what is on the drive for requests that wait in vLLM's queue is brought to DRAM before they are scheduled, for
-    the first 8 of them at a time; not where it would be computed. `off`: the drive is read when a request is scheduled."""
+    """`auto`: what is on the drive for requests that wait in vLLM's queue is brought to DRAM before they are scheduled,
+    for 8 of them at a time; not where it would be computed. `off`: the drive is read when a request is scheduled."""
     prefetch_wait_ms: int = 50
     """How long in all a request may be held back in vLLM's queue for such a read that is about to end, in milliseconds.
     0: never. 0 to 1,000."""

@@ -173,8 +173,9 @@ class PegaScheduler:
     def arrived(self, request: Request) -> None:
         """A request has arrived. If it has to wait, what of it is on the drive is fetched meanwhile.
 
-        A request that finds nobody before it is scheduled, and looked up, at once: it is not looked up twice. The others
-        are looked up here with the lease that they will ask for, so whoever is scheduled soon has its answer already.
+        A request that finds nobody before it is scheduled, and looked up, at once: it is not looked up twice. The
+        others are looked up here with the lease that they will ask for, so whoever is scheduled soon has its answer
+        already.
         """
         if self._config.prefetch == "off":
             return
@@ -186,7 +187,8 @@ class PegaScheduler:
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed_tokens` can be loaded, and whether the request has to wait for it in vLLM's
-        queue; `None` if the answer will be better in a moment. May be asked any number of times; the last answer counts.
+        queue; `None` if the answer will be better in a moment. May be asked any number of times; the last answer
+        counts.
         """
         tracked = self._track(request)
         self._forget_arrival(request.request_id)
@@ -258,7 +260,7 @@ class PegaScheduler:
 
     def _blocks_to_find(self, tracked: Tracked) -> int:
         """How many blocks of a request may be looked up; their keys are known then."""
-        blocks = min(tracked.request.num_tokens // self._block_size, _KEYS_PER_LOOKUP_MAX)
+        blocks = min(int(tracked.request.num_tokens) // self._block_size, _KEYS_PER_LOOKUP_MAX)
         if not blocks or not tracked.is_cacheable or not self._is_on() or not self._extend_keys(tracked, blocks):
             return 0
         return blocks
@@ -295,9 +297,9 @@ class PegaScheduler:
     def _is_held_back(self, tracked: Tracked, found: Found) -> bool:
         """Whether the request is to wait a moment longer, because its blocks are about to be in DRAM.
 
-        From there they are loaded in the step itself, without a step or two in between. Only if every worker could do so, if
-        that is expected within about a step, and for a bounded time in all. What takes longer is read by the load
-        itself, which goes on while other requests are computed.
+        From there they are loaded in the step itself, without a step or two in between. Only if every worker could do
+        so, if that is expected within about a step, and for a bounded time in all. What takes longer is read by the
+        load itself, which goes on while other requests are computed.
         """
         now = self._clock()
         if found.ready_at is None or found.lease is None or now >= found.ready_at:
