@@ -232,6 +232,7 @@ impl Engine {
         if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
             inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
             inner.requests.push_served(taken.asker, &taken.hits);
+            inner.fetches.cancel(taken.asker.0, taken.asker.1);
             let slot_bytes = |hit: &Hit| match hit {
                 Hit::Dram(resident) => resident.slot.bytes(),
                 Hit::Nvme(..) => 0,

@@ -27,6 +27,8 @@ const VICTIM_TRIES: usize = 1024;
 const CHUNK_TRIES: usize = 16;
 /// Dirty bytes may take this share of DRAM (in percent); beyond it saves are dropped, so that loads always find room.
 const DIRTY_PERCENT_MAX: u64 = 75;
+/// What a block is worth at least that a request waits for, in uses per second: one in a minute, a lease's time.
+pub(crate) const ASKED_WORTH: f32 = 1.0 / 60.0;
 /// How often a slot is looked for, if others take those that were made free.
 const COLDER_TRIES: usize = 4;
 /// How many blocks the policies are told of before one is asked who leaves; and how many under one lock of the map.
@@ -304,7 +306,8 @@ impl Residency {
     /// is worth less. Never one of a block that was fetched and not used yet, or fetches would undo each other's work. Does
     /// not wait; `None` if there is none such.
     ///
-    /// Worth less: by the policy's own measure, if it has one and knows the newcomer. A policy that only knows an order puts
+    /// Worth less: by the policy's own measure, if it has one; what somebody asks for at this moment is worth a use within
+    /// the minute that a lease lasts, if the policy says no more. A policy that only knows an order puts
     /// what is asked for behind all that is here, so those have less who were used last before `asked_at`
     /// ([`Residency::tick`]); for a newcomer that nobody asks for nobody leaves.
     pub(crate) fn alloc_colder(
@@ -613,7 +616,9 @@ impl State {
                 .evict(slot_bytes, &mut |fingerprint| may_leave(self, fingerprint).as_ref().is_some_and(is_older))?
         } else {
             let newcomer = newcomer.fingerprint();
-            policies.evict_for(slot_bytes, newcomer, &mut |fingerprint| may_leave(self, fingerprint).is_some())?
+            let least = asked_at.map_or(0.0, |_| ASKED_WORTH);
+            policies
+                .evict_for(slot_bytes, newcomer, least, &mut |fingerprint| may_leave(self, fingerprint).is_some())?
         };
         let id = *self.by_fingerprint.get(&colder)?;
         self.evicted += 1;

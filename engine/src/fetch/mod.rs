@@ -27,10 +27,13 @@ const READS_MAX: usize = 256;
 const READ_BYTES_MAX: u64 = 32 << 20;
 /// And blocks of no more than this part of DRAM.
 const DRAM_PART: u64 = 8;
+/// Requests have no more than this part of DRAM in blocks that were fetched for them and that they have not loaded yet: what
+/// is fetched too early leaves before it is used.
+const READY_PART: u64 = 4;
 const PAGE_BYTES: u64 = 4096;
 
 /// For whom blocks are fetched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum FetchReason {
     /// To see how fast the drive is: few, first, and one at a time.
     LookAside,
@@ -217,7 +220,8 @@ impl Fetches {
         Ok(())
     }
 
-    /// Ends the wish of a request; whether there was one. No read of it is started afterwards; those in flight end.
+    /// A request has taken what was fetched for it, or will not: its wish ends; whether there was one. No read of it is
+    /// started afterwards; those in flight end.
     pub(crate) fn cancel(&self, session: SessionId, tag: u64) -> bool {
         self.remove(|reason| reason == FetchReason::Request { session, tag })
     }
@@ -257,7 +261,14 @@ impl Fetches {
     }
 
     fn remove(&self, is_meant: impl Fn(FetchReason) -> bool) -> bool {
-        let removed = self.shared.state.lock().queue.remove(is_meant);
+        let mut state = self.shared.state.lock();
+        let removed = state.queue.remove(is_meant);
+        // Others may have more now.
+        let is_more_allowed = state.queue.is_waiting();
+        drop(state);
+        if is_more_allowed {
+            self.shared.changed.notify_all();
+        }
         self.count_cancelled(&removed);
         !removed.is_empty()
     }
@@ -302,12 +313,13 @@ impl Fetches {
     /// Starts the next read, if there is room for it in flight and in DRAM; false if there is nothing to do for now.
     fn start_one(&self, inner: &Inner, state: &mut MutexGuard<'_, State>) -> bool {
         let dram_bytes_max = inner.arena.ready_bytes() / DRAM_PART;
+        let ready_bytes_max = inner.arena.ready_bytes() / READY_PART;
         let handed = inner.requests.handed();
         if !state.queue.has_room(READS_MAX, READ_BYTES_MAX, dram_bytes_max) {
             return false;
         }
         let loads_bytes = inner.load_choice.read_bytes();
-        let Some(next) = state.queue.next(handed, loads_bytes, Instant::now()) else { return false };
+        let Some(next) = state.queue.next(handed, loads_bytes, ready_bytes_max, Instant::now()) else { return false };
         let read = MutexGuard::unlocked(state, || self.start_read(inner, &next));
         match read {
             Ok(Attempt::Reading) => {}

@@ -1,7 +1,7 @@
 //! Which block is read next. Pure bookkeeping: looks before requests before the hot set, each in the order in which they
 //! came; a block that one wish is reading is not read for another one.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
@@ -95,6 +95,8 @@ pub(super) struct Queue {
     /// Of these, as they are stored and in DRAM.
     reading_bytes: u64,
     reading_dram_bytes: u64,
+    /// Requests whose wishes have brought blocks that no load has taken yet: bytes in DRAM, and until when that counts.
+    ready: HashMap<FetchReason, (u64, Instant)>,
 }
 
 impl Queue {
@@ -135,10 +137,28 @@ impl Queue {
         self.reading.is_empty() || is_in_bounds
     }
 
+    /// Whether requests may have more brought to DRAM before they take what is there.
+    fn has_budget(&self, request_bytes_max: u64) -> bool {
+        let requests = self.live.get(FetchReason::REQUEST.rank()).into_iter().flatten();
+        let in_flight: u64 = requests.map(|live| live.in_flight as u64 * live.wish.block_bytes).sum();
+        let ready: u64 = self.ready.values().map(|(bytes, _)| bytes).sum();
+        ready + in_flight < request_bytes_max
+    }
+
     /// The next block to read; `handed` is the last request that the policies know, `loads_bytes` what loads have
-    /// read so far.
-    pub(super) fn next(&mut self, handed: u64, loads_bytes: u64, now: Instant) -> Option<Started> {
-        let may_go_on = |live: &&mut Live| live.held_up <= handed && live.next < live.wish.reads.len();
+    /// read so far. Requests have at most `request_bytes_max` in DRAM that they have not loaded yet.
+    pub(super) fn next(
+        &mut self,
+        handed: u64,
+        loads_bytes: u64,
+        request_bytes_max: u64,
+        now: Instant,
+    ) -> Option<Started> {
+        let has_budget = self.has_budget(request_bytes_max);
+        let may_go_on = |live: &&mut Live| {
+            let is_allowed = has_budget || live.wish.reason.rank() != FetchReason::REQUEST.rank();
+            is_allowed && live.held_up <= handed && live.next < live.wish.reads.len()
+        };
         let live = self.live.iter_mut().flatten().find(may_go_on)?;
         let (id, location) = *live.wish.reads.get(live.next)?;
         if live.began.is_none() {
@@ -181,6 +201,11 @@ impl Queue {
         }
     }
 
+    /// Whether anything is left to read.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.live.iter().flatten().any(|live| !live.left().is_empty())
+    }
+
     /// Whether a wish waits for the policies.
     pub(super) fn is_held_up(&self) -> bool {
         self.live.iter().flatten().any(|live| live.held_up > 0)
@@ -195,12 +220,17 @@ impl Queue {
         loads_bytes: u64,
     ) -> Option<(FetchWish, FetchEnd)> {
         self.forget_reading(started);
-        let live = self.find(started)?;
+        let of_rank = self.live.get_mut(started.reason.rank())?;
+        let live = of_rank.iter_mut().find(|live| live.number == started.number)?;
         live.in_flight -= 1;
         live.end.is_whole &= is_there;
         if is_read {
             live.end.blocks += 1;
             live.end.bytes += started.stored_bytes();
+            if matches!(started.reason, FetchReason::Request { .. }) {
+                let ready = self.ready.entry(started.reason).or_insert((0, live.wish.deadline));
+                ready.0 += started.block_bytes;
+            }
         }
         if live.in_flight > 0 || !live.left().is_empty() {
             return None;
@@ -225,11 +255,13 @@ impl Queue {
 
     /// Takes out wishes. What is being read of them goes on.
     pub(super) fn remove(&mut self, is_meant: impl Fn(FetchReason) -> bool) -> Vec<Removed> {
+        self.ready.retain(|reason, _| !is_meant(*reason));
         self.remove_live(|live| is_meant(live.wish.reason))
     }
 
     /// Takes out wishes whose deadline has come.
     pub(super) fn remove_late(&mut self, now: Instant) -> Vec<Removed> {
+        self.ready.retain(|_, (_, until)| *until > now);
         self.remove_live(|live| live.wish.deadline <= now)
     }
 
@@ -247,7 +279,8 @@ impl Queue {
 
     /// When the first deadline comes.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.live.iter().flatten().map(|live| live.wish.deadline).min()
+        let of_ready = self.ready.values().map(|(_, until)| *until);
+        self.live.iter().flatten().map(|live| live.wish.deadline).chain(of_ready).min()
     }
 
     /// Bytes to be read until a wish has ended: its own, those before it and those in flight.

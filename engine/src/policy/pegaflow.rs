@@ -401,11 +401,11 @@ impl Policy for PegaflowPolicy {
         Some(self.let_go(victim))
     }
 
-    fn evict_for(&mut self, newcomer: &PolicyBlock, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
-        let at = self.find(newcomer.key)?;
+    fn evict_for(&mut self, newcomer: &PolicyBlock, least: f32, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+        let worth = self.worth(newcomer).unwrap_or(0.0).max(least);
         let victim = self.victim(may_leave)?;
         let bytes = self.tree.nodes[victim as usize].bytes;
-        let is_worth_more = self.worth_of(at, newcomer.bytes) > self.worth_of(victim, bytes);
+        let is_worth_more = worth > self.worth_of(victim, bytes);
         is_worth_more.then(|| self.let_go(victim))
     }
 

@@ -10,6 +10,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::{ReplayTier, Trace, TraceRequest, bring_in};
 use crate::policy::{Policy, PolicyBlock, PolicyRequest};
+use crate::residency::ASKED_WORTH;
+
+/// Blocks that were fetched and not used yet take no more than this part of DRAM, as in the engine.
+const READY_PART: usize = 4;
 
 /// Time in microseconds.
 type Us = u64;
@@ -62,6 +66,8 @@ struct Wish {
     /// What counted as the past when it came, for policies that know only an order.
     asked_at: u64,
     held: Vec<u64>,
+    /// Blocks that it has brought.
+    ready: usize,
 }
 
 struct Sim<'a> {
@@ -79,6 +85,8 @@ struct Sim<'a> {
     /// By block, how many of those looked up ahead hold it.
     held: HashMap<u64, u32>,
     wishes: VecDeque<Wish>,
+    /// Blocks that they have brought.
+    ready: usize,
     /// Scheduled next, in order; and those of them that were found on the drive when they arrived.
     queue: VecDeque<(usize, HashSet<u64>)>,
     not_looked_up: VecDeque<usize>,
@@ -106,6 +114,7 @@ pub fn replay_prefetch(
         fetched: HashSet::new(),
         held: HashMap::new(),
         wishes: VecDeque::new(),
+        ready: 0,
         queue: VecDeque::new(),
         not_looked_up: VecDeque::new(),
         drive_free: 0,
@@ -177,7 +186,15 @@ impl Sim<'_> {
             let is_wanted = |block: &&PolicyBlock| found.contains(&block.key) && !self.dram.contains(block.key);
             let reads = chain.iter().filter(is_wanted).copied().collect();
             let parents = chain.windows(2).map(|pair| (pair[1].key, pair[0].key)).collect();
-            self.wishes.push_back(Wish { request: at, reads, parents, since: now, asked_at: self.uses, held });
+            self.wishes.push_back(Wish {
+                request: at,
+                reads,
+                parents,
+                since: now,
+                asked_at: self.uses,
+                held,
+                ready: 0,
+            });
         }
     }
 
@@ -192,6 +209,9 @@ impl Sim<'_> {
     /// Lets the drive read what is to be fetched.
     fn fetch_until(&mut self, until: Us) {
         while let Some(at) = self.wishes.iter().position(|wish| !wish.reads.is_empty()) {
+            if self.ready >= (self.dram_blocks / READY_PART).max(1) {
+                return;
+            }
             let begin = self.drive_free.max(self.wishes[at].since);
             if begin.saturating_add(self.model.read_us) > until {
                 return;
@@ -211,6 +231,8 @@ impl Sim<'_> {
             self.dram.insert(&block, parent);
             self.fetched.insert(block.key);
             self.outcome.fetched += 1;
+            self.wishes[at].ready += 1;
+            self.ready += 1;
         }
     }
 
@@ -224,7 +246,7 @@ impl Sim<'_> {
         let left = if self.dram.takes_last_first() {
             self.dram.evict(&mut |key| may_leave(key) && used.get(&key).is_none_or(|used| *used < asked_at))
         } else {
-            self.dram.evict_for(newcomer, &mut may_leave)
+            self.dram.evict_for(newcomer, ASKED_WORTH, &mut may_leave)
         };
         if let Some(left) = left {
             self.used.remove(&left);
@@ -237,8 +259,11 @@ impl Sim<'_> {
         self.outcome.waited_us += now - request.now_ms * 1000;
         match self.wishes.iter().position(|wish| wish.request == at) {
             Some(place) => {
-                let held = self.wishes.remove(place).map(|wish| wish.held).unwrap_or_default();
-                for key in held {
+                let wish = self.wishes.remove(place);
+                self.ready -= wish.as_ref().map_or(0, |wish| wish.ready);
+                // Reads that could not begin for want of room begin now.
+                self.wishes.iter_mut().for_each(|wish| wish.since = wish.since.max(now));
+                for key in wish.map(|wish| wish.held).unwrap_or_default() {
                     if let Some(count) = self.held.get_mut(&key) {
                         *count -= 1;
                     }
@@ -286,11 +311,11 @@ mod tests {
         [dram, drive].map(|capacity| ReplayTier { policy, capacity, config: PegaflowConfig::default() })
     }
 
-    /// Ten conversations of ten blocks, then each once more; DRAM holds the last three.
+    /// Forty conversations of ten blocks, then each once more with ten new ones.
     fn twice(gap_ms: u64) -> Trace {
         let mut trace = Trace::default();
         for round in 0..2 {
-            for chat in 0..10u64 {
+            for chat in 0..40u64 {
                 let now_ms = round * 1_000_000 + chat * gap_ms;
                 let new = round * 10;
                 trace.push(now_ms, 0, (0..10 + new).map(|block| chat * 100 + block + 1));
@@ -299,29 +324,30 @@ mod tests {
         trace
     }
 
+    fn run(gap_ms: u64, dram: u64, model: PrefetchModel) -> PrefetchOutcome {
+        replay_prefetch(&twice(gap_ms), tiers(PolicyChoice::Pegaflow, dram, 4000), model, &mut |_| ())
+    }
+
     #[test]
     fn who_waits_finds_its_blocks_in_dram_and_who_does_not_finds_them_on_the_drive() {
         // All at once: one after the other is computed, 100 ms each, while 10 ms of reads go on for the next.
-        let crowd = replay_prefetch(&twice(0), tiers(PolicyChoice::Pegaflow, 200, 1000), MODEL, &mut |_| ());
-        assert_eq!((crowd.requests, crowd.waited, crowd.hits), (20, 18, 100));
-        assert_eq!((crowd.drive_hits, crowd.wasted), (0, 0), "DRAM has all of it: {crowd:?}");
-        let crowd = replay_prefetch(&twice(0), tiers(PolicyChoice::Lru, 40, 1000), MODEL, &mut |_| ());
-        assert!(crowd.drive_hits >= 60 && crowd.ready * 10 >= crowd.drive_hits * 7, "{crowd:?}");
-        assert!(crowd.fetched >= crowd.ready, "{crowd:?}");
+        let roomy = run(0, 1000, MODEL);
+        assert_eq!((roomy.requests, roomy.waited, roomy.hits), (80, 78, 400));
+        assert_eq!((roomy.drive_hits, roomy.fetched), (0, 0), "DRAM has all of it: {roomy:?}");
+        let crowd = run(0, 160, MODEL);
+        assert!(crowd.drive_hits >= 240 && crowd.ready * 10 >= crowd.drive_hits * 7, "{crowd:?}");
+        assert!(crowd.fetched >= crowd.ready && crowd.wasted * 10 <= crowd.fetched, "{crowd:?}");
         // A second apart nobody waits.
-        let alone = replay_prefetch(&twice(1000), tiers(PolicyChoice::Lru, 40, 1000), MODEL, &mut |_| ());
+        let alone = run(1000, 160, MODEL);
         assert_eq!((alone.waited, alone.fetched, alone.ready), (0, 0, 0));
-        assert!(alone.drive_hits >= 60, "{alone:?}");
-        let off = PrefetchModel { ahead_max: 0, ..MODEL };
-        let off = replay_prefetch(&twice(0), tiers(PolicyChoice::Lru, 40, 1000), off, &mut |_| ());
-        assert_eq!((off.fetched, off.hits), (0, 100));
+        assert!(alone.drive_hits >= 240, "{alone:?}");
+        let off = run(0, 160, PrefetchModel { ahead_max: 0, ..MODEL });
+        assert_eq!((off.fetched, off.hits), (0, 400));
     }
 
     #[test]
     fn a_drive_that_is_too_slow_is_late() {
-        let slow = PrefetchModel { read_us: 20_000, ..MODEL };
-        let late = replay_prefetch(&twice(0), tiers(PolicyChoice::Lru, 40, 1000), slow, &mut |_| ());
-        let fast = replay_prefetch(&twice(0), tiers(PolicyChoice::Lru, 40, 1000), MODEL, &mut |_| ());
+        let (late, fast) = (run(0, 160, PrefetchModel { read_us: 20_000, ..MODEL }), run(0, 160, MODEL));
         assert!(late.ready < fast.ready, "{late:?} {fast:?}");
     }
 

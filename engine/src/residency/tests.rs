@@ -261,7 +261,7 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
         (0..length).map(|depth| place.with_key(keys.next(&[first, depth], b""))).collect()
     };
     let fetch = |ids: &[RecordId], at: usize| {
-        let slot = residency.alloc_colder(BLOCK, &ids[at], Some(u64::MAX))?;
+        let slot = residency.alloc_colder(BLOCK, &ids[at], None)?;
         let parent = at.checked_sub(1).map_or(BlockKey::ROOT, |before| ids[before].key);
         let block = Resident::new(ids[at], (parent, at as u32), Arc::new(slot), BLOCK as u64, false);
         block.mark_fetched(FetchReason::HotSet);
@@ -285,6 +285,14 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
     residency.note_loaded(last.iter());
     drop(last);
     assert!(fetch(&newer, 0).is_some() && !residency.contains(&asked[63]), "until it was used");
+    // Somebody waits for it: that is a use in a minute, which is more than anything here is worth after an hour.
+    let unknown = of_keys(4, 1);
+    let all: Vec<_> = residency.ids().iter().filter_map(|id| residency.get(id)).collect();
+    assert_eq!(all.iter().filter(|block| block.take_fetched().is_some()).count(), 64);
+    drop(all);
+    ask(&newer, 4000);
+    assert!(residency.alloc_colder(BLOCK, &unknown[0], None).is_none());
+    assert!(residency.alloc_colder(BLOCK, &unknown[0], Some(0)).is_some());
     let [.., hot_set] = &*residency.fetched;
     assert_eq!((hot_set.used_blocks.get(), hot_set.wasted_blocks.get()), (1, 0));
 }

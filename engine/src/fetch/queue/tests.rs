@@ -32,7 +32,7 @@ fn later() -> Instant {
 }
 
 fn next(queue: &mut Queue) -> Option<Started> {
-    queue.next(0, 0, Instant::now())
+    queue.next(0, 0, u64::MAX, Instant::now())
 }
 
 fn pages(queue: &mut Queue) -> Vec<u32> {
@@ -134,13 +134,13 @@ fn who_is_late_goes_and_is_told() {
 fn a_wish_ends_with_its_last_read_and_says_what_became_of_it() {
     let mut queue = Queue::default();
     assert!(queue.push(wish(REQUEST(1), 0..4, later())).is_ok());
-    let reads: Vec<Started> = (0..3).filter_map(|_| queue.next(0, 100, Instant::now())).collect();
+    let reads: Vec<Started> = (0..3).filter_map(|_| queue.next(0, 100, u64::MAX, Instant::now())).collect();
     assert!(queue.ended(&reads[0], true, true, 0).is_none());
     assert!(queue.ended(&reads[1], false, true, 0).is_none(), "was there already");
     assert_eq!(queue.cut(&reads[2]), 1);
     let (_, end) = queue.ended(&reads[2], false, false, 130).expect("the last");
     assert_eq!((end.blocks, end.bytes, end.is_whole, end.beside_bytes), (1, 8192, false, 30));
-    assert!(next(&mut queue).is_none() && queue.next_deadline().is_none());
+    assert!(next(&mut queue).is_none() && queue.left_bytes(REQUEST(1)).is_none());
 }
 
 #[test]
@@ -162,11 +162,36 @@ fn a_held_up_wish_lets_others_pass_until_the_policies_know_its_request() {
     held.asked = 5;
     assert!(queue.push(held).is_ok());
     assert!(queue.push(wish(REQUEST(2), 10..11, later())).is_ok());
-    let started = queue.next(4, 0, Instant::now()).expect("a block");
+    let started = queue.next(4, 0, u64::MAX, Instant::now()).expect("a block");
     queue.hold_up(&started);
     assert!(queue.is_held_up() && queue.reading().is_empty());
-    assert_eq!(queue.next(4, 0, Instant::now()).map(|started| started.location.page), Some(10));
-    assert!(queue.next(4, 0, Instant::now()).is_none());
-    assert_eq!(queue.next(5, 0, Instant::now()).map(|started| started.location.page), Some(0));
+    assert_eq!(queue.next(4, 0, u64::MAX, Instant::now()).map(|started| started.location.page), Some(10));
+    assert!(queue.next(4, 0, u64::MAX, Instant::now()).is_none());
+    assert_eq!(queue.next(5, 0, u64::MAX, Instant::now()).map(|started| started.location.page), Some(0));
     assert!(!queue.is_held_up());
+}
+
+#[test]
+fn requests_get_more_only_when_they_have_taken_what_is_there() {
+    let mut queue = Queue::default();
+    let now = Instant::now();
+    assert!(queue.push(wish(REQUEST(1), 0..2, now + Duration::from_secs(9))).is_ok());
+    assert!(queue.push(wish(REQUEST(2), 10..14, later())).is_ok());
+    assert!(queue.push(wish(FetchReason::HotSet, 20..21, later())).is_ok());
+    let next = |queue: &mut Queue| queue.next(0, 0, 2 * 4096, Instant::now());
+    let reads = [next(&mut queue), next(&mut queue)].map(|read| read.expect("a block"));
+    assert_eq!(next(&mut queue).map(|read| read.location.page), Some(20), "the hot set has no such bound");
+    for read in &reads {
+        assert!(next(&mut queue).is_none(), "in flight");
+        queue.ended(read, true, true, 0);
+    }
+    assert!(next(&mut queue).is_none(), "in DRAM, and not taken");
+    assert!(queue.remove(|reason| reason == REQUEST(1)).is_empty(), "its wish has ended");
+    let read = next(&mut queue).expect("the first was taken");
+    queue.ended(&read, true, true, 0);
+    let read = next(&mut queue).expect("one more");
+    queue.ended(&read, true, true, 0);
+    assert!(next(&mut queue).is_none());
+    assert_eq!(queue.remove_late(now + Duration::from_secs(61)).len(), 2);
+    assert!(queue.ready.is_empty() && queue.next_deadline().is_none());
 }
