@@ -20,11 +20,11 @@ use crate::arbiter::LoadPolicy;
 use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
+use crate::fetch::{FetchReason, Fetches};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
-use crate::look_aside::LookAside;
 use crate::operations::Operations;
 use crate::policy::{PegaflowConfig, PolicyChoice};
 use crate::reclaim::CostBenefit;
@@ -112,6 +112,7 @@ impl Engine {
         if let Some(store) = drive.store() {
             restore_learned(&store, &residency, drive_policy.as_deref());
         }
+        let fetches = Fetches::new(Arc::clone(&residency.fetched));
         let inner = Arc::new(Inner {
             admission,
             drive_policy,
@@ -124,7 +125,7 @@ impl Engine {
             drive,
             leases: Leases::new(),
             load_choice: LoadChoice::new(config.load_policy),
-            look_aside: LookAside::default(),
+            fetches,
             operations: Operations::default(),
             registry: Registry::default(),
             counters: Counters::default(),
@@ -156,6 +157,7 @@ impl Engine {
         let inner = &self.shared.inner;
         inner.registry.end_session(session);
         inner.leases.end_session(session);
+        inner.fetches.cancel_session(session);
         inner.residency.notify_room();
         inner.operations.cancel(session, None);
         inner.operations.wait_ended(Some(session), Instant::now() + timeout)
@@ -244,7 +246,8 @@ impl Engine {
     /// Gives a lease back. Unknown leases are ignored: they may have run out.
     pub fn release(&self, lease: LeaseId) {
         let inner = &self.shared.inner;
-        if inner.leases.release(lease) {
+        if let Some((session, tag)) = inner.leases.release(lease) {
+            inner.fetches.cancel(session, tag);
             inner.residency.notify_room();
         }
     }
@@ -266,16 +269,20 @@ impl Engine {
         if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
             inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
             inner.requests.push_served(taken.asker, &taken.hits);
+            inner.fetches.cancel(taken.asker.0, taken.asker.1);
             let slot_bytes = |hit: &Hit| match hit {
                 Hit::Dram(resident) => resident.slot.bytes(),
                 Hit::Nvme(..) => 0,
             };
             let used: Vec<_> = taken.hits.iter().map(|hit| (hit.id(), slot_bytes(hit))).collect();
-            let in_dram = taken.hits.iter().filter_map(|hit| match hit {
-                Hit::Dram(resident) => Some(resident),
-                Hit::Nvme(..) => None,
-            });
-            offer_again(inner, in_dram);
+            let in_dram = || {
+                taken.hits.iter().filter_map(|hit| match hit {
+                    Hit::Dram(resident) => Some(resident),
+                    Hit::Nvme(..) => None,
+                })
+            };
+            inner.residency.note_loaded(in_dram());
+            offer_again(inner, in_dram());
             drop(taken);
             inner.note_uses(used.iter().map(|(id, _)| *id));
             if let Some((_, bytes)) = used.first() {
@@ -384,6 +391,9 @@ impl Engine {
             mistaken_loads: inner.load_choice.counters.mistaken_loads.get(),
             mistaken_recomputes: inner.load_choice.counters.mistaken_recomputes.get(),
             decision_read_bytes: inner.load_choice.counters.read_bytes.get(),
+            fetched_look_aside: inner.fetches.totals(FetchReason::LookAside),
+            fetched_request: inner.fetches.totals(FetchReason::REQUEST),
+            fetched_hot_set: inner.fetches.totals(FetchReason::HotSet),
             loaded_dram_blocks: counters.loaded_dram_blocks.get(),
             loaded_nvme_blocks: counters.loaded_nvme_blocks.get(),
             load_failed_blocks: counters.load_failed_blocks.get(),
@@ -471,7 +481,7 @@ impl Shared {
         inner.operations.cancel_all();
         let threads = self.workers.write().stop();
         inner.leases.close();
-        inner.look_aside.close();
+        inner.fetches.close();
         inner.wear.close();
         inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;

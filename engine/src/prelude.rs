@@ -1,9 +1,9 @@
 //! The whole public API of the crate, on one screen.
 
 pub use crate::api::{
-    BlockSave, ComputedTokens, DecisionRecord, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome, SaveRequest,
-    SessionId, SizeEstimate, Stats,
+    BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LeaseId,
+    LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome,
+    SaveRequest, SessionId, SizeEstimate, Stats,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
@@ -12,7 +12,8 @@ pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 pub use crate::replay::{
-    ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay, replay_optimal,
+    PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
+    replay_optimal, replay_prefetch,
 };
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{

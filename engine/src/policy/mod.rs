@@ -71,6 +71,18 @@ pub trait Policy: Send {
     /// in a bounded search.
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64>;
 
+    /// As [`Policy::evict`], for a block that comes before a request needs it: only if the one that would leave is worth
+    /// less. The newcomer is worth `least`, in expected uses per second of occupation, or what the policy says, if that is
+    /// more. `None` where the policy only knows an order.
+    fn evict_for(
+        &mut self,
+        _newcomer: &PolicyBlock,
+        _least: f32,
+        _may_leave: &mut dyn FnMut(u64) -> bool,
+    ) -> Option<u64> {
+        None
+    }
+
     /// The block has gone for another reason.
     fn remove(&mut self, key: u64);
 

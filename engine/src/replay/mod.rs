@@ -4,10 +4,12 @@
 //! A request is served as far as its blocks are there from the first one on: what lies behind a miss is of no use.
 
 mod optimal;
+mod prefetch;
 mod synthetic;
 mod trace;
 
 pub use optimal::replay_optimal;
+pub use prefetch::{PrefetchModel, PrefetchOutcome, replay_prefetch};
 pub use synthetic::Synthetic;
 pub use trace::{Trace, TraceRequest};
 
@@ -64,7 +66,7 @@ pub fn replay(trace: &Trace, tiers: &[ReplayTier], progress: &mut dyn FnMut(usiz
         let asked = PolicyRequest { chain, tenant: request.tenant, now_ms: request.now_ms };
         for ((policy, tier), outcome) in policies.iter_mut().zip(tiers).zip(&mut outcome.tiers) {
             policy.request(&asked);
-            outcome.writes += bring_in(policy.as_mut(), chain, tier.capacity as usize);
+            outcome.writes += bring_in(policy.as_mut(), chain, tier.capacity as usize, &mut |_| true);
         }
         if done % 256 == 0 {
             progress(done);
@@ -74,7 +76,12 @@ pub fn replay(trace: &Trace, tiers: &[ReplayTier], progress: &mut dyn FnMut(usiz
 }
 
 /// Uses what is there, and writes what is not and is admitted; returns how many blocks that were.
-fn bring_in(policy: &mut dyn Policy, chain: &[PolicyBlock], capacity: usize) -> u64 {
+fn bring_in(
+    policy: &mut dyn Policy,
+    chain: &[PolicyBlock],
+    capacity: usize,
+    may_leave: &mut dyn FnMut(u64) -> bool,
+) -> u64 {
     let last_first = policy.takes_last_first();
     let mut writes = 0;
     for step in 0..chain.len() {
@@ -86,7 +93,7 @@ fn bring_in(policy: &mut dyn Policy, chain: &[PolicyBlock], capacity: usize) -> 
             continue;
         }
         let is_full = policy.len() >= capacity;
-        if policy.admits(block, parent, is_full) && (!is_full || policy.evict(&mut |_| true).is_some()) {
+        if policy.admits(block, parent, is_full) && (!is_full || policy.evict(may_leave).is_some()) {
             policy.insert(block, parent);
             writes += 1;
         }

@@ -3,14 +3,17 @@
 
 mod cost;
 mod plot;
+mod prefetch;
 mod report;
 mod run;
 mod trace_file;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, PolicyChoice, Result, Synthetic};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, PolicyChoice, Result, Synthetic, Trace};
+
+use prefetch::PrefetchOptions;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
@@ -19,6 +22,12 @@ pub(crate) enum PolicyCommand {
     ///
     /// The last line of output is one JSON object.
     Replay(ReplayOptions),
+    /// Replays a trace with its own times through DRAM and a drive: how much of what requests find on the drive was fetched
+    /// to DRAM while they waited to be scheduled, and how much was fetched in vain. The engine is a model: requests are
+    /// scheduled in order, each when the prefill of the one before it has ended.
+    ///
+    /// The last line of output is one JSON object.
+    Prefetch(PrefetchOptions),
     /// Measures time and memory for each block, at any number of blocks.
     Cost {
         /// Blocks in the tier.
@@ -68,6 +77,7 @@ pub(crate) struct ReplayOptions {
 pub(crate) fn policy(command: &PolicyCommand) -> Result<()> {
     match command {
         PolicyCommand::Replay(options) => replay(options),
+        PolicyCommand::Prefetch(options) => prefetch::prefetch(options),
         PolicyCommand::Cost { blocks, policies } => {
             cost::measure(*blocks, policies);
             Ok(())
@@ -91,19 +101,7 @@ fn replay(options: &ReplayOptions) -> Result<()> {
     options.pareto.iter().for_each(|hurdle| once(&mut hurdles, *hurdle));
     // Before the replays, which may take minutes.
     options.plot.as_deref().map(plot::check).transpose()?;
-    let (name, trace) = match (&options.trace, options.synthetic) {
-        (Some(path), _) => (path.display().to_string(), trace_file::read(path)?),
-        (None, Some(workload)) => (workload.name().to_string(), workload.trace(options.seed)),
-        (None, None) => {
-            return Err(wrong("what to replay? Give a TRACE, or --synthetic with chat, agents, rag or scans"));
-        }
-    };
-    eprintln!(
-        "{name}: {} requests, {} references to {} blocks",
-        trace.len(),
-        trace.references(),
-        trace.unique_blocks()
-    );
+    let (name, trace) = source(options.trace.as_deref(), options.synthetic, options.seed)?;
     let setup = run::Setup {
         policies: &policies,
         sizes: &sizes,
@@ -121,6 +119,24 @@ fn replay(options: &ReplayOptions) -> Result<()> {
     }
     println!("{}", report::json(&name, &results));
     Ok(())
+}
+
+/// What is to be replayed, with its name.
+fn source(trace: Option<&Path>, synthetic: Option<Synthetic>, seed: u64) -> Result<(String, Trace)> {
+    let (name, trace) = match (trace, synthetic) {
+        (Some(path), _) => (path.display().to_string(), trace_file::read(path)?),
+        (None, Some(workload)) => (workload.name().to_string(), workload.trace(seed)),
+        (None, None) => {
+            return Err(wrong("what to replay? Give a TRACE, or --synthetic with chat, agents, rag or scans"));
+        }
+    };
+    eprintln!(
+        "{name}: {} requests, {} references to {} blocks",
+        trace.len(),
+        trace.references(),
+        trace.unique_blocks()
+    );
+    Ok((name, trace))
 }
 
 fn wrong(message: impl Into<String>) -> Error {
