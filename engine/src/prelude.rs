@@ -10,7 +10,7 @@ pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, Nvme
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
-pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+pub use crate::policy::{BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 pub use crate::replay::{
     ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay, replay_optimal,
 };
