@@ -260,6 +260,29 @@ pub struct SizeEstimate {
     pub hit_permille: u32,
 }
 
+/// What came of blocks that were read from the drive before a load asked for them, since open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct FetchTotals {
+    /// Blocks that were read.
+    pub blocks: u64,
+    /// Bytes of these, as they are stored.
+    pub bytes: u64,
+    /// Blocks that were loaded while they were still in DRAM.
+    pub used_blocks: u64,
+    /// Blocks that left DRAM before they were loaded, or had come to DRAM otherwise before they were read.
+    pub wasted_blocks: u64,
+    /// Bytes of DRAM that these took.
+    pub wasted_bytes: u64,
+    /// Blocks that were not read: nobody waited for them any more, or not in time.
+    pub cancelled_blocks: u64,
+    /// Blocks that were not read because too many waited to be.
+    pub refused_blocks: u64,
+    /// Blocks that were not read because DRAM was full of blocks that are worth more.
+    pub no_room_blocks: u64,
+    /// Blocks whose read failed.
+    pub failed_blocks: u64,
+}
+
 /// A snapshot of counters and gauges. Counters are since open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
@@ -325,6 +348,12 @@ pub struct Stats {
     pub mistaken_recomputes: u64,
     /// Bytes read beside requests that were computed, to see how fast the drives are.
     pub decision_read_bytes: u64,
+    /// Blocks read beside requests that were computed, to see how fast the drives are.
+    pub fetched_look_aside: FetchTotals,
+    /// Blocks read for requests that waited to be scheduled.
+    pub fetched_request: FetchTotals,
+    /// Blocks read because they are likely to be asked for.
+    pub fetched_hot_set: FetchTotals,
     /// Blocks loaded out of DRAM.
     pub loaded_dram_blocks: u64,
     /// Blocks loaded from the drive.

@@ -20,11 +20,11 @@ use crate::arbiter::LoadPolicy;
 use crate::config::{EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
+use crate::fetch::{FetchReason, Fetches};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
-use crate::look_aside::LookAside;
 use crate::operations::Operations;
 use crate::policy::{PegaflowConfig, PolicyChoice};
 use crate::reclaim::CostBenefit;
@@ -111,6 +111,7 @@ impl Engine {
         if let Some(store) = drive.store() {
             restore_learned(&store, &residency, drive_policy.as_deref());
         }
+        let fetches = Fetches::new(Arc::clone(&residency.fetched));
         let inner = Arc::new(Inner {
             admission,
             drive_policy,
@@ -122,7 +123,7 @@ impl Engine {
             drive,
             leases: Leases::new(),
             load_choice: LoadChoice::new(config.load_policy),
-            look_aside: LookAside::default(),
+            fetches,
             operations: Operations::default(),
             registry: Registry::default(),
             counters: Counters::default(),
@@ -154,6 +155,7 @@ impl Engine {
         let inner = &self.shared.inner;
         inner.registry.end_session(session);
         inner.leases.end_session(session);
+        inner.fetches.cancel_session(session);
         inner.residency.notify_room();
         inner.operations.cancel(session, None);
         inner.operations.wait_ended(Some(session), Instant::now() + timeout)
@@ -234,11 +236,14 @@ impl Engine {
                 Hit::Nvme(..) => 0,
             };
             let used: Vec<_> = taken.hits.iter().map(|hit| (hit.id(), slot_bytes(hit))).collect();
-            let in_dram = taken.hits.iter().filter_map(|hit| match hit {
-                Hit::Dram(resident) => Some(resident),
-                Hit::Nvme(..) => None,
-            });
-            offer_again(inner, in_dram);
+            let in_dram = || {
+                taken.hits.iter().filter_map(|hit| match hit {
+                    Hit::Dram(resident) => Some(resident),
+                    Hit::Nvme(..) => None,
+                })
+            };
+            inner.residency.note_loaded(in_dram());
+            offer_again(inner, in_dram());
             drop(taken);
             inner.note_uses(used.iter().map(|(id, _)| *id));
             if let Some((_, bytes)) = used.first() {
@@ -347,6 +352,9 @@ impl Engine {
             mistaken_loads: inner.load_choice.counters.mistaken_loads.get(),
             mistaken_recomputes: inner.load_choice.counters.mistaken_recomputes.get(),
             decision_read_bytes: inner.load_choice.counters.read_bytes.get(),
+            fetched_look_aside: inner.fetches.totals(FetchReason::LookAside),
+            fetched_request: inner.fetches.totals(FetchReason::REQUEST),
+            fetched_hot_set: inner.fetches.totals(FetchReason::HotSet),
             loaded_dram_blocks: counters.loaded_dram_blocks.get(),
             loaded_nvme_blocks: counters.loaded_nvme_blocks.get(),
             load_failed_blocks: counters.load_failed_blocks.get(),
@@ -427,7 +435,7 @@ impl Shared {
         inner.operations.cancel_all();
         let threads = self.workers.write().stop();
         inner.leases.close();
-        inner.look_aside.close();
+        inner.fetches.close();
         inner.wear.close();
         inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;

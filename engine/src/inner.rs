@@ -14,10 +14,10 @@ use crate::api::SessionId;
 use crate::config::EngineConfig;
 use crate::counters::Counters;
 use crate::drive_tier::DriveTier;
+use crate::fetch::Fetches;
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
-use crate::look_aside::LookAside;
 use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
@@ -51,8 +51,8 @@ pub(crate) struct Inner {
     pub(crate) leases: Leases,
     /// Whether what is found is loaded.
     pub(crate) load_choice: Arc<LoadChoice>,
-    /// Reads beside requests, one at a time.
-    pub(crate) look_aside: LookAside,
+    /// What is read beside everything else.
+    pub(crate) fetches: Fetches,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,
@@ -140,8 +140,8 @@ impl Workers {
         let scheduler = Arc::clone(inner);
         workers.spawn("pega-policy".into(), move || scheduler::run(&scheduler))?;
         if inner.drive.is_configured() {
-            let looker = Arc::clone(inner);
-            workers.spawn("pega-look".into(), move || looker.look_aside.serve(&looker))?;
+            let fetcher = Arc::clone(inner);
+            workers.spawn("pega-fetch".into(), move || fetcher.fetches.serve(&fetcher))?;
             let keeper = Arc::clone(inner);
             inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
             let rate = inner.config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0);

@@ -10,6 +10,7 @@ mod config;
 mod counters;
 mod drive_tier;
 mod engine;
+mod fetch;
 mod inner;
 mod known_namespaces;
 mod lease;

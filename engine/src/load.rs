@@ -72,6 +72,8 @@ impl LoadJob {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
         inner.requests.push_served(lease.asker, &lease.hits);
+        // What is left to fetch for it is read by the load.
+        inner.fetches.cancel(lease.asker.0, lease.asker.1);
         let block_bytes = layout.block_bytes();
         if let Some(watch) = &lease.watch {
             watch.began();
@@ -115,14 +117,16 @@ impl LoadJob {
             used.extend(hits.get(block.index as usize).map(Hit::id));
         }
         drop(hits);
+        if !on_drive.is_empty() {
+            // What is being fetched comes last: it may be in DRAM by then.
+            let fetching = self.inner.fetches.reading();
+            on_drive.sort_by_key(|(_, id, _)| fetching.contains(id));
+        }
         let window = READS_MAX.min(READ_BYTES_MAX / self.block_bytes.max(1) as usize).max(1);
         let (sender, receiver) = bounded(window);
         let mut waiting = on_drive.into_iter();
         let mut running = self.start_reads(&mut waiting, window, &sender, deadline);
-        // What is read counts by itself.
-        self.inner.note_uses(in_dram.iter().map(|(_, resident)| resident.id));
-        offer_again(&self.inner, in_dram.iter().map(|(_, resident)| resident));
-        self.outcome.loaded_dram += self.copy(&in_dram);
+        self.load_resident(&in_dram);
         drop(in_dram);
         while running > 0 {
             let ended = self.finish_reads(&receiver, deadline);
@@ -137,21 +141,39 @@ impl LoadJob {
         self.inner.residency.touch_chain(used.iter().map(|id| (id, slot_bytes)));
     }
 
-    /// Starts up to `free` reads; returns how many were started.
+    /// Copies blocks that were in DRAM.
+    fn load_resident(&mut self, blocks: &[(usize, Arc<Resident>)]) {
+        let residents = || blocks.iter().map(|(_, resident)| resident);
+        // What is read counts by itself.
+        self.inner.note_uses(residents().map(|resident| resident.id));
+        self.inner.residency.note_loaded(residents());
+        offer_again(&self.inner, residents());
+        self.outcome.loaded_dram += self.copy(blocks);
+    }
+
+    /// Starts up to `free` reads; returns how many were started. What has come to DRAM meanwhile is copied instead.
     fn start_reads(
-        &self,
+        &mut self,
         waiting: &mut impl Iterator<Item = OnDrive>,
         free: usize,
         sender: &Sender<ReadEnd>,
         deadline: Instant,
     ) -> usize {
-        let mut started = 0;
+        let (mut started, mut came) = (0, Vec::new());
         while started < free && !self.is_stopped() {
             let Some((position, id, location)) = waiting.next() else { break };
+            if let Some(resident) = self.inner.residency.get(&id) {
+                came.push((position, resident));
+                self.queued.not_needed(1);
+                continue;
+            }
             match self.start_read(position, id, location, sender, deadline) {
                 Ok(()) => started += 1,
                 Err(error) => tracing::debug!(%error, "a block could not be read"),
             }
+        }
+        if !came.is_empty() {
+            self.load_resident(&came);
         }
         started
     }

@@ -355,10 +355,16 @@ impl QueuedReads {
 
     /// So many of its reads have ended.
     pub(crate) fn ended(&mut self, reads: usize) {
+        let bytes = self.not_needed(reads);
+        self.choice.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many of its reads need not be done after all; their bytes.
+    pub(crate) fn not_needed(&mut self, reads: usize) -> u64 {
         let bytes = self.each.saturating_mul(reads as u64).min(self.left);
         self.left -= bytes;
         self.choice.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        self.choice.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        bytes
     }
 }
 

@@ -11,6 +11,7 @@ use crate::arbiter::Choice;
 use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
 use crate::load_choice::{FoundBytes, LoadWatch};
+use crate::look_aside::look;
 use crate::scheduler::Asked;
 
 /// The most keys of one lookup.
@@ -113,7 +114,8 @@ fn attempt(
                 if decision.read_bytes > 0 {
                     let hits =
                         shards.into_values().flat_map(|hits| hits.into_iter().skip(question.first_block as usize));
-                    inner.look_aside.start(inner, &request.instance, decision.read_bytes, geometry, hits, pinned);
+                    let bytes = (decision.read_bytes, geometry.block_bytes);
+                    look(inner, &request.instance, bytes, hits, store.as_ref());
                 }
                 return Ok(reply);
             }

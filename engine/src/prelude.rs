@@ -1,9 +1,9 @@
 //! The whole public API of the crate, on one screen.
 
 pub use crate::api::{
-    BlockSave, ComputedTokens, DecisionRecord, DriveWear, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome, SaveRequest,
-    SessionId, SizeEstimate, Stats,
+    BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LeaseId,
+    LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome,
+    SaveRequest, SessionId, SizeEstimate, Stats,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};

@@ -11,13 +11,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::time::Instant;
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 use pegaflow_tiers::{Arena, BlockKey, NamespaceHandle, RecordId, ResidentBlock, Slot};
 
+use crate::fetch::{CountersByReason, FetchReason};
 use crate::scheduler::{Asked, SizePolicies};
 
 /// How many blocks one search for a victim looks at before it takes the oldest that may leave.
@@ -26,6 +27,8 @@ const VICTIM_TRIES: usize = 1024;
 const CHUNK_TRIES: usize = 16;
 /// Dirty bytes may take this share of DRAM (in percent); beyond it saves are dropped, so that loads always find room.
 const DIRTY_PERCENT_MAX: u64 = 75;
+/// How often a slot is looked for, if others take those that were made free.
+const COLDER_TRIES: usize = 4;
 /// How many blocks the policies are told of before one is asked who leaves; and how many under one lock of the map.
 const ENTER_MAX: usize = 4096;
 const ENTER_STEP: usize = 64;
@@ -44,6 +47,8 @@ pub(crate) struct Resident {
     is_refused: AtomicBool,
     /// Whether it waits for the policies to be told of it.
     is_entering: AtomicBool,
+    /// Why it was fetched, if it was and nobody has used it yet: the rank of the reason, from 1; else 0.
+    fetched: AtomicU8,
 }
 
 impl Resident {
@@ -56,8 +61,22 @@ impl Resident {
     ) -> Arc<Self> {
         let children = AtomicU32::new(0);
         let (dirty, is_refused) = (AtomicBool::new(dirty), AtomicBool::new(false));
-        let is_entering = AtomicBool::new(false);
-        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused, is_entering })
+        let (is_entering, fetched) = (AtomicBool::new(false), AtomicU8::new(0));
+        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused, is_entering, fetched })
+    }
+
+    /// Notes that it was read before it was asked for, and why.
+    pub(crate) fn mark_fetched(&self, reason: FetchReason) {
+        self.fetched.store(reason.rank() as u8 + 1, Ordering::Relaxed);
+    }
+
+    /// The rank of the reason for which it was fetched, if nobody has used it since; for one caller only.
+    fn take_fetched(&self) -> Option<usize> {
+        usize::from(self.fetched.swap(0, Ordering::Relaxed)).checked_sub(1)
+    }
+
+    fn is_fetched(&self) -> bool {
+        self.fetched.load(Ordering::Relaxed) > 0
     }
 
     /// Notes that the block was not admitted to the drive.
@@ -129,6 +148,7 @@ struct State {
     tick: u64,
     dirty_bytes: u64,
     evicted: u64,
+    fetched: Arc<CountersByReason>,
 }
 
 /// Where those wait who found no room, until there may be some.
@@ -166,6 +186,8 @@ pub(crate) struct Residency {
     is_ordered: bool,
     state: Mutex<State>,
     room: Arc<Room>,
+    /// What becomes of fetched blocks.
+    pub(crate) fetched: Arc<CountersByReason>,
 }
 
 impl Residency {
@@ -174,7 +196,9 @@ impl Residency {
         let growing = Arc::clone(&room);
         arena.on_growth(Box::new(move || growing.announce()));
         let (is_ordered, policies) = (policies.take_last_first(), Mutex::new(policies));
-        Self { arena, policies, is_ordered, state: Mutex::new(State::default()), room }
+        let fetched = Arc::<CountersByReason>::default();
+        let state = State { fetched: Arc::clone(&fetched), ..State::default() };
+        Self { arena, policies, is_ordered, state: Mutex::new(state), room, fetched }
     }
 
     /// A request for a chain: those of its blocks that are here, and those that are not.
@@ -273,6 +297,46 @@ impl Residency {
             }
             // Slots go back to the arena here, outside of the locks.
             drop(victims);
+        }
+    }
+
+    /// A free slot for a block that comes before it is loaded: one that nobody has, or else that of a block of its size that
+    /// is worth less. Never one of a block that was fetched and not used yet, or fetches would undo each other's work. Does
+    /// not wait; `None` if there is none such.
+    ///
+    /// Worth less: by the policy's own measure, if it has one and knows the newcomer. A policy that only knows an order puts
+    /// what is asked for behind all that is here, so those have less who were used last before `asked_at`
+    /// ([`Residency::tick`]); for a newcomer that nobody asks for nobody leaves.
+    pub(crate) fn alloc_colder(
+        &self,
+        payload_bytes: usize,
+        newcomer: &RecordId,
+        asked_at: Option<u64>,
+    ) -> Option<Slot> {
+        let slot_bytes = Arena::slot_bytes(payload_bytes);
+        for _ in 0..COLDER_TRIES {
+            if let Some(slot) = self.arena.alloc(payload_bytes) {
+                return Some(slot);
+            }
+            let mut policies = self.policies.lock();
+            self.enter(&mut policies);
+            let victim = self.state.lock().take_colder(slot_bytes, newcomer, asked_at, &mut policies);
+            drop(policies);
+            // The slot goes back to the arena outside of the locks; somebody else may be faster.
+            drop(victim?);
+        }
+        self.arena.alloc(payload_bytes)
+    }
+
+    /// The time of the residency: it goes on with every use of a block.
+    pub(crate) fn tick(&self) -> u64 {
+        self.state.lock().tick
+    }
+
+    /// Blocks are loaded: what was fetched of them was not fetched in vain.
+    pub(crate) fn note_loaded<'a>(&self, blocks: impl Iterator<Item = &'a Arc<Resident>>) {
+        for counters in blocks.filter_map(|block| self.fetched.get(block.take_fetched()?)) {
+            counters.used_blocks.add(1);
         }
     }
 
@@ -457,6 +521,10 @@ impl State {
                 self.order.remove(&slot_bytes);
             }
         }
+        if let Some(counters) = block.take_fetched().and_then(|rank| self.fetched.get(rank)) {
+            counters.wasted_blocks.add(1);
+            counters.wasted_bytes.add(slot_bytes as u64);
+        }
         if let Some(parent) = self.blocks.get(&id.with_key(block.parent)) {
             let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
         }
@@ -519,6 +587,36 @@ impl State {
             self.by_fingerprint.get(&fingerprint).is_some_and(|id| self.may_leave_as_leaf(id))
         })?;
         let id = *self.by_fingerprint.get(&least)?;
+        self.detach(&id, policies)
+    }
+
+    /// A block of a size that is worth less than the newcomer, see [`Residency::alloc_colder`].
+    fn take_colder(
+        &mut self,
+        slot_bytes: usize,
+        newcomer: &RecordId,
+        asked_at: Option<u64>,
+        policies: &mut SizePolicies,
+    ) -> Option<Arc<Resident>> {
+        let may_leave = |state: &Self, fingerprint: u64| {
+            let id = state.by_fingerprint.get(&fingerprint)?;
+            let is_free = state.may_leave_as_leaf(id) && !state.blocks.get(id)?.is_fetched();
+            is_free.then_some(*id)
+        };
+        let colder = if policies.take_last_first() {
+            let asked_at = asked_at?;
+            let order = self.order.get(&slot_bytes)?;
+            // Who is asked for nothing in vain gives nobody another round.
+            order.peek_lru().filter(|(_, tick)| **tick < asked_at)?;
+            let is_older = |id: &RecordId| order.peek(id).is_some_and(|tick| *tick < asked_at);
+            policies
+                .evict(slot_bytes, &mut |fingerprint| may_leave(self, fingerprint).as_ref().is_some_and(is_older))?
+        } else {
+            let newcomer = newcomer.fingerprint();
+            policies.evict_for(slot_bytes, newcomer, &mut |fingerprint| may_leave(self, fingerprint).is_some())?
+        };
+        let id = *self.by_fingerprint.get(&colder)?;
+        self.evicted += 1;
         self.detach(&id, policies)
     }
 

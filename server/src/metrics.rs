@@ -131,6 +131,42 @@ table! {
     }
 }
 
+/// Of blocks that are read from drives before a load asks for them, by the reason: `request`, `hot_set`, `look_aside`.
+const FETCHED: [(&str, &str); 9] = [
+    ("pegaflow_fetched_blocks_total", "Blocks read from drives before a load asked for them, by the reason."),
+    ("pegaflow_fetched_bytes_total", "Bytes of these, as they are stored."),
+    ("pegaflow_fetched_used_blocks_total", "Fetched blocks that were loaded while they were in DRAM."),
+    ("pegaflow_fetched_wasted_blocks_total", "Fetched blocks that left DRAM unused, or were there already."),
+    ("pegaflow_fetched_wasted_bytes_total", "Bytes of DRAM that these took."),
+    ("pegaflow_fetch_cancelled_blocks_total", "Blocks not fetched: nobody waited for them any more, or not in time."),
+    ("pegaflow_fetch_refused_blocks_total", "Blocks not fetched because too many waited to be."),
+    ("pegaflow_fetch_no_room_blocks_total", "Blocks not fetched because DRAM was full of what is worth more."),
+    ("pegaflow_fetch_failed_blocks_total", "Blocks whose fetch failed."),
+];
+
+fn record_fetched(stats: &Stats) {
+    for (reason, of_reason) in [
+        ("request", stats.fetched_request),
+        ("hot_set", stats.fetched_hot_set),
+        ("look_aside", stats.fetched_look_aside),
+    ] {
+        let values = [
+            of_reason.blocks,
+            of_reason.bytes,
+            of_reason.used_blocks,
+            of_reason.wasted_blocks,
+            of_reason.wasted_bytes,
+            of_reason.cancelled_blocks,
+            of_reason.refused_blocks,
+            of_reason.no_room_blocks,
+            of_reason.failed_blocks,
+        ];
+        for ((name, _), value) in FETCHED.into_iter().zip(values) {
+            metrics::counter!(name, "reason" => reason).absolute(value);
+        }
+    }
+}
+
 fn describe() {
     describe_engine();
     metrics::describe_counter!("pegaflow_loaded_blocks_total", "Blocks loaded, by the tier that held them.");
@@ -143,6 +179,9 @@ fn describe() {
         "pegaflow_load_policy",
         "1 for the policy by which found blocks are loaded, 0 for all others."
     );
+    for (name, help) in FETCHED {
+        metrics::describe_counter!(name, help);
+    }
     metrics::describe_counter!("pegaflow_codec_skipped_blocks_total", "Blocks stored as they are, by the reason.");
     metrics::describe_counter!("pegaflow_refused_blocks_total", "Blocks not written to the drive, by the reason.");
     metrics::describe_gauge!("pegaflow_drive_used_percent", "How much of the drive's rated life is used.");
@@ -188,6 +227,7 @@ fn describe() {
 
 fn record(stats: &Stats, server: ServerGauges) {
     record_engine(stats);
+    record_fetched(stats);
     for (verdict, decided, mistaken) in [
         ("load", stats.decided_loads, stats.mistaken_loads),
         ("recompute", stats.decided_recomputes, stats.mistaken_recomputes),
@@ -263,7 +303,7 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::{DriveSpeed, DriveWear, SizeEstimate};
+    use pegaflow_engine::{DriveSpeed, DriveWear, FetchTotals, SizeEstimate};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
@@ -275,6 +315,7 @@ mod tests {
             nvme_degraded: Some(PoisonReason::NoSpace),
             io_engine: "psync".into(),
             refused_unproven_blocks: 5,
+            fetched_request: FetchTotals { blocks: 4, wasted_bytes: 11, ..FetchTotals::default() },
             nvme_estimates: vec![SizeEstimate { percent_of_present: 200, capacity_bytes: 9, hit_permille: 125 }],
             drives,
             drive_speeds: vec![DriveSpeed {
@@ -296,6 +337,9 @@ mod tests {
             "pegaflow_nvme_degraded{reason=\"no_space\"} 1",
             "pegaflow_nvme_degraded{reason=\"device_gone\"} 0",
             "pegaflow_refused_blocks_total{reason=\"unproven\"} 5",
+            "pegaflow_fetched_blocks_total{reason=\"request\"} 4",
+            "pegaflow_fetched_wasted_bytes_total{reason=\"request\"} 11",
+            "pegaflow_fetched_blocks_total{reason=\"hot_set\"} 0",
             "pegaflow_drive_used_percent{drive=\"nvme0\"} 12",
             "pegaflow_drive_read_bytes_per_second{path=\"/nvme\"} 7",
             "pegaflow_drive_read_depth_bytes{path=\"/nvme\"} 8",

@@ -88,6 +88,12 @@ pub trait Policy: Send {
     /// in a bounded search.
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64>;
 
+    /// As [`Policy::evict`], for a block that comes although no request needs it yet: only if the one that would leave is
+    /// worth less, whatever it costs to be wrong. `None` where the policy only knows an order, or nothing of the newcomer.
+    fn evict_for(&mut self, _newcomer: &PolicyBlock, _may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+        None
+    }
+
     /// The block has gone for another reason.
     fn remove(&mut self, key: u64);
 

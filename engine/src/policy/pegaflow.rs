@@ -278,6 +278,22 @@ impl PegaflowPolicy {
         self.levels.lowest()
     }
 
+    /// The leaf that is worth least of those that may leave.
+    fn victim(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u32> {
+        self.lowest()?;
+        let lowest_first = self.levels.lowest_first(&self.tree.nodes).take(PINNED_MAX);
+        lowest_first.into_iter().find(|at| may_leave(self.tree.nodes[*at as usize].key))
+    }
+
+    /// Takes out a block that makes room for another one.
+    fn let_go(&mut self, victim: u32) -> u64 {
+        let node = self.tree.nodes[victim as usize];
+        let age = seconds(self.now - node.last);
+        self.leaving_age += (age - self.leaving_age) / 1024.0;
+        self.take_out(victim);
+        node.key
+    }
+
     fn take_out(&mut self, at: u32) {
         if self.tree.nodes[at as usize].is_leaf() {
             self.levels.unlink(&mut self.tree.nodes, at);
@@ -385,14 +401,16 @@ impl Policy for PegaflowPolicy {
     }
 
     fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
-        self.lowest()?;
-        let lowest_first = self.levels.lowest_first(&self.tree.nodes).take(PINNED_MAX);
-        let victim = lowest_first.into_iter().find(|at| may_leave(self.tree.nodes[*at as usize].key))?;
-        let node = self.tree.nodes[victim as usize];
-        let age = seconds(self.now - node.last);
-        self.leaving_age += (age - self.leaving_age) / 1024.0;
-        self.take_out(victim);
-        Some(node.key)
+        let victim = self.victim(may_leave)?;
+        Some(self.let_go(victim))
+    }
+
+    fn evict_for(&mut self, newcomer: &PolicyBlock, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+        let at = self.find(newcomer.key)?;
+        let victim = self.victim(may_leave)?;
+        let bytes = self.tree.nodes[victim as usize].bytes;
+        let is_worth_more = self.worth_of(at, newcomer.bytes) > self.worth_of(victim, bytes);
+        is_worth_more.then(|| self.let_go(victim))
     }
 
     fn remove(&mut self, key: u64) {

@@ -237,3 +237,54 @@ fn dirty_blocks_are_not_searched_and_whom_no_policy_knows_leaves_when_it_is_the_
     assert!(lru.alloc(BLOCK).is_some());
     assert!(!lru.contains(&unknown[0]) && known.iter().all(|id| lru.contains(id)));
 }
+
+/// By our policy's measure: who was asked for a minute ago makes room for what is asked for at this moment, not the other way
+/// round, and what was fetched stays until it was used.
+#[test]
+fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
+    let now_ms = Arc::new(std::sync::atomic::AtomicU64::new(1));
+    let clock = Arc::clone(&now_ms);
+    let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(4 << 20) }).expect("memory");
+    let clock: crate::scheduler::Clock = Box::new(move || clock.load(Ordering::Relaxed));
+    let policies = SizePolicies::new(PolicyChoice::Pegaflow, PegaflowConfig::default(), 4 << 20, clock);
+    let residency = Residency::new(arena, policies);
+    let slot_bytes = Arena::slot_bytes(BLOCK);
+    let ask = |ids: &[RecordId], seconds: u64| {
+        now_ms.store(seconds * 1000, Ordering::Relaxed);
+        let prefixes = ids.iter().map(|id| id.key.prefix()).collect();
+        let session = crate::api::SessionId(1);
+        residency.request(&Asked { session, tag: 0, place: ids[0], shards: 1, slot_bytes, prefixes });
+    };
+    let of_keys = |first: u32, length: u32| -> Vec<RecordId> {
+        let mut keys = KeyChain::new();
+        let place = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key: BlockKey::ROOT };
+        (0..length).map(|depth| place.with_key(keys.next(&[first, depth], b""))).collect()
+    };
+    let fetch = |ids: &[RecordId], at: usize| {
+        let slot = residency.alloc_colder(BLOCK, &ids[at], Some(u64::MAX))?;
+        let parent = at.checked_sub(1).map_or(BlockKey::ROOT, |before| ids[before].key);
+        let block = Resident::new(ids[at], (parent, at as u32), Arc::new(slot), BLOCK as u64, false);
+        block.mark_fetched(FetchReason::HotSet);
+        drop(residency.insert(block, false));
+        Some(())
+    };
+    let here = chain(&residency, 1, 64, BLOCK, false);
+    let (asked, newer) = (of_keys(2, 80), of_keys(3, 4));
+    assert!(fetch(&asked, 0).is_none(), "nobody knows what it is worth");
+    ask(&asked, 60);
+    ask(&here, 120);
+    assert!(fetch(&asked, 0).is_none(), "those that are here were asked for since");
+    assert_eq!(residency.gauges(), (64, 0, 0));
+    ask(&asked, 240);
+    let fetched = (0..80).take_while(|at| fetch(&asked, *at).is_some()).count();
+    assert_eq!(fetched, 64, "all of the older ones, and none of its own");
+    assert!(here.iter().all(|id| !residency.contains(id)));
+    ask(&newer, 480);
+    assert!(fetch(&newer, 0).is_none(), "what was fetched stays");
+    let last = residency.get(&asked[63]);
+    residency.note_loaded(last.iter());
+    drop(last);
+    assert!(fetch(&newer, 0).is_some() && !residency.contains(&asked[63]), "until it was used");
+    let [.., hot_set] = &*residency.fetched;
+    assert_eq!((hot_set.used_blocks.get(), hot_set.wasted_blocks.get()), (1, 0));
+}

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -54,6 +55,8 @@ pub(super) enum Next {
 struct State {
     waiting: VecDeque<Asked>,
     waiting_keys: usize,
+    /// How many were left here since the start.
+    pushed: u64,
     /// Whether the thread has to be woken.
     is_asleep: bool,
     has_worked: bool,
@@ -65,6 +68,7 @@ struct State {
 pub(crate) struct Requests {
     state: Mutex<State>,
     changed: Condvar,
+    handed: AtomicU64,
     /// Requests that reached the policies.
     pub(crate) counted: Counter,
     /// Requests that found no room.
@@ -72,22 +76,36 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// Leaves a request; never waits for anybody who does more than this.
-    pub(crate) fn push(&self, asked: Asked) {
+    /// Leaves a request; never waits for anybody who does more than this. Its number, see [`Requests::handed`]; 0 if it
+    /// found no room.
+    pub(crate) fn push(&self, asked: Asked) -> u64 {
         let mut state = self.state.lock();
         let keys = state.waiting_keys + asked.prefixes.len();
         if state.is_closed || state.waiting.len() >= WAITING_MAX || keys > WAITING_KEYS_MAX {
             drop(state);
             self.dropped.add(1);
-            return;
+            return 0;
         }
         let is_asleep = std::mem::take(&mut state.is_asleep);
         state.waiting_keys = keys;
         state.waiting.push_back(asked);
+        state.pushed += 1;
+        let number = state.pushed;
         drop(state);
         if is_asleep {
             self.changed.notify_one();
         }
+        number
+    }
+
+    /// The policies know all requests up to this number.
+    pub(crate) fn handed(&self) -> u64 {
+        self.handed.load(Ordering::Acquire)
+    }
+
+    /// Notes that they know one more.
+    pub(super) fn hand(&self) {
+        self.handed.fetch_add(1, Ordering::Release);
     }
 
     /// Notes that a request has got its blocks.
@@ -185,7 +203,8 @@ mod tests {
     #[test]
     fn what_waits_is_bounded() {
         let requests = Requests::default();
-        (0..=WAITING_MAX as u64).for_each(|tag| requests.push(asked(tag, vec![tag])));
+        assert!((0..WAITING_MAX as u64).all(|tag| requests.push(asked(tag, vec![tag])) == tag + 1));
+        assert_eq!(requests.push(asked(9999, vec![9999])), 0, "too many");
         assert_eq!(requests.dropped.get(), 1);
         let Next::Asked(first) = requests.next(None) else { panic!("it waits") };
         assert_eq!(first.prefixes, [0]);

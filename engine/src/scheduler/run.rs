@@ -39,6 +39,8 @@ pub(crate) fn run(inner: &Arc<Inner>) {
                     inner.requests.counted.add(1);
                     keep_at = keep_at.or(Some(Instant::now() + KEEP_INTERVAL));
                 }
+                inner.requests.hand();
+                inner.fetches.wake();
                 if keep_at.is_some_and(|at| at <= Instant::now()) {
                     keep_learned(inner);
                     keep_at = None;

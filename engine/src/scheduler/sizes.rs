@@ -107,6 +107,17 @@ impl SizePolicies {
         self.by_size.get_mut(&slot_bytes)?.policy.evict(may_leave)
     }
 
+    /// As [`SizePolicies::evict`], if that block is worth less than `newcomer`.
+    pub(crate) fn evict_for(
+        &mut self,
+        slot_bytes: usize,
+        newcomer: u64,
+        may_leave: &mut dyn FnMut(u64) -> bool,
+    ) -> Option<u64> {
+        let of_size = self.by_size.get_mut(&slot_bytes)?;
+        of_size.policy.evict_for(&of_size.block(newcomer), may_leave)
+    }
+
     /// Whether the policy of the size knows the block as one that is here.
     pub(crate) fn contains(&self, slot_bytes: usize, key: u64) -> bool {
         self.by_size.get(&slot_bytes).is_some_and(|of_size| of_size.policy.contains(key))
