@@ -151,8 +151,9 @@ bench-interference: ## What loads and saves at full speed cost a decode batch. P
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)
 
-fixtures: toolchain ## Write the fixtures of the format that are missing in tiers/fixtures; touches no other
+fixtures: toolchain ## Write the fixtures of the format that are missing in */fixtures; touches no other
 	@cargo test --quiet -p pegaflow-tiers --lib write_missing_fixtures -- --ignored --nocapture
+	@cargo test --quiet -p pegaflow-engine --lib write_missing_fixture -- --ignored --nocapture
 
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc

@@ -8,6 +8,8 @@
 //! Two locks: that of the policies, which is held for as long as a policy thinks, comes before that of the map, which is
 //! all that lookups take.
 
+mod hot;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
@@ -29,6 +31,10 @@ const CHUNK_TRIES: usize = 16;
 const DIRTY_PERCENT_MAX: u64 = 75;
 /// How often a slot is looked for, if others take those that were made free.
 const COLDER_TRIES: usize = 4;
+/// The time begins here: there are moments before it.
+const FIRST_TICK: u64 = 1 << 62;
+/// How many of the coldest blocks are looked at for one that nobody has used since it came back.
+const COLDEST_TRIES: usize = 64;
 /// How many blocks the policies are told of before one is asked who leaves; and how many under one lock of the map.
 const ENTER_MAX: usize = 4096;
 const ENTER_STEP: usize = 64;
@@ -75,8 +81,14 @@ impl Resident {
         usize::from(self.fetched.swap(0, Ordering::Relaxed)).checked_sub(1)
     }
 
+    /// Whether it was fetched for that reason, and nobody has used it since.
+    fn is_fetched_for(&self, reason: FetchReason) -> bool {
+        usize::from(self.fetched.load(Ordering::Relaxed)) == reason.rank() + 1
+    }
+
+    /// Whether somebody is to use it soon.
     fn is_fetched(&self) -> bool {
-        self.fetched.load(Ordering::Relaxed) > 0
+        self.fetched.load(Ordering::Relaxed) > 0 && !self.is_fetched_for(FetchReason::HotSet)
     }
 
     /// Notes that the block was not admitted to the drive.
@@ -146,6 +158,8 @@ struct State {
     /// Of whom the policies are to be told.
     entering: VecDeque<RecordId>,
     tick: u64,
+    /// Ticks from here on downwards are of blocks that nobody has used since they came back from an earlier run.
+    coldest: u64,
     dirty_bytes: u64,
     evicted: u64,
     fetched: Arc<CountersByReason>,
@@ -197,7 +211,8 @@ impl Residency {
         arena.on_growth(Box::new(move || growing.announce()));
         let (is_ordered, policies) = (policies.take_last_first(), Mutex::new(policies));
         let fetched = Arc::<CountersByReason>::default();
-        let state = State { fetched: Arc::clone(&fetched), ..State::default() };
+        let (tick, coldest) = (FIRST_TICK, FIRST_TICK);
+        let state = State { fetched: Arc::clone(&fetched), tick, coldest, ..State::default() };
         Self { arena, policies, is_ordered, state: Mutex::new(state), room, fetched }
     }
 
@@ -385,7 +400,11 @@ impl Residency {
         state.by_chunk.insert((block.slot.chunk(), id));
         state.by_fingerprint.insert(id.fingerprint(), id);
         state.blocks.insert(id, Arc::clone(&block));
-        state.touch(&id, slot_bytes);
+        if block.is_fetched_for(FetchReason::HotSet) {
+            state.put_coldest(&id, slot_bytes);
+        } else {
+            state.touch(&id, slot_bytes);
+        }
         // The order of a chain is known when all of it has come, see `touch_chain`.
         let is_object = id.namespace == NamespaceHandle(0);
         if if self.is_ordered { is_object } else { !block.is_dirty() } {
@@ -489,6 +508,15 @@ impl State {
         }
     }
 
+    /// The block is less recent than all others.
+    fn put_coldest(&mut self, id: &RecordId, slot_bytes: usize) {
+        self.coldest -= 1;
+        let tick = self.coldest;
+        let order = self.order.entry(slot_bytes).or_insert_with(|| LruCache::unbounded_with_hasher(Build::default()));
+        order.put(*id, tick);
+        order.demote(id);
+    }
+
     /// The policies are to be told of a block, if it is here.
     fn start_entering(&mut self, id: &RecordId) {
         if let Some(block) = self.blocks.get(id)
@@ -579,15 +607,29 @@ impl State {
 
     /// The block of a size that its policy lets go, or the oldest if the policy does not know that.
     fn take_least(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
-        let oldest = *self.order.get(&slot_bytes)?.peek_lru()?.0;
-        if !policies.contains(slot_bytes, oldest.fingerprint()) && self.may_leave_as_leaf(&oldest) {
-            return self.detach(&oldest, policies);
+        if let Some(unknown) = self.unknown_leaf(slot_bytes, policies) {
+            return self.detach(&unknown, policies);
         }
         let least = policies.evict(slot_bytes, &mut |fingerprint| {
             self.by_fingerprint.get(&fingerprint).is_some_and(|id| self.may_leave_as_leaf(id))
         })?;
         let id = *self.by_fingerprint.get(&least)?;
         self.detach(&id, policies)
+    }
+
+    /// The oldest of a size, if its policy does not know it; of blocks that have come back from an earlier run and that
+    /// nobody has used, the first of the oldest that may leave: they came in some disorder.
+    fn unknown_leaf(&self, slot_bytes: usize, policies: &SizePolicies) -> Option<RecordId> {
+        for (id, _) in self.order.get(&slot_bytes)?.iter().rev().take(COLDEST_TRIES) {
+            if policies.contains(slot_bytes, id.fingerprint()) {
+                return None;
+            }
+            if self.may_leave_as_leaf(id) {
+                return Some(*id);
+            }
+            self.blocks.get(id).filter(|block| block.is_fetched_for(FetchReason::HotSet))?;
+        }
+        None
     }
 
     /// A block of a size that is worth less than the newcomer, see [`Residency::alloc_colder`].
@@ -609,8 +651,14 @@ impl State {
             // Who is asked for nothing in vain gives nobody another round.
             order.peek_lru().filter(|(_, tick)| **tick < asked_at)?;
             let is_older = |id: &RecordId| order.peek(id).is_some_and(|tick| *tick < asked_at);
-            policies
-                .evict(slot_bytes, &mut |fingerprint| may_leave(self, fingerprint).as_ref().is_some_and(is_older))?
+            match self.unknown_leaf(slot_bytes, policies).filter(|id| {
+                self.blocks.get(id).is_some_and(|block| block.is_fetched_for(FetchReason::HotSet)) && is_older(id)
+            }) {
+                Some(unused) => unused.fingerprint(),
+                None => policies.evict(slot_bytes, &mut |fingerprint| {
+                    may_leave(self, fingerprint).as_ref().is_some_and(is_older)
+                })?,
+            }
         } else {
             let newcomer = newcomer.fingerprint();
             policies.evict_for(slot_bytes, newcomer, &mut |fingerprint| may_leave(self, fingerprint).is_some())?

@@ -33,7 +33,12 @@ struct HotBlock {
 }
 
 impl HotBlock {
-    fn new((namespace, group): (NamespaceHandle, u16), key: BlockKey, parent: Option<u32>, memory: BlockMemory) -> Self {
+    fn new(
+        (namespace, group): (NamespaceHandle, u16),
+        key: BlockKey,
+        parent: Option<u32>,
+        memory: BlockMemory,
+    ) -> Self {
         Self { id: RecordId { namespace, group, shard: 0, key }, parent, memory }
     }
 }
