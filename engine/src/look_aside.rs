@@ -36,7 +36,6 @@ pub(crate) fn look(
         store: store.map_or_else(Weak::new, Arc::downgrade),
         reads: on_drive.take_while(wanted).take(READS_MAX).collect(),
         block_bytes,
-        after: Vec::new(),
         reason: FetchReason::LookAside,
         asked: 0,
         asked_at: Some(inner.residency.tick()),

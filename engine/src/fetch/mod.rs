@@ -88,9 +88,6 @@ pub(crate) struct FetchWish {
     pub(crate) reads: Vec<(RecordId, Location)>,
     /// Of the payload of each.
     pub(crate) block_bytes: u64,
-    /// Blocks in DRAM that those to be read come after: they stay until the wish has ended.
-    #[expect(dead_code, reason = "only holds them")]
-    pub(crate) after: Vec<Arc<Resident>>,
     pub(crate) reason: FetchReason,
     /// The number under which the policies get to know the request, from [`Requests::push`](crate::scheduler::Requests::push); 0
     /// if it is none. Before that they cannot say what its blocks are worth.

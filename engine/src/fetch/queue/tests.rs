@@ -19,7 +19,6 @@ fn wish(reason: FetchReason, numbers: std::ops::Range<u32>, deadline: Instant) -
         store: Weak::new(),
         reads: numbers.map(|number| (id(number), location(number))).collect(),
         block_bytes: 4096,
-        after: Vec::new(),
         reason,
         asked: 0,
         asked_at: None,
