@@ -64,7 +64,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-policy bench-arbiter bench-gpu bench-ttft bench-pairs
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter bench-gpu bench-ttft bench-pairs
 .PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -122,6 +122,9 @@ bench-index: server ## Lookups, memory and opens of the index; rows without payl
 
 bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)')
+
+bench-warm: toolchain ## How soon after an open the hot set is in DRAM, beside what the drive reads. DIR=folder on the drive, MIB=512
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_warm -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)') $(OPTIONS)
 
 bench-policy: server ## Policies on a trace: hits, writes, the optimum; cost at 10M blocks. TRACE=file or SYNTHETIC=chat, CAPACITIES=a,b,c
 	@mkdir -p $(TARGET)/policy

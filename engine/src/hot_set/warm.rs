@@ -332,7 +332,6 @@ impl<'a> Warming<'a> {
                 store: Arc::downgrade(&self.store),
                 reads: in_turn(reads),
                 block_bytes,
-                after: Vec::new(),
                 reason: FetchReason::HotSet,
                 asked: 0,
                 asked_at: None,

@@ -49,6 +49,13 @@ struct Options {
     /// How often the drive is asked for its health, in seconds, 10 to 86400; 0 for never.
     #[arg(long, env = "PEGAFLOW_HEALTH_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
     health_interval: u64,
+    /// Whether the blocks that were in DRAM come back from the drive after a start, in the background.
+    #[arg(long, env = "PEGAFLOW_WARM_START", value_name = "on|off", default_value = "on", value_parser = on_or_off,
+          action = clap::ArgAction::Set)]
+    warm_start: bool,
+    /// How often it is noted which blocks these are, in seconds, 1 to 86400; also at a stop.
+    #[arg(long, env = "PEGAFLOW_HOT_SET_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
+    hot_set_interval: u64,
     /// Bytes of DRAM for blocks, taken at start.
     #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
     dram: ByteSize,
@@ -116,6 +123,14 @@ enum CodecOption {
     None,
 }
 
+fn on_or_off(text: &str) -> std::result::Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("give on or off".to_owned()),
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct HttpAddress(Option<SocketAddr>);
 
@@ -149,6 +164,8 @@ impl Options {
             write_budget: self.write_budget,
             reinsert_percent: self.reinsert_percent,
             health_interval_s: self.health_interval,
+            warm_start: self.warm_start,
+            hot_set_interval_s: self.hot_set_interval,
             ..NvmeConfig::new(path, self.capacity)
         });
         EngineConfig {
