@@ -441,7 +441,7 @@ impl Policy for PegaflowPolicy {
     fn restore(&mut self, note: &[u8]) -> bool {
         let is_good = self.hazard.restore(note);
         self.worth.forget();
-        if is_good && self.now == 0 {
+        if is_good && self.epoch_ms.is_none() {
             (self.past, self.now) = (PAST_TICKS, PAST_TICKS);
         }
         is_good
