@@ -26,6 +26,9 @@ SEED ?=
 MINUTES ?= 30
 # What `bench-gpu` merges: a JSON file with tpot_median_rise and tpot_p99_rise.
 TPOT ?=
+# What `bench-arbiter` merges: the output of `load-or-compute`, and how many requests of each kind that sends.
+ZERO_HIT ?=
+REQUESTS ?= 30
 # Where the killed workers of `kill-workers` have their KV cache.
 DEVICE ?= host
 # MiB of a turn of `bench-nvme`, which works in DIR.
@@ -64,7 +67,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter bench-gpu bench-ttft bench-pairs
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
 .PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -132,8 +135,14 @@ bench-policy: server ## Policies on a trace: hits, writes, the optimum; cost at 
 	@$(CARGO_OUT)/release/pegaflow policy replay $(if $(TRACE),'$(TRACE)',--synthetic $(SYNTHETIC)) --capacities $(CAPACITIES) \
 	    --plot $(TARGET)/policy/$(if $(TRACE),$(basename $(notdir $(TRACE))),$(SYNTHETIC)) $(OPTIONS)
 
-bench-arbiter: toolchain ## Load or recompute, simulated: how far from the best, how fast it recovers. SEED=1 OPTIONS='--case 42' shows one
-	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_arbiter -- $(if $(SEED),--seed $(SEED)) $(OPTIONS)
+bench-arbiter: toolchain ## Load or recompute, simulated: how far from the best, how fast it recovers. SEED=1 ZERO_HIT=file OPTIONS='--case 42'
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_arbiter -- $(if $(SEED),--seed $(SEED)) \
+	    $(if $(ZERO_HIT),--zero-hit '$(ZERO_HIT)') $(OPTIONS)
+
+load-or-compute: wheel ## Load or recompute with a real vLLM: what a request costs that finds nothing, decisions, tokens. REQUESTS=30
+	@$(VENV)/bin/python tests/e2e/model.py $(MODEL)
+	@$(VENV)/bin/python tests/e2e/load_or_compute.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	    --dir $(or $(DIR),$(TARGET)/run) --requests $(REQUESTS) $(OPTIONS)
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_gpu -- $(if $(TPOT),--tpot '$(TPOT)')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -47,6 +48,7 @@ class Settings:
     server_arguments: tuple[str, ...] = ()
     upstream_site: str = ""
     kv_cache_dtype: str = "auto"
+    load_policy: str = "always"
     max_model_len: int = 40_000
     engine: dict[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine, or others."""
@@ -313,7 +315,7 @@ class PegaFlow(System):
 
     def connector(self) -> dict[str, Any] | None:
         """See `System`."""
-        extra = {"mode": "server", "socket": str(self._socket), "load_policy": "always", **self._extra}
+        extra = {"mode": "server", "socket": str(self._socket), "load_policy": self.settings.load_policy, **self._extra}
         return {
             "kv_connector": "PegaKVConnector",
             "kv_connector_module_path": "pegaflow",
@@ -471,12 +473,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dram", default="40GiB", help="of every system's cache, in MiB or GiB")
     parser.add_argument("--nvme", default="36GiB", help="the size of the store")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--load-policy", default="always", help="of PegaFlow: always, auto, never or shadow")
     parser.add_argument("--engine-arguments", type=json.loads, default={}, help="more of vLLM's, as JSON")
     parser.add_argument("--upstream-site", default=os.environ.get("UPSTREAM_SITE", ""))
 
 
+def why_no_gpu() -> str:
+    """Why nothing can be measured here; empty where the driver finds a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver: libcuda.so.1 is not on this host"
+    count = ctypes.c_int()
+    if code := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return f"the CUDA driver reports error {code}"
+    return "" if count.value else "the CUDA driver finds no GPU"
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings out of the options. From now on SIGTERM ends what was started, too."""
+    """The settings out of the options; where there is no GPU, ends the program with a reason and exit code 0. From now
+    on SIGTERM ends what was started, too.
+    """
+    if reason := why_no_gpu():
+        print(f"{Path(sys.argv[0]).stem}: skipped: {reason}", file=sys.stderr)
+        print(json.dumps({"skipped": reason}))
+        sys.exit(0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.state.mkdir(parents=True, exist_ok=True)
     return Settings(
@@ -492,6 +513,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         server_arguments=tuple(options.server_argument),
         upstream_site=options.upstream_site,
         kv_cache_dtype=options.kv_cache_dtype,
+        load_policy=options.load_policy,
         engine=options.engine_arguments,
     )
 

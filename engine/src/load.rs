@@ -22,8 +22,6 @@ use crate::spill::offer_again;
 const READS_MAX: usize = 64;
 /// How many bytes of reads of one load are in flight at the most (but always one read).
 const READ_BYTES_MAX: usize = 128 << 20;
-/// The unit of a record's length.
-const PAGE_BYTES: u64 = 4096;
 /// How much is copied to the device in one batch.
 const BATCH_BYTES: u64 = 256 << 20;
 /// How long a load waits for a slot before it gives a block up.
@@ -79,8 +77,8 @@ impl LoadJob {
             watch.began();
         }
         let hits = request.blocks.iter().filter_map(|block| lease.hits.get(block.index as usize));
-        let pages: Vec<u64> = hits.filter_map(Hit::location).map(|location| location.pages.into()).collect();
-        let queued = QueuedReads::new(&inner.load_choice, pages.iter().sum::<u64>() * PAGE_BYTES, pages.len() as u64);
+        let sizes: Vec<u64> = hits.filter_map(Hit::location).map(|location| location.bytes()).collect();
+        let queued = QueuedReads::new(&inner.load_choice, sizes.iter().sum(), sizes.len() as u64);
         let operation = inner.operations.start(request.session, request.operation, false);
         let arrived = vec![false; request.blocks.len()];
         let outcome = LoadOutcome::default();

@@ -120,10 +120,9 @@ impl LoadChoice {
         judge.hear(question, now, &self.counters);
         judge.arbiter.set_load_policy(policy);
         let decision = judge.arbiter.decide(self.prefix(question, found), now);
-        let mut name = question.request.as_str();
-        while name.len() > REQUEST_BYTES_MAX {
-            name = name.get(..name.len() - 1).or_else(|| name.get(..name.len() - 2)).unwrap_or("");
-        }
+        let request = question.request.as_str();
+        let end = (0..=request.len().min(REQUEST_BYTES_MAX)).rev().find(|&end| request.is_char_boundary(end));
+        let name = end.and_then(|end| request.get(..end)).unwrap_or_default();
         if judge.names.len() >= DECISIONS_MAX {
             judge.names.pop_front();
         }
@@ -228,11 +227,9 @@ impl State {
             oldest.and_then(|oldest| self.judges.remove(&oldest));
         }
         let config = ArbiterConfig { decisions_max: DECISIONS_MAX, ..ArbiterConfig::default() };
-        let alike = self.judges.values().filter(|judge| judge.namespace == namespace).max_by_key(|judge| judge.used);
-        let heir = match alike {
-            Some(judge) if !self.judges.contains_key(instance) => Some(judge.arbiter.successor(config.clone())),
-            _ => None,
-        };
+        let alike = self.judges.values().filter(|judge| judge.namespace == namespace);
+        let heir = if self.judges.contains_key(instance) { None } else { alike.max_by_key(|judge| judge.used) };
+        let heir = heir.map(|judge| judge.arbiter.successor(config.clone()));
         let judge = self.judges.entry(instance.clone()).or_insert_with(|| Judge {
             arbiter: heir.unwrap_or_else(|| Arbiter::new(config)),
             namespace,

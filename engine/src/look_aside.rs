@@ -13,7 +13,6 @@ use crate::lease::Hit;
 
 /// The most reads of one look.
 const READS_MAX: usize = 64;
-const PAGE_BYTES: u64 = 4096;
 
 /// Fetches at least one and about `bytes` (of blocks of `block_bytes`) of what was found on the drive. How that ended the instance's arbiter is told in
 /// any case.
@@ -28,7 +27,7 @@ pub(crate) fn look(
     let on_drive = hits.filter_map(|hit| hit.location().map(|location| (hit.id(), location)));
     let wanted = |(_, location): &(RecordId, Location)| {
         let is_wanted = left > 0;
-        left = left.saturating_sub(u64::from(location.pages) * PAGE_BYTES);
+        left = left.saturating_sub(location.bytes());
         is_wanted
     };
     let (choice, instance) = (Arc::clone(&inner.load_choice), instance.clone());

@@ -1,6 +1,7 @@
 //! Lookup: the longest prefix that is there, in memory only. On the critical path of vLLM's scheduler.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,8 +94,7 @@ fn attempt(
         shards.insert(shard, hits);
     }
     shards.values_mut().for_each(|hits: &mut Vec<Hit>| hits.truncate(found));
-    let in_dram = |index: usize| shards.values().all(|hits| matches!(hits.get(index), Some(Hit::Dram(_))));
-    let dram_blocks = (0..found).filter(|index| in_dram(*index)).count() as u32;
+    let dram_blocks = blocks_in_dram(&shards, 0..found);
     let mut reply = LookupReply { hit_blocks: found as u32, dram_blocks, ..LookupReply::default() };
     if let Some(lasts) = request.lease.filter(|_| found > 0) {
         let on_drive: Vec<Location> = shards.values().flatten().filter_map(Hit::location).collect();
@@ -105,7 +105,7 @@ fn attempt(
         let places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
         let mut watch = None;
         if let Some(question) = request.question.as_ref().filter(|question| (question.first_block as usize) < found) {
-            let asked = found_bytes(question, &shards, geometry.block_bytes, places.is_some());
+            let asked = found_bytes(question, &shards, found, geometry.block_bytes, places.is_some());
             let speeds = || store.as_ref().map(|store| store.drive_speeds()).unwrap_or_default();
             let decision = inner.load_choice.decide(&request.instance, place.namespace, question, asked, speeds);
             reply.decision = decision.id;
@@ -132,22 +132,27 @@ fn attempt(
     Ok(reply)
 }
 
+/// How many of the blocks with these indices are in DRAM in all shards.
+fn blocks_in_dram(shards: &HashMap<u16, Vec<Hit>>, indices: Range<usize>) -> u32 {
+    let in_dram = |index: usize| shards.values().all(|hits| matches!(hits.get(index), Some(Hit::Dram(_))));
+    indices.filter(|index| in_dram(*index)).count() as u32
+}
+
 /// What there is to load behind the blocks that the asker has itself.
 fn found_bytes(
     question: &LoadQuestion,
     shards: &HashMap<u16, Vec<Hit>>,
+    found: usize,
     block_bytes: u64,
     is_placed: bool,
 ) -> FoundBytes {
     let first = question.first_block as usize;
-    let found = shards.values().map(Vec::len).min().unwrap_or(0);
-    let in_dram = |index: &usize| shards.values().all(|hits| matches!(hits.get(*index), Some(Hit::Dram(_))));
     let on_drive = shards.values().flat_map(|hits| hits.iter().skip(first)).filter_map(Hit::location);
     FoundBytes {
         blocks: found.saturating_sub(first) as u32,
-        dram_blocks: (first..found).filter(in_dram).count() as u32,
+        dram_blocks: blocks_in_dram(shards, first..found),
         block_bytes,
-        stored_bytes: on_drive.map(|location| u64::from(location.pages) * 4096).sum(),
+        stored_bytes: on_drive.map(|location| location.bytes()).sum(),
         is_placed,
     }
 }

@@ -68,7 +68,7 @@ pub(crate) fn get(inner: &Arc<Inner>, name: &[u8]) -> Result<Option<ObjectBytes>
     }
     let deadline = Instant::now() + inner.config.load_timeout();
     let Ok(_pins) = store.pin(&[location]) else { return Ok(None) };
-    let payload_bytes = (location.pages as usize * 4096).saturating_sub(pegaflow_tiers::HEADER_BYTES);
+    let payload_bytes = (location.bytes() as usize).saturating_sub(pegaflow_tiers::HEADER_BYTES);
     let busy = || Error::new(ErrorKind::Busy, "all of DRAM is in use; drop objects or give more dram");
     let slot = Arc::new(inner.residency.alloc_until(payload_bytes, false, deadline).ok_or_else(busy)?);
     let (sender, receiver) = bounded(1);

@@ -407,7 +407,8 @@ impl Residency {
         }
         // The order of a chain is known when all of it has come, see `touch_chain`.
         let is_object = id.namespace == NamespaceHandle(0);
-        if if self.is_ordered { is_object } else { !block.is_dirty() } {
+        let enters = if self.is_ordered { is_object } else { !block.is_dirty() };
+        if enters {
             state.start_entering(&id);
         }
         block

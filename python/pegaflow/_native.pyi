@@ -4,6 +4,8 @@ from typing import Literal
 
 from typing_extensions import Buffer
 
+from pegaflow.connector.port import Question
+
 __version__: str
 KEY_CHAIN_VERSION: int
 KEY_BYTES: int
@@ -84,7 +86,7 @@ class Cache:
         tag: int,
         *,
         places: bool = False,
-        question: tuple[str, int, int, float, str | None, Sequence[tuple[int, int, int, float, float]]] | None = None,
+        question: Question | None = None,
     ) -> tuple[int, int, int | None, bytes | None, bytes, int]: ...
     def release(self, lease: int) -> None: ...
     def load(

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+mod daemon;
 mod exit;
 mod http;
 pub mod limits;
@@ -13,6 +14,7 @@ mod peer;
 mod serve;
 mod service;
 mod session;
+pub mod settings;
 mod status;
 mod transport;
 mod wire;
@@ -23,6 +25,7 @@ pub mod proto {
     tonic::include_proto!("pegaflow.v1");
 }
 
+pub use daemon::run_server;
 pub use exit::ExitStatus;
 pub use http::{HttpServer, Readiness};
 pub use metrics::Metrics;

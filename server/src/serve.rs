@@ -67,6 +67,11 @@ pub struct Server {
 }
 
 impl Server {
+    /// The engine that is served.
+    pub(crate) fn engine(&self) -> &Engine {
+        self.sessions.engine()
+    }
+
     /// Serves `engine` on `listeners` until [`Server::stop`]. To be called inside a tokio runtime.
     pub fn start(engine: Engine, listeners: Listeners, config: &ServerConfig, readiness: &Readiness) -> Self {
         let sessions = Sessions::new(engine);

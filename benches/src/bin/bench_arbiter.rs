@@ -2,13 +2,14 @@
 //! find out that the drives have changed: in simulation (`pegaflow_benches::World`). Progress goes to standard error, one
 //! JSON object to standard output, as its last line.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 use pegaflow_benches::{LENGTHS, Stretch, Told, World, WorldOutcome};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const DRIVES_GBPS: [f64; 6] = [0.1, 0.4, 1.0, 3.0, 7.0, 14.0];
 const PREFILLS: [f64; 5] = [1e3, 3e3, 1e4, 3e4, 1e5];
@@ -37,6 +38,17 @@ struct Arguments {
     /// Prints the worst so many cases.
     #[arg(long, default_value_t = 5)]
     show: usize,
+    /// What `make load-or-compute` has printed: its last line has "zero_hit_overhead", measured with a real vLLM.
+    #[arg(long)]
+    zero_hit: Option<PathBuf>,
+}
+
+fn zero_hit(arguments: &Arguments) -> Result<Value> {
+    let Some(path) = &arguments.zero_hit else { return Ok(Value::Null) };
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let last = text.lines().next_back().unwrap_or_default();
+    let measured: Value = serde_json::from_str(last).with_context(|| format!("{} ends in no JSON", path.display()))?;
+    Ok(measured["zero_hit_overhead"].clone())
 }
 
 fn worlds(arguments: &Arguments) -> Vec<World> {
@@ -86,6 +98,7 @@ fn show(name: &str, runs: &[(World, WorldOutcome)], count: usize, key: impl Fn(&
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
+    let zero_hit = zero_hit(&arguments)?;
     let worlds = worlds(&arguments);
     let started = Instant::now();
     let mut runs = Vec::new();
@@ -110,7 +123,7 @@ fn main() -> Result<ExitCode> {
             "cases": runs.len(),
             "worst_over_best": worst,
             "recovery_s_max": recovery_s,
-            "zero_hit_overhead": null,
+            "zero_hit_overhead": zero_hit,
             "mean_over_best": mean(&|outcome| outcome.mean),
             "worst_class_over_best": most(&|outcome| outcome.worst_class),
             "worst_request_over_best": most(&|outcome| outcome.worst_request),

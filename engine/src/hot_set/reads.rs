@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use pegaflow_tiers::{Location, RecordId};
 
-const PAGE_BYTES: u64 = 4096;
 /// Neighbours on a drive are read one after another, up to so many bytes: the ring makes one request of them.
 const RUN_BYTES: u64 = 1 << 20;
 
@@ -23,7 +22,7 @@ pub(super) fn in_turn(mut reads: Vec<(RecordId, Location)>) -> Vec<(RecordId, Lo
             while left > 0
                 && let Some(read) = of_region.pop()
             {
-                left = left.saturating_sub(u64::from(read.1.pages) * PAGE_BYTES);
+                left = left.saturating_sub(read.1.bytes());
                 ordered.push(read);
             }
             !of_region.is_empty()

@@ -14,6 +14,7 @@ pub struct Location {
     pub pages: u32,
 }
 
+const PAGE_BYTES: u64 = 4096;
 const REGION_BITS: u32 = 20;
 const PAGE_BITS: u32 = 22;
 
@@ -26,6 +27,11 @@ impl Location {
     /// Whether every field is inside its limit.
     pub fn is_valid(&self) -> bool {
         self.region < Self::REGIONS_MAX && self.page < Self::PAGES_MAX && self.pages < Self::PAGES_MAX
+    }
+
+    /// How many bytes of the drive the record takes, its header page included.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.pages) * PAGE_BYTES
     }
 
     /// Region, page and pages in one number; only of a valid location.

@@ -252,6 +252,14 @@ impl IndexLog {
         self.database.get(Family::Meta, name.as_bytes())
     }
 
+    /// The number kept under a name; `None` also for a value that is none.
+    ///
+    /// # Errors
+    /// As [`IndexLog::meta_get`].
+    pub(crate) fn meta_number(&self, name: &str) -> Result<Option<u64>> {
+        Ok(self.meta_get(name)?.and_then(|value| Some(u64::from_le_bytes(value.try_into().ok()?))))
+    }
+
     /// Keeps a value under a name of at most 256 bytes; the value has at most 1 MiB. Durable when it returns.
     ///
     /// # Errors

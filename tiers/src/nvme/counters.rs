@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::drive::Drive;
 use super::drive_table::DriveTable;
-use super::page::get_u64;
 use super::superblock::Superblock;
 use super::switches::is_off;
 use crate::error::{Error, ErrorKind, Result};
@@ -141,8 +140,7 @@ pub(super) fn note_floor(index: &IndexLog, floor: u64) -> Result<()> {
 /// # Errors
 /// What the index reports.
 pub(super) fn knows_floor(index: &IndexLog, floor: u64) -> Result<bool> {
-    let noted = index.meta_get(FLOOR_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0));
-    Ok(noted >= floor || is_off!(ForgetFloor))
+    Ok(index.meta_number(FLOOR_NAME)?.unwrap_or(0) >= floor || is_off!(ForgetFloor))
 }
 
 fn take(next: &mut u64, ceiling: u64) -> Result<u64> {

@@ -390,7 +390,7 @@ impl Check {
     fn record(&mut self, found: &Found, covered: u32) -> Result<()> {
         let header = &found.header;
         self.report.records += 1;
-        self.report.bytes += u64::from(header.location.pages) * PAGE_BYTES as u64;
+        self.report.bytes += header.location.bytes();
         let DiskIdentity { namespace, group, shard, key } = header.identity;
         // Without its namespace nobody can ask for it.
         let Some(namespace) = self.namespaces.handle_of(&namespace) else { return Ok(()) };

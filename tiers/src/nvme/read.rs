@@ -145,7 +145,7 @@ impl Verifiers {
         priority: IoPriority,
         done: ReadDone,
     ) -> Result<()> {
-        let bytes = location.pages as usize * PAGE_BYTES;
+        let bytes = location.bytes() as usize;
         let is_inside =
             location.is_valid() && location.pages > 0 && location.page + location.pages <= shared.drive.region_pages();
         if bytes > slot.bytes() || !is_inside {
@@ -265,7 +265,7 @@ pub(super) fn check(
 
 /// As [`check`], of a record at the end of a slot: afterwards the decoded payload is where a slot has it.
 fn check_at_end(shared: &Shared, identity: &DiskIdentity, location: &Location, all: &mut [u8]) -> Result<Verified> {
-    let start = all.len() - location.pages as usize * PAGE_BYTES;
+    let start = all.len() - location.bytes() as usize;
     let (header, payload) = all[start..].split_at(PAGE_BYTES);
     let checked = Checked::new(shared, identity, location, header, payload)?;
     let frame = start + PAGE_BYTES..start + PAGE_BYTES + checked.header.stored_bytes as usize;

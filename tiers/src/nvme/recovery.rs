@@ -13,7 +13,7 @@ use super::counters::{Counters, knows_floor, note_floor};
 use super::directory::Directory;
 use super::fill;
 use super::membership::Plan;
-use super::page::{PAGE_BYTES, get_u64};
+use super::page::PAGE_BYTES;
 use super::record_header::{CODEC_STORED, DiskIdentity, HeaderKind, RecordHeader};
 use super::region_header::{HEADER_SLOTS, RegionHeader, RegionPurpose};
 use super::scan::{AtDamage, Found, LogEnd, Scan, ScanRange};
@@ -281,7 +281,7 @@ fn new_index(
 /// # Errors
 /// What the index reports.
 pub(super) fn last_open(index: &IndexLog) -> Result<u64> {
-    Ok(index.meta_get(OPENS_NAME)?.filter(|value| value.len() == 8).map_or(0, |value| get_u64(&value, 0)))
+    Ok(index.meta_number(OPENS_NAME)?.unwrap_or(0))
 }
 
 /// A part of the index can not be read: the next open makes it anew.
@@ -312,8 +312,7 @@ impl Recovery<'_> {
                 }
                 continue;
             }
-            let hides = self.index.meta_get(&hiding_name(header.region))?;
-            let hides = hides.is_some_and(|value| value.len() == 8 && get_u64(&value, 0) == header.generation);
+            let hides = self.index.meta_number(&hiding_name(header.region))? == Some(header.generation);
             self.shared.regions.restore(header.region, header.generation, header.first_sequence, hides);
             let known = mark.filter(|mark| mark.generation == header.generation && mark.page >= HEADER_SLOTS);
             let end = match known {
@@ -468,9 +467,8 @@ impl Recovery<'_> {
             let marks: HashMap<u32, u64> =
                 self.index.marks()?.into_iter().map(|mark| (mark.region, mark.generation)).collect();
             for region in &plan.lost_regions {
-                let value = self.index.meta_get(&hiding_name(*region))?.filter(|value| value.len() == 8);
                 let over = marks.get(region).copied().unwrap_or(0);
-                hides |= value.is_some_and(|value| get_u64(&value, 0) >= over);
+                hides |= self.index.meta_number(&hiding_name(*region))?.is_some_and(|hidden| hidden >= over);
             }
         }
         if hides {

@@ -297,7 +297,7 @@ impl Regions {
         if let Some(region) = self.regions.lock().get_mut(location.region as usize)
             && region.generation & 0xffff == location.generation & 0xffff
         {
-            count(region, u64::from(location.pages) * PAGE_BYTES as u64);
+            count(region, location.bytes());
         }
     }
 

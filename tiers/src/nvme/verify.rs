@@ -292,13 +292,13 @@ impl Job {
         if let Ok(bytes) = self.read(reader, &start, pages as usize * PAGE_BYTES) {
             for (location, id) in places {
                 let at = (location.page - start.page) as usize * PAGE_BYTES;
-                self.check_record(id, location, bytes.get(at..at + length_of(location)), report);
+                self.check_record(id, location, bytes.get(at..at + location.bytes() as usize), report);
             }
             return;
         }
         // What can not be read at once may be readable one by one.
         for (location, id) in places {
-            match self.read(reader, location, length_of(location)) {
+            match self.read(reader, location, location.bytes() as usize) {
                 Ok(bytes) => self.check_record(id, location, Some(bytes), report),
                 Err(source) => {
                     let error = Error::from_io("reading a record", source);
@@ -323,7 +323,7 @@ impl Job {
             check(&self.shared, &identity, location, header, payload).ok()
         });
         report.records += 1;
-        report.bytes += length_of(location) as u64;
+        report.bytes += location.bytes();
         if checked.is_none() && self.shared.forget_at(id, location) {
             report.corrupt += 1;
             add(&self.shared.counts.bad_reads, 1);
@@ -332,10 +332,6 @@ impl Job {
             self.shared.inbox.push_bad_record(*id, *location);
         }
     }
-}
-
-fn length_of(location: &Location) -> usize {
-    location.pages as usize * PAGE_BYTES
 }
 
 /// Bytes of which a part starts at a multiple of a page in memory, as direct I/O wants it.

@@ -184,7 +184,7 @@ impl Pending {
 
     fn bytes(&self) -> u64 {
         match &self.what {
-            What::Record { location, .. } => bytes_of(location),
+            What::Record { location, .. } => location.bytes(),
             _ => 0,
         }
     }
@@ -517,7 +517,7 @@ impl Writer {
         };
         match &write {
             Write::InFlight => {
-                self.note_started(lane, bytes_of(&location));
+                self.note_started(lane, location.bytes());
                 self.slots_in_flight.extend(record.slot_address());
             }
             _ => self.has_failed_write = true,
@@ -725,10 +725,6 @@ impl Writer {
 /// Whether a record says something else of its identity than what came before, which must not come again behind it.
 fn changes_identity(kind: HeaderKind) -> bool {
     matches!(kind, HeaderKind::Object | HeaderKind::Tombstone)
-}
-
-fn bytes_of(location: &Location) -> u64 {
-    u64::from(location.pages) * PAGE_BYTES as u64
 }
 
 /// What goes to the drive: the slot, or the buffer of an encoded record, with its header page filled; or a page with the

@@ -2,20 +2,24 @@
 #![deny(unsafe_code)]
 
 mod policy;
+mod settings;
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::Value;
 
+use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
+use settings::ConfigCommand;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -40,6 +44,16 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Runs the server. The same as pegaflow-server.
+    Serve {
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+    /// Checks settings, or shows which of them hold. Needs no server; takes the same options as `serve`.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Prints the server's counters and gauges.
     Stats {
         /// As one JSON object.
@@ -98,6 +112,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if let Some(path) = settings::asked_for(&Options::command(), &arguments) {
+        return settings::command(&Options::command(), path, &arguments);
+    }
     let options = Options::parse();
     let outcome = match &options.command {
         Command::Verify { paths, repair, json } => verify(paths, *repair, *json),
@@ -139,7 +157,8 @@ fn run(options: &Options) -> Result<()> {
         }
         Command::LoadPolicy { policy } => println!("{}", client.load_policy(*policy)?),
         // Need no server.
-        Command::Verify { .. } | Command::Policy { .. } => {}
+        // None of these asks a server; see `main`.
+        Command::Verify { .. } | Command::Policy { .. } | Command::Serve { .. } | Command::Config { .. } => {}
         Command::Ping => {
             let started = Instant::now();
             let stats = client.stats()?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::lanes::hides_older;
-use super::{BUSY_PAUSE, Pending, What, Write, Writer, bytes_of};
+use super::{BUSY_PAUSE, Pending, What, Write, Writer};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
@@ -205,11 +205,11 @@ impl Writer {
         match pending.what {
             What::Record { record, location, .. } => {
                 add(&self.shared.counts.appended_records, 1);
-                add(&self.shared.counts.appended_bytes, bytes_of(&location));
+                add(&self.shared.counts.appended_bytes, location.bytes());
                 if record.kind.has_payload() {
                     add(&self.shared.counts.appended_payload_bytes, record.payload_bytes);
                     // An encoded payload is whole pages long.
-                    let pages_bytes = bytes_of(&location) - PAGE_BYTES as u64;
+                    let pages_bytes = location.bytes() - PAGE_BYTES as u64;
                     add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
                 }
                 if matches!(record.form, Form::Sent(_)) {

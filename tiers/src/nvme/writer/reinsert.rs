@@ -6,7 +6,7 @@
 //! at most a share of one, and so can neither starve what is new nor keep a region from going.
 
 use super::reinserter::{Job, Permit, Reinserter, Window};
-use super::{Arc, JoinHandle, Location, OpenRegion, Pending, QueuedRecord, Result, What, Writer, bytes_of};
+use super::{Arc, JoinHandle, Location, OpenRegion, Pending, QueuedRecord, Result, What, Writer};
 use crate::error::{Error, ErrorKind};
 use crate::nvme::inbox::Copied;
 use crate::nvme::page::PAGE_BYTES;
@@ -173,7 +173,7 @@ impl Writer {
             // It is there because it is used.
             self.shared.regions.note_use(location.region, true);
             add(&self.shared.counts.reinserted_records, 1);
-            add(&self.shared.counts.reinserted_bytes, bytes_of(location));
+            add(&self.shared.counts.reinserted_bytes, location.bytes());
         }
     }
 }

@@ -274,7 +274,7 @@ fn info(entry: &TableEntry, epoch: u16) -> RecordInfo {
     RecordInfo {
         fingerprint: entry.fingerprint,
         parent: entry.parent,
-        bytes: u64::from(entry.location.pages) * PAGE_BYTES as u64,
+        bytes: entry.location.bytes(),
         uses: entry.uses.count(),
         idle_epochs: entry.uses.idle_epochs(epoch),
     }
