@@ -65,6 +65,10 @@ pub struct LookupRequest {
     /// Asks whether what is found is worth loading. Without it, and without a lease, nothing is decided, and what is found is
     /// leased.
     pub question: Option<LoadQuestion>,
+    /// The request waits to be scheduled: what was found on the drive, is leased and lies behind the blocks that the asker
+    /// has itself is brought to DRAM meanwhile, in the background. It ends with the lease: when that is loaded, released or
+    /// over.
+    pub prefetch: bool,
 }
 
 /// What an asker knows of a request whose prefix it looks up, for the decision whether to load it.
@@ -150,6 +154,9 @@ pub struct LookupReply {
     pub places: Option<Places>,
     /// The number of the decision whether to load them, 0 if there was none. After one against it there is no lease.
     pub decision: u64,
+    /// Microseconds until all of them are expected to be in DRAM, where they are being fetched; 0 if they are not, or it is
+    /// not known how fast the drives are.
+    pub fetch_us: u64,
 }
 
 /// One block of a load.

@@ -211,7 +211,8 @@ impl Engine {
     /// Gives a lease back. Unknown leases are ignored: they may have run out.
     pub fn release(&self, lease: LeaseId) {
         let inner = &self.shared.inner;
-        if inner.leases.release(lease) {
+        if let Some((session, tag)) = inner.leases.release(lease) {
+            inner.fetches.cancel(session, tag);
             inner.residency.notify_room();
         }
     }

@@ -169,10 +169,10 @@ impl Leases {
         Ok(taken)
     }
 
-    /// Ends a lease; whether there was one.
-    pub(crate) fn release(&self, id: LeaseId) -> bool {
+    /// Ends a lease; who had taken it, and for which request.
+    pub(crate) fn release(&self, id: LeaseId) -> Option<(SessionId, u64)> {
         let ended = self.state.lock().take(id);
-        ended.is_some()
+        ended.map(|lease| (lease.session, lease.tag))
     }
 
     /// Ends all leases of a session but those whose places were told.
@@ -273,7 +273,8 @@ mod tests {
         assert!(leases.consume(first, 0).is_err());
         leases.end_session(SessionId(1));
         assert!(leases.consume(second, 0).is_err());
-        assert!(leases.release(other_session) && !leases.release(other_session));
+        assert_eq!(leases.release(other_session), Some((SessionId(2), 7)));
+        assert_eq!(leases.release(other_session), None);
     }
 
     #[test]

@@ -41,6 +41,9 @@ pub(crate) struct LoadJob {
     /// By position in the request: whether the block is in the device.
     arrived: Vec<bool>,
     outcome: LoadOutcome,
+    /// Whether a block that the lookup found on the drive was in DRAM: then the time that the load took says nothing of
+    /// what was predicted.
+    is_ahead: bool,
     done: Option<LoadDone>,
 }
 
@@ -91,6 +94,7 @@ impl LoadJob {
             queued,
             arrived,
             outcome,
+            is_ahead: false,
             done: Some(done),
         })
     }
@@ -107,7 +111,10 @@ impl LoadJob {
                 Some(Hit::Dram(resident)) => in_dram.push((position, Arc::clone(resident))),
                 // Somebody else may have read it since the lookup.
                 Some(Hit::Nvme(id, location)) => match self.inner.residency.get(id) {
-                    Some(resident) => in_dram.push((position, resident)),
+                    Some(resident) => {
+                        self.is_ahead = true;
+                        in_dram.push((position, resident));
+                    }
                     None => on_drive.push((position, *id, *location)),
                 },
                 None => continue,
@@ -162,6 +169,7 @@ impl LoadJob {
             let Some((position, id, location)) = waiting.next() else { break };
             if let Some(resident) = self.inner.residency.get(&id) {
                 came.push((position, resident));
+                self.is_ahead = true;
                 self.queued.not_needed(1);
                 continue;
             }
@@ -281,7 +289,7 @@ impl Drop for LoadJob {
         counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
         if let Some(watch) = self.lease.watch.take() {
             let loaded = self.arrived.iter().filter(|arrived| **arrived).count();
-            watch.shard_ended(if self.outcome.failed.is_empty() { loaded } else { 0 });
+            watch.shard_ended(if self.outcome.failed.is_empty() && !self.is_ahead { loaded } else { 0 });
         }
         self.lease.hits.clear();
         self.lease.pinned = None;

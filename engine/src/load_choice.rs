@@ -175,6 +175,19 @@ impl LoadChoice {
         self.counters.read_bytes.add(bytes);
     }
 
+    /// What loads have read from the drives so far.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Blocks were fetched for a request: so many bytes, and `beside_bytes` for others, in this time.
+    pub(crate) fn was_fetched(&self, instance: &InstanceId, bytes: u64, beside_bytes: u64, took: Duration) {
+        let now = (self.clock)();
+        if let Some(judge) = self.state.lock().judges.get_mut(instance) {
+            judge.arbiter.was_fetched(bytes + beside_bytes, took, now);
+        }
+    }
+
     /// The decisions for a request, or all, newest first: at most `limit`.
     pub(crate) fn explain(&self, request: Option<&str>, limit: usize) -> Vec<DecisionRecord> {
         let now = (self.clock)();

@@ -41,7 +41,7 @@ pub(crate) fn look(
         deadline: Instant::now() + inner.config.load_timeout(),
         done: Some(Box::new(move |end| {
             let took = Some(end.took).filter(|_| end.is_whole && end.bytes > 0);
-            choice.was_read(&instance, took.map_or(0, |_| end.bytes), end.queued_bytes, took);
+            choice.was_read(&instance, took.map_or(0, |_| end.bytes), end.beside_bytes, took);
         })),
     };
     if let Err(error) = inner.fetches.push(wish) {

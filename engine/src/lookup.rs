@@ -1,5 +1,7 @@
 //! Lookup: the longest prefix that is there, in memory only. On the critical path of vLLM's scheduler.
 
+mod ahead;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,6 +11,7 @@ use pegaflow_tiers::{Arena, BlockKey, Error, ErrorKind, GroupGeometry, Location,
 
 use crate::api::{LoadQuestion, LookupReply, LookupRequest, Places, SessionId};
 use crate::arbiter::Choice;
+use crate::fetch::FetchReason;
 use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
 use crate::load_choice::{FoundBytes, LoadWatch};
@@ -54,7 +57,7 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         inner.load_choice.hear(&request.instance, view.namespace, question);
     }
     let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
-    inner.requests.push(Asked {
+    let asked = inner.requests.push(Asked {
         session,
         tag: request.tag,
         place,
@@ -63,7 +66,7 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
     });
     for _ in 0..ATTEMPTS {
-        match attempt(inner, session, request, place, &view.geometry) {
+        match attempt(inner, session, request, (place, asked), &view.geometry) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             ended => return ended,
@@ -76,7 +79,7 @@ fn attempt(
     inner: &Inner,
     session: SessionId,
     request: &LookupRequest,
-    place: RecordId,
+    (place, asked): (RecordId, u64),
     geometry: &GroupGeometry,
 ) -> Result<LookupReply> {
     let shard_count = geometry.shards;
@@ -105,9 +108,9 @@ fn attempt(
         let places = request.with_places.then(|| places(inner, &shards, shard_count)).flatten();
         let mut watch = None;
         if let Some(question) = request.question.as_ref().filter(|question| (question.first_block as usize) < found) {
-            let asked = found_bytes(question, &shards, found, geometry.block_bytes, places.is_some());
+            let there = found_bytes(question, &shards, found, geometry.block_bytes, places.is_some());
             let speeds = || store.as_ref().map(|store| store.drive_speeds()).unwrap_or_default();
-            let decision = inner.load_choice.decide(&request.instance, place.namespace, question, asked, speeds);
+            let decision = inner.load_choice.decide(&request.instance, place.namespace, question, there, speeds);
             reply.decision = decision.id;
             if decision.choice == Choice::Recompute {
                 inner.counters.lookup_hit_blocks.add(found as u64);
@@ -119,14 +122,23 @@ fn attempt(
                 }
                 return Ok(reply);
             }
-            let blocks = asked.blocks as usize;
+            let blocks = there.blocks as usize;
             watch = Some(LoadWatch::new(&inner.load_choice, &request.instance, decision.id, blocks, shard_count));
         }
         let expires = Instant::now() + lasts;
+        let reads = match &store {
+            Some(store) if request.prefetch => Some((store, ahead::reads(request, &shards))),
+            _ => None,
+        };
         reply.places = places;
         let (instance, has_places) = (request.instance.clone(), reply.places.is_some());
         reply.lease =
             Some(inner.leases.grant(session, request.tag, instance, expires, shards, pinned, has_places, watch)?);
+        if let Some((store, reads)) = reads {
+            let reason = FetchReason::Request { session, tag: request.tag };
+            reply.fetch_us =
+                ahead::fetch(inner, &request.instance, store, reads, geometry.block_bytes, (reason, asked), expires);
+        }
     }
     inner.counters.lookup_hit_blocks.add(found as u64);
     Ok(reply)

@@ -76,6 +76,7 @@ fn whoever_is_told_the_places_finds_the_bytes_there_until_it_says_that_it_has_th
         tag: 1,
         with_places: true,
         question: None,
+        prefetch: false,
     };
     let reply = worker.engine.lookup(worker.session, &request).expect("looked up");
     let places = reply.places.expect("all are in DRAM");
@@ -151,6 +152,7 @@ fn bad_requests_are_refused_and_change_nothing() {
         tag: 0,
         with_places: false,
         question: None,
+        prefetch: false,
     };
     assert_eq!(worker.engine.lookup(worker.session, &request).map_err(|e| e.kind()), Err(ErrorKind::NotFound));
     assert_eq!(worker.engine.stats().instances, 1);
@@ -172,6 +174,7 @@ fn dram_that_is_full_of_leased_blocks_drops_saves_and_serves_again_afterwards() 
             tag: seed.into(),
             with_places: false,
             question: None,
+            prefetch: false,
         };
         leases.extend(worker.engine.lookup(worker.session, &request).expect("looked up").lease);
     }

@@ -59,6 +59,7 @@ fn ask(worker: &Worker, chain: u32, request: &str) -> LookupReply {
         tag: chain.into(),
         with_places: false,
         question: Some(question),
+        prefetch: false,
     };
     worker.engine.lookup(worker.session, &request).expect("looked up")
 }

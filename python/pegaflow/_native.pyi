@@ -87,7 +87,8 @@ class Cache:
         *,
         places: bool = False,
         question: Question | None = None,
-    ) -> tuple[int, int, int | None, bytes | None, bytes, int]: ...
+        prefetch: bool = False,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]: ...
     def release(self, lease: int) -> None: ...
     def load(
         self, operation: int, lease: int, shard: int, indices: Sequence[int], blocks: Sequence[int], stream: int = 0

@@ -33,7 +33,7 @@ enum Port {
 }
 
 /// Blocks found, those in DRAM, the lease, the arena, the places, the number of the decision.
-type Found<'py> = (u32, u32, Option<u128>, Option<Bound<'py, PyBytes>>, Bound<'py, PyBytes>, u64);
+type Found<'py> = (u32, u32, Option<u128>, Option<Bound<'py, PyBytes>>, Bound<'py, PyBytes>, u64, f64);
 /// The request's name, blocks that are there already, tokens of a block, load of the GPU, policy, what was computed.
 type Question = (String, u32, u32, f32, Option<String>, Vec<Computed>);
 /// The decision, first token, one after the last, load of the GPU, seconds.
@@ -160,8 +160,10 @@ impl Cache {
     /// With `places`, if all that was found is in DRAM: the arena's name and where the blocks lie, as little-endian u32s,
     /// shard after shard; else `None` and nothing.
     /// With `question` it is decided whether what was found is worth loading; if it is not there is no lease.
+    /// With `prefetch` what is leased and on the drive is brought to DRAM until the lease ends; the last value is the seconds
+    /// that this is expected to take, 0 if nothing is fetched or that is not known.
     #[expect(clippy::too_many_arguments, reason = "the values of one request")]
-    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false, question = None))]
+    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false, question = None, prefetch = false))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
@@ -172,6 +174,7 @@ impl Cache {
         tag: u64,
         places: bool,
         question: Option<Question>,
+        prefetch: bool,
     ) -> PyResult<Found<'py>> {
         let question = question.map(question_of).transpose().map_err(|error| to_python(py, &error))?;
         let lease = Some(duration(lease)?).filter(|lease| !lease.is_zero());
@@ -184,6 +187,7 @@ impl Cache {
             tag,
             with_places: places,
             question,
+            prefetch,
         };
         let reply = detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.lookup(&request),
@@ -197,7 +201,7 @@ impl Cache {
             }
             None => (None, PyBytes::new(py, &[])),
         };
-        Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places, reply.decision))
+        Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places, reply.decision, reply.fetch_us as f64 / 1e6))
     }
 
     /// The name of the arena that this worker's device can reach wholly by now: 16 bytes, or `None`.

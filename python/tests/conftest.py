@@ -62,6 +62,11 @@ class FakeCache:
     refuses_placed: bool = False
     questions: list[Any] = field(default_factory=list)
     recommends_computing: bool = False
+    prefetches: list[tuple[int, bool]] = field(default_factory=list)
+    """Of each lookup: the tag, and whether what is found was to be fetched."""
+    fetch_s: float | None = None
+    """What is found is on the drive, and takes so long to fetch."""
+    tags: dict[int, int] = field(default_factory=dict)
 
     def _reached(self) -> None:
         if not self.is_there:
@@ -87,8 +92,10 @@ class FakeCache:
         *,
         places: bool = False,
         question: Any = None,
-    ) -> tuple[int, int, int | None, bytes | None, bytes, int]:
+        prefetch: bool = False,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]:
         self._reached()
+        self.prefetches.append((tag, prefetch))
         if question is not None:
             self.questions.append(question)
         self.calls.append(("lookup", (instance, len(keys) // KEY, lease, tag)))
@@ -96,17 +103,21 @@ class FakeCache:
         while (hit + 1) * KEY <= len(keys) and keys[hit * KEY : (hit + 1) * KEY] in self.stored:
             hit += 1
         if not hit or not lease:
-            return hit, hit, None, None, b"", 0
+            return hit, hit, None, None, b"", 0, 0.0
         decision = len(self.questions) if question is not None and hit > question[1] else 0
         if decision and self.recommends_computing:
-            return hit, hit, None, None, b"", decision
+            return hit, hit, None, None, b"", decision, 0.0
         number = 1000 + len(self.calls)
+        self.leases -= {self.tags.get(tag, 0)}
+        self.tags[tag] = number
         self.leases.add(number)
+        if self.fetch_s is not None:
+            return hit, 0, number, None, b"", decision, self.fetch_s if prefetch else 0.0
         if not places or self.dram_arena is None:
-            return hit, hit, number, None, b"", decision
+            return hit, hit, number, None, b"", decision, 0.0
         # Shard 1's third block lies at 102.
         told = [100 * shard + block for shard in range(self.shards) for block in range(hit)]
-        return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told), decision
+        return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told), decision, 0.0
 
     def release(self, lease: int) -> None:
         self.leases.remove(lease)
@@ -211,6 +222,7 @@ class FakeRequest(SimpleNamespace):
             "cache_salt": None,
             "prompt_embeds": None,
             "_prompt_embeds_per_block_hashes": {},
+            "block_hashes": [],
         }
         super().__init__(**(fields | others))
 

@@ -185,6 +185,7 @@ pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupReq
         tag: request.tag,
         with_places: request.with_places,
         question: request.question.as_ref().map(question).transpose()?,
+        prefetch: request.prefetch,
     })
 }
 
@@ -244,6 +245,7 @@ pub(crate) fn lookup_to_wire(session: u64, request: &LookupRequest) -> proto::Lo
         tag: request.tag,
         with_places: request.with_places,
         question: request.question.as_ref().map(question_to_wire),
+        prefetch: request.prefetch,
     }
 }
 
@@ -256,6 +258,7 @@ pub(crate) fn lookup_reply_to_wire(reply: &LookupReply) -> proto::LookupReply {
         places: reply.places.iter().flat_map(|places| &places.places).map(|place| place.0).collect(),
         arena: reply.places.as_ref().map(|places| arena_bytes(places.arena)).unwrap_or_default(),
         decision: reply.decision,
+        fetch_us: reply.fetch_us,
     }
 }
 
@@ -274,6 +277,7 @@ pub(crate) fn lookup_reply(reply: &proto::LookupReply) -> Result<LookupReply> {
         lease,
         places,
         decision: reply.decision,
+        fetch_us: reply.fetch_us,
     })
 }
 

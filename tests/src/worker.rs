@@ -231,6 +231,7 @@ impl TestWorker {
             tag: chain.seed,
             with_places: false,
             question: None,
+            prefetch: false,
         };
         Ok(self.client.lookup(&request)?)
     }
@@ -271,6 +272,7 @@ impl TestWorker {
             tag: chain.seed,
             with_places: true,
             question: None,
+            prefetch: false,
         };
         let reply = self.client.lookup(&request)?;
         let (Some(lease), Some(places)) = (reply.lease, reply.places) else {

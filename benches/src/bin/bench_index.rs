@@ -350,6 +350,7 @@ fn request(prompts: &Prompts, number: usize) -> LookupRequest {
         tag: number as u64,
         with_places: false,
         question: None,
+        prefetch: false,
     }
 }
 

@@ -208,6 +208,13 @@ impl Arbiter {
         }
     }
 
+    /// The drives have read so many bytes in this time, ahead of a load that therefore says nothing of them.
+    pub fn was_fetched(&mut self, bytes: u64, took: Duration, now: Duration) {
+        if bytes as f64 >= READ_BYTES_MIN {
+            self.load.observe_read(bytes as f64, took.as_secs_f64(), now.as_secs_f64());
+        }
+    }
+
     /// The engine has computed these tokens of a request in `took`, while others wanted `load_share` of the GPU. With `id`
     /// where the request had a decision; the decision with it, if what was found was computed and it is kept.
     pub fn computed(

@@ -72,8 +72,9 @@ pub(crate) struct FetchEnd {
     pub(crate) is_whole: bool,
     /// From the first read on; nothing if none was started.
     pub(crate) took: Duration,
-    /// Bytes that were to be read before them at that moment, by loads and other fetches.
-    pub(crate) queued_bytes: u64,
+    /// Bytes that the drives read for others in that time: what was being fetched at the first read, and what loads have read
+    /// since.
+    pub(crate) beside_bytes: u64,
 }
 
 /// Is told once how a wish ended, also if it was refused or the engine closes. Runs on the thread of the fetches, or on
@@ -227,8 +228,8 @@ impl Fetches {
     }
 
     /// Bytes that the wish of a request still has to read, those before it in the queue included; `None` if there is none.
-    pub(crate) fn left_bytes(&self, session: SessionId, tag: u64) -> Option<u64> {
-        self.shared.state.lock().queue.left_bytes(FetchReason::Request { session, tag })
+    pub(crate) fn left_bytes(&self, reason: FetchReason) -> Option<u64> {
+        self.shared.state.lock().queue.left_bytes(reason)
     }
 
     /// The blocks that are being read at this moment.
@@ -305,7 +306,7 @@ impl Fetches {
         if !state.queue.has_room(READS_MAX, READ_BYTES_MAX, dram_bytes_max) {
             return false;
         }
-        let loads_bytes = inner.load_choice.queued_bytes();
+        let loads_bytes = inner.load_choice.read_bytes();
         let Some(next) = state.queue.next(handed, loads_bytes, Instant::now()) else { return false };
         let read = MutexGuard::unlocked(state, || self.start_read(inner, &next));
         match read {
@@ -393,7 +394,7 @@ impl Fetches {
         is_read: bool,
         is_there: bool,
     ) {
-        if let Some((wish, end)) = state.queue.ended(started, is_read, is_there) {
+        if let Some((wish, end)) = state.queue.ended(started, is_read, is_there, inner.load_choice.read_bytes()) {
             MutexGuard::unlocked(state, || {
                 // As after a load: the first block of a chain becomes the most recent. The hot set has another order.
                 if wish.reason != FetchReason::HotSet {

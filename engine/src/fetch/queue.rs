@@ -59,6 +59,8 @@ struct Live {
     /// It goes on when the policies know the request with this number.
     held_up: u64,
     began: Option<Instant>,
+    /// What loads had read by then.
+    loads_bytes: u64,
     end: FetchEnd,
 }
 
@@ -116,6 +118,7 @@ impl Queue {
                     in_flight: 0,
                     held_up: 0,
                     began: None,
+                    loads_bytes: 0,
                     end,
                 });
                 Ok(())
@@ -132,15 +135,15 @@ impl Queue {
         self.reading.is_empty() || is_in_bounds
     }
 
-    /// The next block to read; `handed` is the last request that the policies know, `loads_bytes` what loads still have
-    /// to read.
+    /// The next block to read; `handed` is the last request that the policies know, `loads_bytes` what loads have
+    /// read so far.
     pub(super) fn next(&mut self, handed: u64, loads_bytes: u64, now: Instant) -> Option<Started> {
         let may_go_on = |live: &&mut Live| live.held_up <= handed && live.next < live.wish.reads.len();
         let live = self.live.iter_mut().flatten().find(may_go_on)?;
         let (id, location) = *live.wish.reads.get(live.next)?;
         if live.began.is_none() {
             live.began = Some(now);
-            live.end.queued_bytes = loads_bytes + self.reading_bytes;
+            (live.loads_bytes, live.end.beside_bytes) = (loads_bytes, self.reading_bytes);
         }
         (live.next, live.held_up) = (live.next + 1, 0);
         live.left_bytes -= stored_bytes(&location);
@@ -171,6 +174,10 @@ impl Queue {
             live.next -= 1;
             live.left_bytes += started.stored_bytes();
             live.held_up = started.asked;
+            if live.next == 0 {
+                // Its time begins when it goes on.
+                live.began = None;
+            }
         }
     }
 
@@ -180,7 +187,13 @@ impl Queue {
     }
 
     /// A read has ended, or was not needed. The wish with its end, if that was the last of it.
-    pub(super) fn ended(&mut self, started: &Started, is_read: bool, is_there: bool) -> Option<(FetchWish, FetchEnd)> {
+    pub(super) fn ended(
+        &mut self,
+        started: &Started,
+        is_read: bool,
+        is_there: bool,
+        loads_bytes: u64,
+    ) -> Option<(FetchWish, FetchEnd)> {
         self.forget_reading(started);
         let live = self.find(started)?;
         live.in_flight -= 1;
@@ -194,7 +207,8 @@ impl Queue {
         }
         let of_rank = self.live.get_mut(started.reason.rank())?;
         let at = of_rank.iter().position(|live| live.number == started.number)?;
-        let Live { wish, began, mut end, .. } = of_rank.remove(at)?;
+        let Live { wish, began, mut end, loads_bytes: before, .. } = of_rank.remove(at)?;
+        end.beside_bytes += loads_bytes.saturating_sub(before);
         self.blocks -= wish.reads.len();
         end.took = began.map_or(Duration::ZERO, |began| began.elapsed());
         Some((wish, end))

@@ -6,7 +6,8 @@ use pegaflow_tiers::{
 };
 
 use super::*;
-use crate::api::{InstanceId, InstanceSpec};
+use crate::api::{InstanceId, InstanceSpec, LoadQuestion, LookupReply, LookupRequest};
+use crate::arbiter::LoadPolicy;
 use crate::config::{ByteSize, EngineConfig, NvmeConfig};
 use crate::engine::Engine;
 use crate::policy::PolicyChoice;
@@ -283,10 +284,10 @@ fn a_cancelled_wish_starts_no_read_and_few_are_in_flight() {
     rig.wait(|rig| rig.gate.prefetches() as u64 == in_flight);
     let other = SessionId(rig.session.0 + 1);
     assert!(!rig.inner().fetches.cancel(other, 7) && !rig.inner().fetches.cancel(rig.session, 8));
-    assert!(rig.inner().fetches.left_bytes(rig.session, 7).is_some_and(|left| left > 0));
+    assert!(rig.inner().fetches.left_bytes(rig.request(7)).is_some_and(|left| left > 0));
     assert!(rig.inner().fetches.cancel(rig.session, 7));
     assert_eq!(end.recv_timeout(Duration::from_secs(60)), Ok(FetchEnd::default()));
-    assert_eq!(rig.inner().fetches.left_bytes(rig.session, 7), None);
+    assert_eq!(rig.inner().fetches.left_bytes(rig.request(7)), None);
     rig.gate.open();
     rig.wait(|rig| rig.totals(FetchReason::REQUEST).blocks == in_flight);
     rig.wait(|rig| rig.inner().fetches.reading().is_empty());
@@ -384,6 +385,56 @@ fn without_room_a_request_waits_until_the_policies_know_it_and_no_longer() {
     rig.inner().requests.push(Asked { session, tag: 1, place: rig.place, shards: 1, slot_bytes, prefixes });
     let end = end.recv_timeout(Duration::from_secs(60)).expect("ended");
     assert_eq!(end.blocks + rig.totals(FetchReason::REQUEST).no_room_blocks, 8);
+}
+
+fn lookup(rig: &Rig, ids: &[RecordId], tag: u64, prefetch: bool) -> LookupReply {
+    let request = LookupRequest {
+        instance: InstanceId("i".into()),
+        group: 0,
+        keys: ids.iter().map(|id| id.key).collect(),
+        lease: Some(Duration::from_secs(60)),
+        tag,
+        with_places: true,
+        question: Some(LoadQuestion { first_block: 10, block_tokens: 16, ..LoadQuestion::default() }),
+        prefetch,
+    };
+    rig.engine.lookup(rig.session, &request).expect("looked up")
+}
+
+#[test]
+fn a_lookup_for_a_request_that_waits_fetches_what_would_be_loaded_until_its_lease_ends() {
+    let rig = Rig::new(PolicyChoice::Pegaflow);
+    rig.save(1, 150);
+    let rig = rig.again();
+    let ids = chain_ids(&rig, 1, 150);
+    rig.gate.shut();
+    rig.engine.set_load_policy(LoadPolicy::Never);
+    assert_eq!(lookup(&rig, &ids, 1, true).lease, None);
+    assert_eq!(rig.inner().fetches.left_bytes(rig.request(1)), None, "what is computed is not fetched");
+    rig.engine.set_load_policy(LoadPolicy::Auto);
+    assert!(lookup(&rig, &ids, 1, false).lease.is_some());
+    assert_eq!(rig.inner().fetches.left_bytes(rig.request(1)), None, "nobody asked for it");
+
+    let first = lookup(&rig, &ids, 1, true);
+    assert_eq!((first.hit_blocks, first.dram_blocks, first.places.is_some()), (150, 0, false));
+    let left = rig.inner().fetches.left_bytes(rig.request(1)).expect("a wish");
+    assert!((140 * BLOCK as u64..150 * BLOCK as u64).contains(&left), "{left}: the first ten are the asker's own");
+    // Asked again it keeps its place before the next one.
+    let other = lookup(&rig, &ids[..20], 2, true);
+    assert!(lookup(&rig, &ids, 1, true).lease.is_some());
+    let lefts = [1, 2].map(|tag| rig.inner().fetches.left_bytes(rig.request(tag)));
+    assert!(lefts[0] < lefts[1] && lefts[0].is_some(), "{lefts:?}");
+    rig.engine.release(other.lease.expect("leased"));
+    assert_eq!(rig.inner().fetches.left_bytes(rig.request(2)), None, "it ends with its lease");
+
+    rig.gate.open();
+    rig.wait(|rig| rig.inner().fetches.left_bytes(rig.request(1)).is_none());
+    let ready = lookup(&rig, &ids[10..], 3, true);
+    assert_eq!((ready.hit_blocks, ready.dram_blocks, ready.places.is_some()), (140, 140, true));
+    assert_eq!((ready.fetch_us, rig.totals(FetchReason::REQUEST).blocks), (0, 140));
+    assert!(ids[..10].iter().all(|id| !rig.inner().residency.contains(id)));
+    rig.engine.consume(ready.lease.expect("leased"), 0);
+    assert_eq!(rig.totals(FetchReason::REQUEST).used_blocks, 140);
 }
 
 #[test]

@@ -100,6 +100,7 @@ impl Worker {
             tag: 1,
             with_places: false,
             question: None,
+            prefetch: false,
         };
         self.engine.lookup(self.session, &request).expect("looked up")
     }

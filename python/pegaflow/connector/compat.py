@@ -98,6 +98,24 @@ def may_read_cache(request: Request) -> bool:
     return not request.skip_reading_prefix_cache
 
 
+def local_blocks(request: Request, block_pool: Any) -> int:
+    """About how many blocks from the first on vLLM's own cache has. All versions.
+
+    Later blocks leave it before earlier ones, so the end is searched for by halves. 0 where the cache is not known.
+    """
+    hashes = request.block_hashes
+    if block_pool is None or not hashes:
+        return 0
+    low, high = 0, len(hashes)
+    while low < high:
+        middle = (low + high) // 2
+        if block_pool.get_cached_block(hashes[middle], [0]):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 # --- extra keys -------------------------------------------------------------------------------------------------------
 
 # Content digests of multimodal items: BLAKE3, SHA-256 or SHA-512. Anything else is a name that somebody gave.

@@ -17,6 +17,7 @@ KILL_SWITCH_ENV = "PEGAFLOW_DISABLE"
 
 Mode = Literal["auto", "server", "embedded"]
 LoadPolicy = Literal["auto", "always", "never", "shadow"]
+Prefetch = Literal["auto", "off"]
 
 
 def default_socket() -> Path:
@@ -46,6 +47,12 @@ class ConnectorConfig:
     """Whether to load what is found: `always`, `never` (blocks are still saved), `shadow` (always, but it is recorded
     what `auto` would do), or `auto`: as the server's policy says, which by default loads where that is expected to be
     faster than computing. The server's `never` outranks all."""
+    prefetch: Prefetch = "auto"
+    """`auto`: what is on the drive for requests that wait in vLLM's queue is brought to DRAM before they are scheduled, for
+    the first 8 of them at a time; not where it would be computed. `off`: the drive is read when a request is scheduled."""
+    prefetch_wait_ms: int = 50
+    """How long in all a request may be held back in vLLM's queue for such a read that is about to end, in milliseconds.
+    0: never. 0 to 1,000."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     sync_loads: bool = True
@@ -102,9 +109,11 @@ class ConnectorConfig:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("auto", "server", "embedded"),
     "load_policy": ("auto", "always", "never", "shadow"),
+    "prefetch": ("auto", "off"),
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "min_blocks": (1, 65_536),
+    "prefetch_wait_ms": (0, 1_000),
     "lookup_timeout_ms": (1, 10_000),
     "lease_ms": (1_000, 600_000),
 }

@@ -170,8 +170,16 @@ class PegaKVConnector(KVConnectorBase_V1):
         assert self._scheduler is not None, "a scheduler's hook was called on a worker's connector"
         return self._scheduler
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """vLLM's own cache. 0.32 gives it with `bind_kv_cache_manager`, whose default calls this."""
+        self._on_scheduler.bind_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Request) -> None:
+        """A request has arrived. 0.26 on: all supported versions."""
+        self._on_scheduler.arrived(request)
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How much can be loaded, and whether the request has to wait for it."""
+        """How much can be loaded, and whether the request has to wait for it; `None`: ask again in a later step."""
         return self._on_scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

@@ -102,10 +102,13 @@ class CachePort(Protocol):
         *,
         places: bool = False,
         question: Question | None = None,
-    ) -> tuple[int, int, int | None, bytes | None, bytes, int]:
+        prefetch: bool = False,
+    ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]:
         """Blocks found, blocks of those in DRAM, lease; if asked for and all are in DRAM their arena and their places
         in it, little-endian numbers of four bytes, shard after shard; the number of the decision, 0 without one. With
-        `question` there is no lease if loading is not worth it.
+        `question` there is no lease if loading is not worth it. With `prefetch` what is leased and on the drive is brought
+        to DRAM until the lease ends: the last value is how many seconds that is expected to take, 0 if nothing is fetched
+        or that is not known.
         """
 
     def release(self, lease: int) -> None:

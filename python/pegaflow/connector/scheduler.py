@@ -42,6 +42,11 @@ _KEYS_PER_LOOKUP_MAX = 65_536
 _BLOCKS_PER_SAVE_MAX = 4_096
 # vLLM asks again every step while a request waits for room; the answer is kept this long.
 _LOOKUP_REUSE_S = 1.0
+# Requests in vLLM's queue for which the drive is read ahead, at a time; and lookups for that in one step.
+_AHEAD_MAX = 8
+_AHEAD_PER_STEP = 2
+# A request is held back only if its blocks are expected in DRAM so soon: about a step, which a load out of DRAM saves.
+_HOLD_BACK_S = 0.02
 # Workers copy from the arena only while the lease holds, with a margin; this leaves room for the slowest step.
 _PLACED_LEASE_S = 60.0
 
@@ -65,6 +70,8 @@ class Found:
     """Whether vLLM was told that the request need not wait for its load."""
     local_blocks: int = 0
     """Blocks that vLLM has itself; the load starts after them."""
+    ready_at: float | None = None
+    """When what is being fetched from the drive is expected to be in DRAM."""
     reuse_until: float = 0.0
 
 
@@ -87,6 +94,8 @@ class Tracked:
     loaded_from: tuple[int, int] = (0, 0)
     """Blocks of the last load, by tier: DRAM, NVMe."""
     has_failed_load: bool = False
+    held_back_since: float | None = None
+    """When vLLM was first told to ask again."""
     decision: int = 0
     """The last decision whether to load what was found."""
     load_share: float = 0.0
@@ -140,35 +149,58 @@ class PegaScheduler:
         """How many workers can copy out of an arena themselves."""
         self._computing: set[str] = set()
         """Requests that were scheduled and are not over: steps do their work."""
+        self._block_pool: Any = None
+        """vLLM's own cache, if it is known."""
         self._sync_bytes = 0
         """Bytes that every worker loads synchronously in the step being planned."""
         self._refused = ""
         self._warned: set[str] = set()
         self._prefills = PrefillTimes(step_tokens_max)
+        self._arrived: dict[str, Request] = {}
+        """Requests in vLLM's queue that were not looked up yet, in order."""
+        self._ahead: set[str] = set()
+        """Those that were, and hold a lease that vLLM has not asked for yet."""
+        self._unasked: set[str] = set()
+        """All that have arrived and that vLLM has not asked for yet."""
         self.stats = PegaStats()
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        """Makes vLLM's own cache known."""
+        self._block_pool = block_pool
 
     # --- a request arrives --------------------------------------------------------------------------------------------
 
-    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
+    def arrived(self, request: Request) -> None:
+        """A request has arrived. If it has to wait, what of it is on the drive is fetched meanwhile.
+
+        A request that finds nobody before it is scheduled, and looked up, at once: it is not looked up twice. The others
+        are looked up here with the lease that they will ask for, so whoever is scheduled soon has its answer already.
+        """
+        if self._config.prefetch == "off":
+            return
+        has_to_wait = bool(self._computing or self._unasked)
+        self._unasked.add(request.request_id)
+        if has_to_wait:
+            self._arrived[request.request_id] = request
+            self._look_ahead()
+
+    def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed_tokens` can be loaded, and whether the request has to wait for it in vLLM's
-        queue. May be asked any number of times; the last answer counts.
+        queue; `None` if the answer will be better in a moment. May be asked any number of times; the last answer counts.
         """
         tracked = self._track(request)
-        blocks = min(request.num_tokens // self._block_size, _KEYS_PER_LOOKUP_MAX)
-        if not blocks or not tracked.is_cacheable or not self._is_on() or not self._extend_keys(tracked, blocks):
+        self._forget_arrival(request.request_id)
+        blocks = self._blocks_to_find(tracked)
+        if not blocks:
             self._forget_found(tracked)
             return 0, False
         local = computed_tokens // self._block_size
-        may_load = (
-            blocks > local
-            and computed_tokens % self._block_size == 0
-            and self._config.load_policy != "never"
-            and not tracked.has_failed_load
-            and compat.may_read_cache(request)
-        )
+        may_load = computed_tokens % self._block_size == 0 and self._may_load(tracked, blocks, local)
         # Also where nothing may be loaded: what is there need not be saved again.
         found = self._look_up(tracked, blocks, local, with_lease=may_load)
         found.local_blocks = local
+        if self._is_held_back(tracked, found):
+            return None, False
         # At least one token is left for the model to compute: it has to answer with the next one. A block that would
         # be loaded for that token's sake only is not worth a load, but after others it saves computing a block.
         needed = min(found.hit_blocks, (request.num_tokens - 1) // self._block_size)
@@ -224,6 +256,59 @@ class PegaScheduler:
         nvme = min(tracked.loaded_from[1] * self._block_size, external_tokens)
         return compat.hit_sources(external_tokens - nvme, nvme)
 
+    def _blocks_to_find(self, tracked: Tracked) -> int:
+        """How many blocks of a request may be looked up; their keys are known then."""
+        blocks = min(tracked.request.num_tokens // self._block_size, _KEYS_PER_LOOKUP_MAX)
+        if not blocks or not tracked.is_cacheable or not self._is_on() or not self._extend_keys(tracked, blocks):
+            return 0
+        return blocks
+
+    def _may_load(self, tracked: Tracked, blocks: int, local: int) -> bool:
+        return (
+            blocks > local
+            and self._config.load_policy != "never"
+            and not tracked.has_failed_load
+            and compat.may_read_cache(tracked.request)
+        )
+
+    def _look_ahead(self) -> None:
+        """Looks up requests that wait, as many as may be at a time."""
+        for _ in range(_AHEAD_PER_STEP):
+            if not self._arrived or len(self._ahead) >= _AHEAD_MAX:
+                return
+            request_id = next(iter(self._arrived))
+            tracked = self._track(self._arrived.pop(request_id))
+            blocks = self._blocks_to_find(tracked)
+            local = compat.local_blocks(tracked.request, self._block_pool)
+            if blocks and self._may_load(tracked, blocks, local):
+                found = self._look_up(tracked, blocks, local, with_lease=True, is_ahead=True)
+                self.stats.count("ahead_lookups")
+                if found.lease is not None:
+                    self._ahead.add(request_id)
+
+    def _forget_arrival(self, request_id: str) -> None:
+        """The request is not waiting to be looked at any more."""
+        self._arrived.pop(request_id, None)
+        self._ahead.discard(request_id)
+        self._unasked.discard(request_id)
+
+    def _is_held_back(self, tracked: Tracked, found: Found) -> bool:
+        """Whether the request is to wait a moment longer, because its blocks are about to be in DRAM.
+
+        From there they are loaded in the step itself, without a step or two in between. Only if every worker could do so, if
+        that is expected within about a step, and for a bounded time in all. What takes longer is read by the load
+        itself, which goes on while other requests are computed.
+        """
+        now = self._clock()
+        if found.ready_at is None or found.lease is None or now >= found.ready_at:
+            return False
+        if not self._config.sync_loads or self._common_arena() is None or found.ready_at - now > _HOLD_BACK_S:
+            return False
+        if tracked.held_back_since is None:
+            tracked.held_back_since = now
+            self.stats.count("held_back_requests")
+        return now - tracked.held_back_since < self._config.prefetch_wait_ms / 1000
+
     # --- a step is planned --------------------------------------------------------------------------------------------
 
     def build_meta(self, output: SchedulerOutput) -> PegaMetadata:
@@ -249,6 +334,7 @@ class PegaScheduler:
                 if new_ids := cached.new_block_ids[index]:
                     tracked.block_ids += new_ids[_GROUP]
                 self._save_final(tracked, cached.num_computed_tokens[index] + output.num_scheduled_tokens[request_id])
+        self._look_ahead()
         self._computing |= output.num_scheduled_tokens.keys()
         self._computing -= output.finished_req_ids
         self._sync_bytes = 0
@@ -259,6 +345,7 @@ class PegaScheduler:
         """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""
         self._computing.discard(request.request_id)
         self._end_prefill(request)
+        self._forget_arrival(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
@@ -420,31 +507,38 @@ class PegaScheduler:
             self._meta.loads.remove(order)
             self._release(order.lease)
 
-    def _look_up(self, tracked: Tracked, blocks: int, local: int, *, with_lease: bool) -> Found:
+    def _look_up(self, tracked: Tracked, blocks: int, local: int, *, with_lease: bool, is_ahead: bool = False) -> Found:
         now = self._clock()
         asked = (blocks, with_lease)
         if tracked.found is not None and tracked.found.asked == asked and now < tracked.found.reuse_until:
             return tracked.found
-        first_time = tracked.found is None
-        self._forget_found(tracked)
+        first_time, before = tracked.found is None, tracked.found
+        # A lookup takes the place of the lease of the one before; giving that back would end what is fetched for it.
+        if before is not None and not with_lease:
+            self._release(before.lease)
+        # Who is asked for once more waits in vLLM's queue. The first time it most likely does not.
+        prefetch = with_lease and self._config.prefetch != "off" and (is_ahead or not first_time)
         arena = self._common_arena() if with_lease else None
         lease_s = self._config.lease_ms / 1000 if with_lease else 0.0
         if arena is not None:
             lease_s = max(lease_s, _PLACED_LEASE_S)
         found = Found(asked, 0, 0, None, deadline=now + lease_s)
-        result = "error"
+        result, fetch_s = "error", 0.0
         policy = None if self._config.load_policy == "auto" else self._config.load_policy
         load = tracked.load_share = self._prefills.load_share(now)
         question = (tracked.request_id, local, self._block_size, load, policy, self._prefills.take())
         try:
-            found.hit_blocks, found.dram_blocks, found.lease, there, places, tracked.decision = self._cache.lookup(
-                self._instance,
-                _GROUP,
-                bytes(tracked.keys[: blocks * _KEY]),
-                lease_s,
-                tracked.tag,
-                places=arena is not None,
-                question=question,
+            found.hit_blocks, found.dram_blocks, found.lease, there, places, tracked.decision, fetch_s = (
+                self._cache.lookup(
+                    self._instance,
+                    _GROUP,
+                    bytes(tracked.keys[: blocks * _KEY]),
+                    lease_s,
+                    tracked.tag,
+                    places=arena is not None,
+                    question=question,
+                    prefetch=prefetch,
+                )
             )
             result = "hit" if found.hit_blocks else "miss"
             if there is not None and there == arena and len(places) == found.hit_blocks * self._workers * PLACE_BYTES:
@@ -452,7 +546,13 @@ class PegaScheduler:
         except PegaError as error:
             # A cache that cannot be asked is a miss; vLLM goes on without it.
             logger.debug("PegaFlow: lookup for %s: %s", tracked.request_id, error)
+        if before is not None and with_lease and found.lease is None:
+            self._release(before.lease)
         found.reuse_until = now + min(_LOOKUP_REUSE_S, self._config.lease_ms / 2000)
+        if fetch_s > 0.0:
+            found.ready_at = now + fetch_s
+            # When it has come the answer is another one.
+            found.reuse_until = min(found.reuse_until, found.ready_at)
         tracked.found = found
         # After a failed load what is found is not what can be read: it is offered again, and what is sound is kept.
         tracked.stored_blocks = 0 if tracked.has_failed_load else found.hit_blocks

@@ -107,14 +107,21 @@ fn values_come_back_as_they_were() {
         tag: 9,
         with_places: true,
         question: None,
+        prefetch: true,
     };
     let back = lookup_request(&lookup_to_wire(1, &request)).expect("well-formed");
-    assert_eq!((&back.keys, back.group, back.tag, back.with_places), (&request.keys, 3, 9, true));
+    assert_eq!((&back.keys, back.group, back.tag, back.with_places, back.prefetch), (&request.keys, 3, 9, true, true));
     assert_eq!(back.lease, Some(Duration::from_millis(1)), "a short lease is no lease only if none was asked for");
     let places = Places { arena: ArenaId(77), places: vec![Place(1), Place(u32::MAX)] };
     for places in [None, Some(places)] {
-        let reply =
-            LookupReply { hit_blocks: 4, dram_blocks: 2, lease: Some(LeaseId(0x0102_0304)), places, decision: 7 };
+        let reply = LookupReply {
+            hit_blocks: 4,
+            dram_blocks: 2,
+            lease: Some(LeaseId(0x0102_0304)),
+            places,
+            decision: 7,
+            fetch_us: 8,
+        };
         assert_eq!(kind(lookup_reply(&lookup_reply_to_wire(&reply))), Ok(reply));
     }
     assert!(arena(&[0; 15]).is_err());

@@ -179,6 +179,7 @@ impl Worker {
             tag: 1,
             with_places,
             question: None,
+            prefetch: false,
         })
     }
 

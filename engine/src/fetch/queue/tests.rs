@@ -61,7 +61,7 @@ fn the_queue_is_bounded_in_wishes_and_blocks_and_takes_one_look() {
     assert!(fits(&mut queue, FetchReason::LookAside, 0..1));
     assert!(!fits(&mut queue, FetchReason::LookAside, 1..2), "one look at a time");
     let started = next(&mut queue).expect("a block");
-    assert!(queue.ended(&started, true, true).is_some());
+    assert!(queue.ended(&started, true, true, 0).is_some());
     assert!(fits(&mut queue, FetchReason::LookAside, 1..2));
     for tag in 1..WISHES_MAX as u64 {
         assert!(fits(&mut queue, REQUEST(tag), 2..3));
@@ -86,7 +86,7 @@ fn reads_in_flight_are_bounded_but_one_always_goes() {
     let first = next(&mut queue).expect("a block");
     assert!(!queue.has_room(1, u64::MAX, u64::MAX) && !queue.has_room(9, 8192, u64::MAX));
     assert!(!queue.has_room(9, u64::MAX, 4096) && queue.has_room(2, 8193, 4097));
-    queue.ended(&first, true, true);
+    queue.ended(&first, true, true, 0);
     assert!(queue.has_room(0, 0, 0));
 }
 
@@ -102,7 +102,7 @@ fn a_removed_wish_gives_no_more_blocks_and_its_reads_end() {
     assert_eq!(removed.iter().map(Removed::left_blocks).collect::<Vec<_>>(), [4]);
     assert_eq!(queue.left_bytes(REQUEST(1)), None);
     assert!(queue.reading().contains(&started.id));
-    assert!(queue.ended(&started, true, true).is_none());
+    assert!(queue.ended(&started, true, true, 0).is_none());
     assert!(queue.reading().is_empty());
     assert_eq!(pages(&mut queue), [10]);
 }
@@ -135,11 +135,11 @@ fn a_wish_ends_with_its_last_read_and_says_what_became_of_it() {
     let mut queue = Queue::default();
     assert!(queue.push(wish(REQUEST(1), 0..4, later())).is_ok());
     let reads: Vec<Started> = (0..3).filter_map(|_| queue.next(0, 100, Instant::now())).collect();
-    assert!(queue.ended(&reads[0], true, true).is_none());
-    assert!(queue.ended(&reads[1], false, true).is_none(), "was there already");
+    assert!(queue.ended(&reads[0], true, true, 0).is_none());
+    assert!(queue.ended(&reads[1], false, true, 0).is_none(), "was there already");
     assert_eq!(queue.cut(&reads[2]), 1);
-    let (_, end) = queue.ended(&reads[2], false, false).expect("the last");
-    assert_eq!((end.blocks, end.bytes, end.is_whole, end.queued_bytes), (1, 8192, false, 100));
+    let (_, end) = queue.ended(&reads[2], false, false, 130).expect("the last");
+    assert_eq!((end.blocks, end.bytes, end.is_whole, end.beside_bytes), (1, 8192, false, 30));
     assert!(next(&mut queue).is_none() && queue.next_deadline().is_none());
 }
 
@@ -151,7 +151,7 @@ fn a_block_is_read_once_for_two_wishes() {
     let first = next(&mut queue).expect("a block");
     let second = next(&mut queue).expect("a block");
     assert!(!first.is_double && second.is_double);
-    assert!(queue.ended(&second, false, true).is_some());
+    assert!(queue.ended(&second, false, true, 0).is_some());
     assert!(queue.reading().contains(&first.id), "it is still read for the first");
 }
 
