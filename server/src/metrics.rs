@@ -330,7 +330,7 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::{DriveSpeed, DriveWear, FetchTotals, SizeEstimate};
+    use pegaflow_engine::{DriveSpeed, DriveWear, FetchTotals, SizeEstimate, WarmProgress};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {

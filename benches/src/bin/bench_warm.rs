@@ -193,7 +193,11 @@ impl Worker {
             blocks,
         };
         let (sender, receiver) = channel();
-        self.engine.save(request, Box::new(move |outcome| drop(sender.send(outcome))))?;
+        // A receiver that has gone needs no answer.
+        let done = Box::new(move |outcome| {
+            let _ = sender.send(outcome);
+        });
+        self.engine.save(request, done)?;
         let outcome = receiver.recv_timeout(PATIENCE)?;
         ensure!(outcome.dropped == 0, "{} blocks were dropped", outcome.dropped);
         Ok(self.engine.flush(Instant::now() + PATIENCE)?)
