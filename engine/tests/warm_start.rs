@@ -340,14 +340,17 @@ fn after_a_kill_the_list_of_the_last_interval_counts() {
     assert_eq!(read(&mut worker, &chains[3]), (0, BLOCKS));
 }
 
-/// Keeps what is read ahead from the drive while it is shut.
+/// Keeps what is read ahead from the drive while it is shut, and what is written if it is told so.
 #[derive(Default)]
 struct Gate(Mutex<GateState>);
 
 #[derive(Default)]
 struct GateState {
     is_shut: bool,
+    holds_writes: bool,
     held: Vec<(Arc<dyn BlockIo>, IoRequest)>,
+    /// Reads ahead so far.
+    prefetches: u64,
 }
 
 struct Gated(Arc<dyn BlockIo>, Arc<Gate>);
@@ -357,10 +360,30 @@ impl Gate {
         self.0.lock().expect("not poisoned").held.len()
     }
 
+    fn prefetches(&self) -> u64 {
+        self.0.lock().expect("not poisoned").prefetches
+    }
+
+    fn hold_writes(&self) {
+        self.0.lock().expect("not poisoned").holds_writes = true;
+    }
+
+    fn let_read(&self) {
+        self.open_for(|kind| kind == IoKind::Read);
+    }
+
     fn open(&self) {
+        self.0.lock().expect("not poisoned").holds_writes = false;
+        self.open_for(|_| true);
+    }
+
+    fn open_for(&self, is_meant: impl Fn(IoKind) -> bool) {
         let mut state = self.0.lock().expect("not poisoned");
         state.is_shut = false;
         let held = std::mem::take(&mut state.held);
+        let (held, kept) = held.into_iter().partition(|(_, request)| is_meant(request.kind));
+        let held: Vec<(Arc<dyn BlockIo>, IoRequest)> = held;
+        state.held = kept;
         drop(state);
         held.into_iter().for_each(|(io, request)| assert!(io.submit(request).is_ok()));
     }
@@ -377,7 +400,9 @@ impl BlockIo for Gated {
 
     fn submit(&self, request: IoRequest) -> Result<(), (IoRequest, Error)> {
         let mut state = self.1.0.lock().expect("not poisoned");
-        if state.is_shut && request.kind == IoKind::Read && request.priority == IoPriority::Prefetch {
+        let is_prefetch = request.kind == IoKind::Read && request.priority == IoPriority::Prefetch;
+        state.prefetches += u64::from(is_prefetch);
+        if (state.is_shut && is_prefetch) || (state.holds_writes && request.kind == IoKind::Write) {
             state.held.push((Arc::clone(&self.0), request));
             return Ok(());
         }
@@ -396,7 +421,7 @@ impl BlockIo for Gated {
 }
 
 fn behind_a_gate(config: EngineConfig) -> (Worker, Arc<Gate>) {
-    let gate = Arc::new(Gate(Mutex::new(GateState { is_shut: true, held: Vec::new() })));
+    let gate = Arc::new(Gate(Mutex::new(GateState { is_shut: true, ..GateState::default() })));
     let of_io = Arc::clone(&gate);
     let wrap = move |io| -> Arc<dyn BlockIo> { Arc::new(Gated(io, Arc::clone(&of_io))) };
     (Worker::of(Engine::open_wrapped(config, wrap).expect("opens")), gate)
@@ -447,4 +472,28 @@ fn a_close_does_not_wait_for_it_and_leaves_the_list_as_it_was() {
     let worker = Worker::new(config);
     let progress = warmed(&worker);
     assert_eq!((progress.state, progress.listed_blocks), (WarmState::Done, 15 * u64::from(BLOCKS)));
+}
+
+#[test]
+fn while_the_writer_is_behind_no_more_is_read() {
+    let directory = directory();
+    let config = config(directory.path(), 16, PolicyChoice::Pegaflow);
+    closed_with(&config, &chains(0..12));
+    let (mut worker, gate) = behind_a_gate(config);
+    wait("reads of the warm start", || gate.held() > 0);
+    gate.hold_writes();
+    for chain in chains(100..104) {
+        worker.lookup(&chain);
+        assert_eq!(worker.save(&chain, BlockKey::ROOT).saved, BLOCKS);
+    }
+    assert!(worker.engine.stats().dram_dirty_bytes > (16 << 20) / 8);
+    gate.let_read();
+    // What was asked for before still comes.
+    wait("the steps in flight", || worker.engine.stats().warm_start.read_blocks >= gate.prefetches());
+    std::thread::sleep(Duration::from_millis(700));
+    let progress = worker.engine.stats().warm_start;
+    assert_eq!((progress.state, progress.read_blocks), (WarmState::Running, gate.prefetches()));
+    assert!(progress.read_blocks < 4 * u64::from(BLOCKS), "{progress:?}");
+    gate.open();
+    assert_eq!(warmed(&worker).state, WarmState::Done);
 }

@@ -374,3 +374,30 @@ impl<'a> Warming<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_have_rising_numbers_whatever_the_clock_says() {
+        let warm_start = WarmStart::new(Instant::now(), true);
+        warm_start.progress.lock().last_list = 1000;
+        let numbers = [5, 2000, 1500, 1500].map(|unix_ms| warm_start.next_list(unix_ms));
+        assert_eq!(numbers, [1001, 2000, 2001, 2002]);
+    }
+
+    #[test]
+    fn no_list_takes_the_place_of_one_that_is_on_its_way() {
+        let warm_start = WarmStart::new(Instant::now(), true);
+        assert!(!warm_start.may_keep(7), "it runs");
+        for state in [WarmState::Done, WarmState::Full, WarmState::Nothing, WarmState::Stopped] {
+            warm_start.change(|progress| progress.state = state);
+            assert!(warm_start.may_keep(7) && !warm_start.may_keep(0), "{state:?}");
+        }
+        warm_start.kept(7, 1);
+        assert!(!warm_start.may_keep(7) && warm_start.may_keep(8), "only when something has happened");
+        let off = WarmStart::new(Instant::now(), false);
+        assert!(!off.may_keep(7));
+    }
+}
