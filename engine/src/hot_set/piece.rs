@@ -88,6 +88,7 @@ pub(super) fn decode(notes: impl Iterator<Item = Vec<u8>>) -> Option<HotSet> {
     for piece in pieces {
         for (was, mut block) in (piece.first..).zip(piece.blocks) {
             if let Some(parent) = block.parent {
+                // Only of those before it: so nothing comes before its own ancestors.
                 block.parent = places.get(parent as usize).copied().flatten();
                 if block.parent.is_none() {
                     continue;
@@ -110,23 +111,22 @@ fn decode_piece(note: &[u8]) -> Option<Piece> {
     }
     let (written_unix_ms, first) = (rest.u64()?, rest.u32()?);
     let (count, places) = (rest.u32()? as usize, rest.u16()? as usize);
-    if count > BLOCKS_PER_PIECE || places > PLACES_MAX || rest.0.len() != places * PLACE_BYTES + count * BLOCK_BYTES {
+    let is_too_long = count > BLOCKS_PER_PIECE || first as usize + count > PIECES_MAX * BLOCKS_PER_PIECE;
+    if is_too_long || places > PLACES_MAX || rest.0.len() != places * PLACE_BYTES + count * BLOCK_BYTES {
         return None;
     }
     let places: Vec<_> =
         (0..places).map(|_| Some((NamespaceHandle(rest.u32()?), rest.u16()?))).collect::<Option<_>>()?;
-    let block = |number: u32| {
+    let block = |_| {
         let key = BlockKey::from_bytes(*rest.take::<32>()?);
         let parent = rest.u32()?.checked_sub(1);
         let (idle_s, evidence) = (rest.u32()?, rest.u32()?);
         let [uses, first_turn, turn, blocks_after, place] = *rest.take()?;
         let memory = BlockMemory { idle_s, evidence, uses, first_turn, turn, blocks_after };
-        // Ancestors come first, so nothing is its own.
-        let is_before = parent.is_none_or(|parent| first.checked_add(number).is_some_and(|own| parent < own));
         let place = *places.get(usize::from(place))?;
-        is_before.then(|| HotBlock::new(place, key, parent, memory))
+        Some(HotBlock::new(place, key, parent, memory))
     };
-    let blocks = (0..count as u32).map(block).collect::<Option<Vec<_>>>()?;
+    let blocks = (0..count).map(block).collect::<Option<Vec<_>>>()?;
     Some(Piece { written_unix_ms, first, blocks })
 }
 

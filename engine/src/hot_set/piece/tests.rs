@@ -91,6 +91,17 @@ fn whatever_a_piece_says_is_bounded() {
     }
 }
 
+#[test]
+fn a_piece_behind_the_end_of_all_lists_is_none() {
+    for first in [(PIECES_MAX * BLOCKS_PER_PIECE) as u32 - 2, u32::MAX - 1, u32::MAX] {
+        let mut piece = drawn();
+        piece[17..21].copy_from_slice(&first.to_le_bytes());
+        let checksum = xxh3_64(&piece[CHECKED_FROM..]);
+        piece[1..9].copy_from_slice(&checksum.to_le_bytes());
+        assert_eq!(decode([piece].into_iter()), None, "{first}");
+    }
+}
+
 fn long(blocks: u32) -> HotSet {
     // Pairs: a first block of a chain, and the one after it.
     let one = |number: u32| HotBlock {
