@@ -155,6 +155,8 @@ struct State {
     /// could not be written. By the number of the removal.
     removed: HashMap<RecordId, u64, Build>,
     removals: u64,
+    /// How many blocks are here of which the parent is not, by that parent.
+    without_parent: HashMap<RecordId, u32, Build>,
     /// Of whom the policies are to be told.
     entering: VecDeque<RecordId>,
     tick: u64,
@@ -393,9 +395,7 @@ impl Residency {
         if block.is_dirty() {
             state.dirty_bytes += block.slot.bytes() as u64;
         }
-        if let Some(parent) = state.blocks.get(&block.id.with_key(block.parent)) {
-            parent.children.fetch_add(1, Ordering::Relaxed);
-        }
+        state.join_chain(&block);
         let (id, slot_bytes) = (block.id, block.slot.bytes());
         state.by_chunk.insert((block.slot.chunk(), id));
         state.by_fingerprint.insert(id.fingerprint(), id);
@@ -554,10 +554,43 @@ impl State {
             counters.wasted_blocks.add(1);
             counters.wasted_bytes.add(slot_bytes as u64);
         }
-        if let Some(parent) = self.blocks.get(&id.with_key(block.parent)) {
-            let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
-        }
+        self.leave_chain(&block);
         Some(block)
+    }
+
+    /// Counts a block that comes as a child of its parent, and those that came before it as its own: reads end in any order.
+    fn join_chain(&mut self, block: &Resident) {
+        if let Some(children) = self.without_parent.remove(&block.id) {
+            block.children.store(children, Ordering::Relaxed);
+        }
+        if block.parent.is_root() {
+            return;
+        }
+        let parent = block.id.with_key(block.parent);
+        match self.blocks.get(&parent) {
+            Some(parent) => drop(parent.children.fetch_add(1, Ordering::Relaxed)),
+            None => *self.without_parent.entry(parent).or_default() += 1,
+        }
+    }
+
+    /// The reverse, for a block that has gone.
+    fn leave_chain(&mut self, block: &Resident) {
+        let children = block.children.load(Ordering::Relaxed);
+        if children > 0 {
+            self.without_parent.insert(block.id, children);
+        }
+        if block.parent.is_root() {
+            return;
+        }
+        let parent = block.id.with_key(block.parent);
+        if let Some(parent) = self.blocks.get(&parent) {
+            let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        } else if let Some(children) = self.without_parent.get_mut(&parent) {
+            *children -= 1;
+            if *children == 0 {
+                self.without_parent.remove(&parent);
+            }
+        }
     }
 
     fn may_leave(&self, id: &RecordId) -> bool {

@@ -367,3 +367,37 @@ fn a_block_that_comes_back_is_worth_what_it_was() {
         assert!(expected, "{:?}, was {memory:?}", found.memory);
     }
 }
+
+/// A block that came after its child is no leaf, and none is counted twice or for ever.
+#[test]
+fn a_parent_that_comes_later_knows_its_children() {
+    let residency = residency_of(PolicyChoice::Lru);
+    let mut keys = KeyChain::new();
+    let place = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key: BlockKey::ROOT };
+    let chain: Vec<(RecordId, BlockKey)> = (0..4)
+        .map(|depth| {
+            let parent = keys.parent();
+            (place.with_key(keys.next(&[depth], b"")), parent)
+        })
+        .collect();
+    let come = |at: usize| {
+        let slot = residency.alloc(BLOCK).expect("room");
+        let (id, parent) = chain[at];
+        drop(residency.insert(Resident::new(id, (parent, at as u32), Arc::new(slot), BLOCK as u64, false), false));
+    };
+    let leave = |at: usize| drop(residency.state.lock().detach(&chain[at].0, &mut residency.policies.lock()));
+    let leaves = || -> Vec<usize> {
+        let state = residency.state.lock();
+        (0..4).filter(|at| state.may_leave_as_leaf(&chain[*at].0)).collect()
+    };
+    [3, 1, 2, 0].into_iter().for_each(come);
+    assert_eq!(leaves(), [3]);
+    leave(1);
+    assert_eq!(leaves(), [0, 3], "its child has no parent");
+    come(1);
+    assert_eq!(leaves(), [3], "and has it again");
+    leave(2);
+    leave(3);
+    assert_eq!(leaves(), [1]);
+    assert!(residency.state.lock().without_parent.is_empty());
+}
