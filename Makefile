@@ -67,7 +67,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
+.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
 .PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -126,6 +126,9 @@ bench-index: server ## Lookups, memory and opens of the index; rows without payl
 bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)')
 
+bench-warm: toolchain ## How soon after an open the hot set is in DRAM, beside what the drive reads. DIR=folder on the drive, MIB=512
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_warm -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)') $(OPTIONS)
+
 bench-policy: server ## Policies on a trace: hits, writes, the optimum; cost at 10M blocks. TRACE=file or SYNTHETIC=chat, CAPACITIES=a,b,c
 	@mkdir -p $(TARGET)/policy
 	@$(CARGO_OUT)/release/pegaflow policy cost --blocks $(BLOCKS) --policies lru,pegaflow
@@ -160,8 +163,9 @@ bench-interference: ## What loads and saves at full speed cost a decode batch. P
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)
 
-fixtures: toolchain ## Write the fixtures of the format that are missing in tiers/fixtures; touches no other
+fixtures: toolchain ## Write the fixtures of the format that are missing in */fixtures; touches no other
 	@cargo test --quiet -p pegaflow-tiers --lib write_missing_fixtures -- --ignored --nocapture
+	@cargo test --quiet -p pegaflow-engine --lib write_missing_fixture -- --ignored --nocapture
 
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc

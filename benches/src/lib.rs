@@ -16,7 +16,7 @@ pub use arbiter_world::{LENGTHS, Stretch, Told, World, WorldOutcome};
 pub use decode_capacity::decode_capacity_gbps;
 pub use kv_bytes::KvBytes;
 pub use page_cache::{cached_bytes, drive_bytes};
-pub use prompts::{BLOCK_BYTES, Prompts, block_memory, spec};
+pub use prompts::{BLOCK_BYTES, Prompts, block_memory, memory_of, spec};
 pub use raw_drive::{DEPTH_MAX, RawDrive, Shape, Transfer};
 pub use records::{PROMPT_BLOCKS, Records};
 pub use store_load::{Content, Order, StoreLoad, TurnShape};

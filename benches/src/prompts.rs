@@ -70,10 +70,19 @@ pub fn spec() -> InstanceSpec {
 /// # Errors
 /// `InvalidInput` for no blocks.
 pub fn block_memory(blocks: u32) -> Result<Arc<dyn DeviceMemory>> {
-    let mut bytes = vec![0u8; (BLOCK_BYTES * u64::from(blocks)) as usize].into_boxed_slice();
+    memory_of(BLOCK_BYTES, vec![0u8; (BLOCK_BYTES * u64::from(blocks)) as usize])
+}
+
+/// These bytes as memory for blocks of `block_bytes`.
+///
+/// # Errors
+/// `InvalidInput` for no blocks.
+pub fn memory_of(block_bytes: u64, bytes: Vec<u8>) -> Result<Arc<dyn DeviceMemory>> {
+    let mut bytes = bytes.into_boxed_slice();
     let start = NonNull::new(bytes.as_mut_ptr()).unwrap_or(NonNull::dangling());
     let length = bytes.len() as u64;
-    let fragments = vec![Fragment { offset: 0, stride: BLOCK_BYTES, bytes: BLOCK_BYTES }];
+    let blocks = u32::try_from(length / block_bytes.max(1)).unwrap_or(u32::MAX);
+    let fragments = vec![Fragment { offset: 0, stride: block_bytes, bytes: block_bytes }];
     // SAFETY: the memory owns the bytes, whose place does not change when the box moves, and nobody else uses them.
     let memory = unsafe { HostMemory::new(start, length, fragments, blocks, Box::new(bytes)) }?;
     Ok(Arc::new(memory))

@@ -290,6 +290,68 @@ pub struct FetchTotals {
     pub failed_blocks: u64,
 }
 
+/// How far the hot set of the run before has come back to DRAM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WarmState {
+    /// It is not wanted, or there is no store.
+    #[default]
+    Off,
+    /// Its blocks are being read.
+    Running,
+    /// None is known: the store is new, or what was known of it is lost.
+    Nothing,
+    /// All of it that is still in the store is in DRAM.
+    Done,
+    /// DRAM has no room for the rest: it is smaller than before, or others were faster.
+    Full,
+    /// The store went out of use.
+    Stopped,
+}
+
+impl WarmState {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Off, Self::Running, Self::Nothing, Self::Done, Self::Full, Self::Stopped];
+
+    /// Its name in metrics and `/status`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Running => "running",
+            Self::Nothing => "nothing",
+            Self::Done => "done",
+            Self::Full => "full",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// The way of the hot set back to DRAM after an open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct WarmProgress {
+    /// How far it is.
+    #[serde(rename = "warm_state")]
+    pub state: WarmState,
+    /// Blocks of the list, all shards of a block as one.
+    #[serde(rename = "warm_listed_blocks")]
+    pub listed_blocks: u64,
+    /// Those of them that the store does not have any more.
+    #[serde(rename = "warm_missing_blocks")]
+    pub missing_blocks: u64,
+    /// Blocks that were read, each shard for itself.
+    #[serde(rename = "warm_read_blocks")]
+    pub read_blocks: u64,
+    /// Bytes of their payloads.
+    #[serde(rename = "warm_read_bytes")]
+    pub read_bytes: u64,
+    /// From the beginning of the open to the last of them, in ms; as long as it runs to this moment.
+    #[serde(rename = "warm_ms")]
+    pub took_ms: u64,
+    /// Blocks of the list that this run has kept last for the next one; 0 before the first.
+    #[serde(rename = "warm_kept_blocks")]
+    pub kept_blocks: u64,
+}
+
 /// A snapshot of counters and gauges. Counters are since open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
@@ -361,6 +423,8 @@ pub struct Stats {
     pub fetched_request: FetchTotals,
     /// Blocks read because they are likely to be asked for.
     pub fetched_hot_set: FetchTotals,
+    /// The way of the hot set back to DRAM after the open.
+    pub warm_start: WarmProgress,
     /// Blocks loaded out of DRAM.
     pub loaded_dram_blocks: u64,
     /// Blocks loaded from the drive.

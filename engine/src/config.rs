@@ -193,6 +193,22 @@ pub struct NvmeConfig {
     /// How often the drive is asked for its health, in seconds. 0: never. Default: 600. Limits: 10 to 86,400.
     #[serde(default = "default_health_interval_s")]
     pub health_interval_s: u64,
+    /// Whether the blocks that were in DRAM come back from the drive after an open, in the background. Which ones is kept in
+    /// the store, 49 bytes a block, 200,000 at most. Default: true.
+    #[serde(default = "default_warm_start")]
+    pub warm_start: bool,
+    /// How often it is noted which ones these are, in seconds, as long as anything is asked for; also at a close. Default: 600.
+    /// Limits: 1 to 86,400.
+    #[serde(default = "default_hot_set_interval_s")]
+    pub hot_set_interval_s: u64,
+}
+
+fn default_warm_start() -> bool {
+    true
+}
+
+fn default_hot_set_interval_s() -> u64 {
+    600
 }
 
 fn default_health_interval_s() -> u64 {
@@ -230,6 +246,8 @@ impl NvmeConfig {
             write_budget: None,
             reinsert_percent: default_reinsert_percent(),
             health_interval_s: default_health_interval_s(),
+            warm_start: default_warm_start(),
+            hot_set_interval_s: default_hot_set_interval_s(),
         }
     }
 
@@ -401,6 +419,8 @@ impl EngineConfig {
             check(ok, problem);
             let (ok, problem) = within("nvme.reinsert_percent", nvme.reinsert_percent.into(), 0, 50);
             check(ok, problem);
+            let (ok, problem) = within("nvme.hot_set_interval_s", nvme.hot_set_interval_s, 1, 86_400);
+            check(ok, problem);
             let every = nvme.health_interval_s;
             let (ok, problem) = within("nvme.health_interval_s", every, 10, 86_400);
             check(ok || every == 0, format!("{problem}, or 0 for never"));
@@ -460,6 +480,7 @@ mod tests {
                 write_budget: Some(WriteBudget::MilliDriveWritesPerDay(1)),
                 reinsert_percent: 51,
                 health_interval_s: 9,
+                hot_set_interval_s: 0,
                 ..NvmeConfig::new("", ByteSize(1))
             }),
             ..EngineConfig::default()
@@ -474,6 +495,7 @@ mod tests {
             "nvme.write_budget",
             "nvme.reinsert_percent",
             "nvme.health_interval_s",
+            "nvme.hot_set_interval_s",
             "more_drives[1].capacity",
             "/a, which is listed already",
             "more_drives[2].path is empty",

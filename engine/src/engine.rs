@@ -21,6 +21,7 @@ use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
 use crate::fetch::{FetchReason, Fetches};
+use crate::hot_set::WarmStart;
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
@@ -34,7 +35,7 @@ use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
 use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::write_budget::WriteBudget;
-use crate::{lookup, objects, scheduler};
+use crate::{hot_set, lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
 const COMMIT_BYTES: u64 = 64 << 20;
@@ -126,6 +127,7 @@ impl Engine {
             leases: Leases::new(),
             load_choice: LoadChoice::new(config.load_policy),
             fetches,
+            warm_start: WarmStart::new(start, config.nvme.as_ref().is_some_and(|nvme| nvme.warm_start)),
             operations: Operations::default(),
             registry: Registry::default(),
             counters: Counters::default(),
@@ -394,6 +396,7 @@ impl Engine {
             fetched_look_aside: inner.fetches.totals(FetchReason::LookAside),
             fetched_request: inner.fetches.totals(FetchReason::REQUEST),
             fetched_hot_set: inner.fetches.totals(FetchReason::HotSet),
+            warm_start: inner.warm_start.progress(),
             loaded_dram_blocks: counters.loaded_dram_blocks.get(),
             loaded_nvme_blocks: counters.loaded_nvme_blocks.get(),
             load_failed_blocks: counters.load_failed_blocks.get(),
@@ -482,6 +485,7 @@ impl Shared {
         let threads = self.workers.write().stop();
         inner.leases.close();
         inner.fetches.close();
+        inner.residency.notify_room();
         inner.wear.close();
         inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;
@@ -495,6 +499,7 @@ impl Shared {
             tracing::debug!(%error, "the ledger of the write budget stays as it was noted last");
         }
         scheduler::keep_learned(inner);
+        hot_set::keep(inner);
         inner.drive.close(deadline)
     }
 }

@@ -15,6 +15,7 @@ use crate::config::EngineConfig;
 use crate::counters::Counters;
 use crate::drive_tier::DriveTier;
 use crate::fetch::Fetches;
+use crate::hot_set::WarmStart;
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
@@ -24,7 +25,7 @@ use crate::residency::Residency;
 use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests};
 use crate::wear::Wear;
-use crate::{scheduler, scrub, spares, store_keeper};
+use crate::{hot_set, scheduler, scrub, spares, store_keeper};
 
 /// How long a thread waits for copies before another takes its place.
 const SPARE_PATIENCE: Duration = Duration::from_secs(1);
@@ -55,6 +56,8 @@ pub(crate) struct Inner {
     pub(crate) scrub_rate: Arc<AtomicU64>,
     /// What is read beside everything else.
     pub(crate) fetches: Fetches,
+    /// The hot set of the run before, on its way back.
+    pub(crate) warm_start: WarmStart,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,
@@ -146,6 +149,10 @@ impl Workers {
             workers.spawn("pega-fetch".into(), move || fetcher.fetches.serve(&fetcher))?;
             let keeper = Arc::clone(inner);
             inner.drive.start_helper("pega-store", move || store_keeper::keep(&keeper))?;
+            if inner.warm_start.is_on() {
+                let warmer = Arc::clone(inner);
+                inner.drive.start_helper("pega-warm", move || hot_set::warm(&warmer))?;
+            }
             let scrubber = Arc::clone(inner);
             inner.drive.start_helper("pega-scrub", move || scrub::scrub(&scrubber))?;
         }

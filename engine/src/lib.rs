@@ -11,6 +11,7 @@ mod counters;
 mod drive_tier;
 mod engine;
 mod fetch;
+mod hot_set;
 mod inner;
 mod known_namespaces;
 mod lease;

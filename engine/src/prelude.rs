@@ -3,14 +3,16 @@
 pub use crate::api::{
     BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LeaseId,
     LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome,
-    SaveRequest, SessionId, SizeEstimate, Stats,
+    SaveRequest, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
-pub use crate::policy::{PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+pub use crate::policy::{
+    BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
+};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,

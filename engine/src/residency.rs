@@ -8,6 +8,8 @@
 //! Two locks: that of the policies, which is held for as long as a policy thinks, comes before that of the map, which is
 //! all that lookups take.
 
+mod hot;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
@@ -31,6 +33,10 @@ const DIRTY_PERCENT_MAX: u64 = 75;
 pub(crate) const ASKED_WORTH: f32 = 1.0 / 60.0;
 /// How often a slot is looked for, if others take those that were made free.
 const COLDER_TRIES: usize = 4;
+/// The time begins here: there are moments before it.
+const FIRST_TICK: u64 = 1 << 62;
+/// How many of the coldest blocks are looked at for one that nobody has used since it came back.
+const COLDEST_TRIES: usize = 64;
 /// How many blocks the policies are told of before one is asked who leaves; and how many under one lock of the map.
 const ENTER_MAX: usize = 4096;
 const ENTER_STEP: usize = 64;
@@ -77,8 +83,14 @@ impl Resident {
         usize::from(self.fetched.swap(0, Ordering::Relaxed)).checked_sub(1)
     }
 
+    /// Whether it was fetched for that reason, and nobody has used it since.
+    fn is_fetched_for(&self, reason: FetchReason) -> bool {
+        usize::from(self.fetched.load(Ordering::Relaxed)) == reason.rank() + 1
+    }
+
+    /// Whether somebody is to use it soon.
     fn is_fetched(&self) -> bool {
-        self.fetched.load(Ordering::Relaxed) > 0
+        self.fetched.load(Ordering::Relaxed) > 0 && !self.is_fetched_for(FetchReason::HotSet)
     }
 
     /// Notes that the block was not admitted to the drive.
@@ -145,9 +157,13 @@ struct State {
     /// could not be written. By the number of the removal.
     removed: HashMap<RecordId, u64, Build>,
     removals: u64,
+    /// How many blocks are here of which the parent is not, by that parent.
+    without_parent: HashMap<RecordId, u32, Build>,
     /// Of whom the policies are to be told.
     entering: VecDeque<RecordId>,
     tick: u64,
+    /// Ticks from here on downwards are of blocks that nobody has used since they came back from an earlier run.
+    coldest: u64,
     dirty_bytes: u64,
     evicted: u64,
     fetched: Arc<CountersByReason>,
@@ -199,7 +215,8 @@ impl Residency {
         arena.on_growth(Box::new(move || growing.announce()));
         let (is_ordered, policies) = (policies.take_last_first(), Mutex::new(policies));
         let fetched = Arc::<CountersByReason>::default();
-        let state = State { fetched: Arc::clone(&fetched), ..State::default() };
+        let (tick, coldest) = (FIRST_TICK, FIRST_TICK);
+        let state = State { fetched: Arc::clone(&fetched), tick, coldest, ..State::default() };
         Self { arena, policies, is_ordered, state: Mutex::new(state), room, fetched }
     }
 
@@ -381,14 +398,16 @@ impl Residency {
         if block.is_dirty() {
             state.dirty_bytes += block.slot.bytes() as u64;
         }
-        if let Some(parent) = state.blocks.get(&block.id.with_key(block.parent)) {
-            parent.children.fetch_add(1, Ordering::Relaxed);
-        }
+        state.join_chain(&block);
         let (id, slot_bytes) = (block.id, block.slot.bytes());
         state.by_chunk.insert((block.slot.chunk(), id));
         state.by_fingerprint.insert(id.fingerprint(), id);
         state.blocks.insert(id, Arc::clone(&block));
-        state.touch(&id, slot_bytes);
+        if block.is_fetched_for(FetchReason::HotSet) {
+            state.put_coldest(&id, slot_bytes);
+        } else {
+            state.touch(&id, slot_bytes);
+        }
         // The order of a chain is known when all of it has come, see `touch_chain`.
         let is_object = id.namespace == NamespaceHandle(0);
         let enters = if self.is_ordered { is_object } else { !block.is_dirty() };
@@ -493,6 +512,15 @@ impl State {
         }
     }
 
+    /// The block is less recent than all others.
+    fn put_coldest(&mut self, id: &RecordId, slot_bytes: usize) {
+        self.coldest -= 1;
+        let tick = self.coldest;
+        let order = self.order.entry(slot_bytes).or_insert_with(|| LruCache::unbounded_with_hasher(Build::default()));
+        order.put(*id, tick);
+        order.demote(id);
+    }
+
     /// The policies are to be told of a block, if it is here.
     fn start_entering(&mut self, id: &RecordId) {
         if let Some(block) = self.blocks.get(id)
@@ -529,10 +557,43 @@ impl State {
             counters.wasted_blocks.add(1);
             counters.wasted_bytes.add(slot_bytes as u64);
         }
-        if let Some(parent) = self.blocks.get(&id.with_key(block.parent)) {
-            let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
-        }
+        self.leave_chain(&block);
         Some(block)
+    }
+
+    /// Counts a block that comes as a child of its parent, and those that came before it as its own: reads end in any order.
+    fn join_chain(&mut self, block: &Resident) {
+        if let Some(children) = self.without_parent.remove(&block.id) {
+            block.children.store(children, Ordering::Relaxed);
+        }
+        if block.parent.is_root() {
+            return;
+        }
+        let parent = block.id.with_key(block.parent);
+        match self.blocks.get(&parent) {
+            Some(parent) => drop(parent.children.fetch_add(1, Ordering::Relaxed)),
+            None => *self.without_parent.entry(parent).or_default() += 1,
+        }
+    }
+
+    /// The reverse, for a block that has gone.
+    fn leave_chain(&mut self, block: &Resident) {
+        let children = block.children.load(Ordering::Relaxed);
+        if children > 0 {
+            self.without_parent.insert(block.id, children);
+        }
+        if block.parent.is_root() {
+            return;
+        }
+        let parent = block.id.with_key(block.parent);
+        if let Some(parent) = self.blocks.get(&parent) {
+            let _ = parent.children.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        } else if let Some(children) = self.without_parent.get_mut(&parent) {
+            *children -= 1;
+            if *children == 0 {
+                self.without_parent.remove(&parent);
+            }
+        }
     }
 
     fn may_leave(&self, id: &RecordId) -> bool {
@@ -583,15 +644,29 @@ impl State {
 
     /// The block of a size that its policy lets go, or the oldest if the policy does not know that.
     fn take_least(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
-        let oldest = *self.order.get(&slot_bytes)?.peek_lru()?.0;
-        if !policies.contains(slot_bytes, oldest.fingerprint()) && self.may_leave_as_leaf(&oldest) {
-            return self.detach(&oldest, policies);
+        if let Some(unknown) = self.unknown_leaf(slot_bytes, policies) {
+            return self.detach(&unknown, policies);
         }
         let least = policies.evict(slot_bytes, &mut |fingerprint| {
             self.by_fingerprint.get(&fingerprint).is_some_and(|id| self.may_leave_as_leaf(id))
         })?;
         let id = *self.by_fingerprint.get(&least)?;
         self.detach(&id, policies)
+    }
+
+    /// The oldest of a size, if its policy does not know it; of blocks that have come back from an earlier run and that
+    /// nobody has used, the first of the oldest that may leave: they came in some disorder.
+    fn unknown_leaf(&self, slot_bytes: usize, policies: &SizePolicies) -> Option<RecordId> {
+        for (id, _) in self.order.get(&slot_bytes)?.iter().rev().take(COLDEST_TRIES) {
+            if policies.contains(slot_bytes, id.fingerprint()) {
+                return None;
+            }
+            if self.may_leave_as_leaf(id) {
+                return Some(*id);
+            }
+            self.blocks.get(id).filter(|block| block.is_fetched_for(FetchReason::HotSet))?;
+        }
+        None
     }
 
     /// A block of a size that is worth less than the newcomer, see [`Residency::alloc_colder`].
@@ -613,8 +688,14 @@ impl State {
             // Who is asked for nothing in vain gives nobody another round.
             order.peek_lru().filter(|(_, tick)| **tick < asked_at)?;
             let is_older = |id: &RecordId| order.peek(id).is_some_and(|tick| *tick < asked_at);
-            policies
-                .evict(slot_bytes, &mut |fingerprint| may_leave(self, fingerprint).as_ref().is_some_and(is_older))?
+            match self.unknown_leaf(slot_bytes, policies).filter(|id| {
+                self.blocks.get(id).is_some_and(|block| block.is_fetched_for(FetchReason::HotSet)) && is_older(id)
+            }) {
+                Some(unused) => unused.fingerprint(),
+                None => policies.evict(slot_bytes, &mut |fingerprint| {
+                    may_leave(self, fingerprint).as_ref().is_some_and(is_older)
+                })?,
+            }
         } else {
             let newcomer = newcomer.fingerprint();
             let least = asked_at.map_or(0.0, |_| ASKED_WORTH);

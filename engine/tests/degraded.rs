@@ -16,7 +16,11 @@ use support::{BLOCK, BLOCKS, Worker, keys, spec};
 const KINDS: [IoKind; 3] = [IoKind::Read, IoKind::Write, IoKind::Sync];
 
 fn config(path: &Path) -> EngineConfig {
-    let nvme = NvmeConfig { region: Some(ByteSize::mib(4)), ..NvmeConfig::new(path.join("store"), ByteSize::mib(64)) };
+    let nvme = NvmeConfig {
+        region: Some(ByteSize::mib(4)),
+        warm_start: false,
+        ..NvmeConfig::new(path.join("store"), ByteSize::mib(64))
+    };
     EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), commit_interval_ms: 20, ..EngineConfig::default() }
 }
 

@@ -72,7 +72,11 @@ type FaultyIo = Faulty<Arc<dyn BlockIo>>;
 type Drive = Arc<Mutex<(FaultPlan, Option<Arc<FaultyIo>>)>>;
 
 fn open(path: &Path, drive: &Drive) -> Engine {
-    let nvme = NvmeConfig { region: Some(ByteSize::mib(4)), ..NvmeConfig::new(path.join("store"), ByteSize::mib(64)) };
+    let nvme = NvmeConfig {
+        region: Some(ByteSize::mib(4)),
+        warm_start: false,
+        ..NvmeConfig::new(path.join("store"), ByteSize::mib(64))
+    };
     let config =
         EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), commit_interval_ms: 20, ..EngineConfig::default() };
     let drive = Arc::clone(drive);

@@ -21,7 +21,11 @@ const TOKENS: u32 = 16;
 type FaultyIo = Faulty<Arc<dyn BlockIo>>;
 
 fn open(path: &Path, drive: &Arc<Mutex<Option<Arc<FaultyIo>>>>) -> Engine {
-    let nvme = NvmeConfig { region: Some(ByteSize::mib(4)), ..NvmeConfig::new(path.join("store"), ByteSize::mib(64)) };
+    let nvme = NvmeConfig {
+        region: Some(ByteSize::mib(4)),
+        warm_start: false,
+        ..NvmeConfig::new(path.join("store"), ByteSize::mib(64))
+    };
     let config =
         EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), commit_interval_ms: 20, ..EngineConfig::default() };
     let drive = Arc::clone(drive);

@@ -17,6 +17,8 @@ fn config(path: &Path, capacity_mib: u64, io_engine: IoEngineChoice) -> EngineCo
     let nvme = NvmeConfig {
         region: Some(ByteSize::mib(4)),
         io_engine,
+        // What comes from the drive is to come from there.
+        warm_start: false,
         ..NvmeConfig::new(path.join("store"), ByteSize::mib(capacity_mib))
     };
     EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), ..EngineConfig::default() }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use pegaflow_engine::{LoadPolicy, PoisonReason, Stats};
+use pegaflow_engine::{LoadPolicy, PoisonReason, Stats, WarmState};
 
 /// The counters and gauges of one server as Prometheus text.
 #[derive(Clone)]
@@ -208,6 +208,22 @@ fn describe() {
         "pegaflow_hit_ratio_estimate",
         "Share of the blocks asked for lately that a tier of that percentage of its present size would serve."
     );
+    metrics::describe_gauge!(
+        "pegaflow_warm_start",
+        "1 for how far the hot set of the run before has come back to DRAM, 0 for all others."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_warm_start_listed_blocks",
+        "Blocks that were in DRAM before the start, all shards of a block as one."
+    );
+    metrics::describe_gauge!(
+        "pegaflow_warm_start_missing_blocks",
+        "Those of them that the store does not have any more."
+    );
+    metrics::describe_gauge!("pegaflow_warm_start_read_blocks", "Blocks that came back, each shard for itself.");
+    metrics::describe_gauge!("pegaflow_warm_start_read_bytes", "Bytes of payloads that came back.");
+    metrics::describe_gauge!("pegaflow_warm_start_seconds", "How long that took from the start on.");
+    metrics::describe_gauge!("pegaflow_hot_set_kept_blocks", "Blocks that were noted last for the next start.");
     metrics::describe_gauge!("pegaflow_sessions", "Connected clients.");
     metrics::describe_gauge!("pegaflow_operations", "Loads and saves of clients in flight.");
     metrics::describe_gauge!("pegaflow_ready", "1 if the server is fit to serve, else 0.");
@@ -256,6 +272,17 @@ fn record(stats: &Stats, server: ServerGauges) {
     ] {
         metrics::counter!("pegaflow_refused_blocks_total", "reason" => reason).absolute(blocks);
     }
+    let warm = &stats.warm_start;
+    for state in WarmState::ALL {
+        let is_it = f64::from(u8::from(warm.state == state));
+        metrics::gauge!("pegaflow_warm_start", "state" => state.as_str()).set(is_it);
+    }
+    metrics::gauge!("pegaflow_warm_start_listed_blocks").set(warm.listed_blocks as f64);
+    metrics::gauge!("pegaflow_warm_start_missing_blocks").set(warm.missing_blocks as f64);
+    metrics::gauge!("pegaflow_warm_start_read_blocks").set(warm.read_blocks as f64);
+    metrics::gauge!("pegaflow_warm_start_read_bytes").set(warm.read_bytes as f64);
+    metrics::gauge!("pegaflow_warm_start_seconds").set(warm.took_ms as f64 / 1000.0);
+    metrics::gauge!("pegaflow_hot_set_kept_blocks").set(warm.kept_blocks as f64);
     for (tier, estimates) in [("dram", &stats.dram_estimates), ("nvme", &stats.nvme_estimates)] {
         for estimate in estimates {
             let percent = estimate.percent_of_present.to_string();
@@ -303,7 +330,7 @@ fn record(stats: &Stats, server: ServerGauges) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pegaflow_engine::{DriveSpeed, DriveWear, FetchTotals, SizeEstimate};
+    use pegaflow_engine::{DriveSpeed, DriveWear, FetchTotals, SizeEstimate, WarmProgress};
 
     #[test]
     fn the_text_has_help_type_and_value_of_every_metric() {
@@ -315,6 +342,7 @@ mod tests {
             nvme_degraded: Some(PoisonReason::NoSpace),
             io_engine: "psync".into(),
             refused_unproven_blocks: 5,
+            warm_start: WarmProgress { state: WarmState::Running, read_bytes: 11, took_ms: 1500, ..Default::default() },
             fetched_request: FetchTotals { blocks: 4, wasted_bytes: 11, ..FetchTotals::default() },
             nvme_estimates: vec![SizeEstimate { percent_of_present: 200, capacity_bytes: 9, hit_permille: 125 }],
             drives,
@@ -341,6 +369,10 @@ mod tests {
             "pegaflow_fetched_wasted_bytes_total{reason=\"request\"} 11",
             "pegaflow_fetched_blocks_total{reason=\"hot_set\"} 0",
             "pegaflow_drive_used_percent{drive=\"nvme0\"} 12",
+            "pegaflow_warm_start{state=\"running\"} 1",
+            "pegaflow_warm_start{state=\"done\"} 0",
+            "pegaflow_warm_start_read_bytes 11",
+            "pegaflow_warm_start_seconds 1.5",
             "pegaflow_drive_read_bytes_per_second{path=\"/nvme\"} 7",
             "pegaflow_drive_read_depth_bytes{path=\"/nvme\"} 8",
             "pegaflow_sessions 2",

@@ -48,6 +48,13 @@ pub struct Settings {
     /// How often the drive is asked for its health, in seconds, 10 to 86400; 0 for never.
     #[arg(long, env = "PEGAFLOW_HEALTH_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
     pub health_interval: u64,
+    /// Whether the blocks that were in DRAM come back from the drive after a start, in the background: on or off.
+    #[arg(long, env = "PEGAFLOW_WARM_START", value_name = "BOOL", value_parser = BoolishValueParser::new(),
+          action = ArgAction::Set, default_value = "true")]
+    pub warm_start: bool,
+    /// How often it is noted which blocks these are, in seconds, 1 to 86400; also at a stop.
+    #[arg(long, env = "PEGAFLOW_HOT_SET_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
+    pub hot_set_interval: u64,
     /// Bytes of DRAM for blocks, taken at start.
     #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
     pub dram: ByteSize,
@@ -148,6 +155,8 @@ impl Settings {
             write_budget: self.write_budget,
             reinsert_percent: self.reinsert_percent,
             health_interval_s: self.health_interval,
+            warm_start: self.warm_start,
+            hot_set_interval_s: self.hot_set_interval,
             ..NvmeConfig::new(path, self.capacity)
         });
         EngineConfig {

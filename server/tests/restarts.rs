@@ -188,6 +188,23 @@ fn with_store(socket: &std::path::Path, store: &std::path::Path) -> Command {
 
 #[test]
 fn what_was_saved_is_there_after_sigterm_and_a_new_start() {
+    saved_and_started_again(false);
+}
+
+/// As the option has it by default: in DRAM, without a load, and the counters say so.
+#[test]
+fn what_was_in_dram_is_there_after_sigterm_and_a_new_start() {
+    saved_and_started_again(true);
+}
+
+fn saved_and_started_again(is_warm: bool) {
+    let with_store = |socket: &std::path::Path, store: &std::path::Path| {
+        let mut command = with_store(socket, store);
+        if !is_warm {
+            command.args(["--warm-start", "off"]);
+        }
+        command
+    };
     let directory = store_directory();
     let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
     let socket = sockets.path().join("p.sock");
@@ -205,8 +222,16 @@ fn what_was_saved_is_there_after_sigterm_and_a_new_start() {
     let (_server, ready) = Process::start(with_store(&socket, &store));
     assert_eq!(ready["records"], count);
     worker.client.wait_connected(PATIENCE).expect("registers by itself");
+    let warm = || worker.client.stats().expect("answers")["warm_start"].clone();
+    until("the warm start", || warm()["warm_state"] != "running");
+    let expected = if is_warm { ("done", u64::from(count)) } else { ("off", 0) };
+    assert_eq!(
+        (warm()["warm_state"].as_str(), warm()["warm_read_blocks"].as_u64()),
+        (Some(expected.0), Some(expected.1))
+    );
     let operation = worker.start_load(count);
-    let loaded = LoadOutcome { loaded_dram: 0, loaded_nvme: count, failed: vec![] };
+    let (loaded_dram, loaded_nvme) = if is_warm { (count, 0) } else { (0, count) };
+    let loaded = LoadOutcome { loaded_dram, loaded_nvme, failed: vec![] };
     assert_eq!(worker.wait(operation), CompletionResult::Load(loaded));
     for block in 0..count {
         assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");

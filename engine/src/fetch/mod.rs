@@ -407,9 +407,11 @@ impl Fetches {
     ) {
         if let Some((wish, end)) = state.queue.ended(started, is_read, is_there, inner.load_choice.read_bytes()) {
             MutexGuard::unlocked(state, || {
-                // As after a load: the first block of a chain becomes the most recent.
-                let slot_bytes = Arena::slot_bytes(wish.block_bytes as usize);
-                inner.residency.touch_chain(wish.reads.iter().map(|(id, _)| (id, slot_bytes)));
+                // As after a load: the first block of a chain becomes the most recent. The hot set has another order.
+                if wish.reason != FetchReason::HotSet {
+                    let slot_bytes = Arena::slot_bytes(wish.block_bytes as usize);
+                    inner.residency.touch_chain(wish.reads.iter().map(|(id, _)| (id, slot_bytes)));
+                }
                 wish.end(end);
             });
         }

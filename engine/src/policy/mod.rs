@@ -35,6 +35,23 @@ pub struct PolicyBlock {
     pub bytes: u32,
 }
 
+/// What a policy remembers of the past of a block: enough to tell its worth again after a restart.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BlockMemory {
+    /// Seconds since it was used last.
+    pub idle_s: u32,
+    /// What was known of it then, in the policy's own words.
+    pub evidence: u32,
+    /// Requests that used it; 255 stands for more, too.
+    pub uses: u8,
+    /// The turn of the conversation that brought it.
+    pub first_turn: u8,
+    /// That of its last use.
+    pub turn: u8,
+    /// Blocks after it in the last request; 255 stands for more, too.
+    pub blocks_after: u8,
+}
+
 /// A request for a chain of blocks.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyRequest<'a> {
@@ -112,6 +129,14 @@ pub trait Policy: Send {
     fn restore(&mut self, _note: &[u8]) -> bool {
         false
     }
+
+    /// What it remembers of a block that requests have named, here or not; `None` where it only knows an order.
+    fn memory(&self, _key: u64) -> Option<BlockMemory> {
+        None
+    }
+
+    /// A block that was inserted just now has this past; what was thought of it before is forgotten.
+    fn recall(&mut self, _key: u64, _memory: &BlockMemory) {}
 
     /// Whether the owner hands over the blocks of a request from the last to the first. Policies that know only the order
     /// of arrival need that, or else roots would leave before their leaves. One that knows the tree takes them as they

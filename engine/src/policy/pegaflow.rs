@@ -23,7 +23,7 @@ use self::tree::Tree;
 use self::watch::Watch;
 use self::worth::Worth;
 use super::least_recent::PINNED_MAX;
-use super::{Policy, PolicyBlock, PolicyRequest, SplitMix};
+use super::{BlockMemory, Policy, PolicyBlock, PolicyRequest, SplitMix};
 
 /// Time is kept in ticks of this many ms.
 const TICK_MS: u64 = 16;
@@ -41,6 +41,8 @@ const AGED_PER_BLOCK: usize = 4;
 const FORGOTTEN_MAX: usize = 4096;
 /// How many times a search for a victim puts a block in its right place first.
 const CORRECTIONS_MAX: usize = 16;
+/// A policy that goes on after a restart can remember uses of so long ago, in ticks: three days.
+const PAST_TICKS: u32 = 1 << 24;
 /// Blocks are watched for so many times the age at which they leave.
 const HORIZON: f32 = 4.0;
 
@@ -74,8 +76,9 @@ pub struct PegaflowPolicy {
     worth: Worth,
     watch: Watch,
     random: SplitMix,
-    /// The time of the first request, in ms, and since then in ticks.
+    /// The time of the first request, in ms, and since then in ticks, the ticks before it included.
     epoch_ms: Option<u64>,
+    past: u32,
     now: u32,
     /// The nodes of the last request's chain, and where in it the next search begins.
     path: Vec<u32>,
@@ -105,6 +108,7 @@ impl PegaflowPolicy {
             watch: Watch::new(),
             random: SplitMix::new(config.seed),
             epoch_ms: None,
+            past: 0,
             now: 0,
             path: Vec::new(),
             hint: Cell::new(0),
@@ -327,7 +331,7 @@ impl Policy for PegaflowPolicy {
     fn request(&mut self, request: &PolicyRequest<'_>) {
         let epoch_ms = *self.epoch_ms.get_or_insert(request.now_ms);
         let now = request.now_ms.saturating_sub(epoch_ms) / TICK_MS;
-        self.now = self.now.max(now.min(u64::from(u32::MAX - 1)) as u32);
+        self.now = self.now.max((now + u64::from(self.past)).min(u64::from(u32::MAX - 1)) as u32);
         if self.unit_bytes == 0.0 {
             self.unit_bytes = request.chain.first().map_or(0.0, |block| block.bytes as f32);
         }
@@ -437,7 +441,34 @@ impl Policy for PegaflowPolicy {
     fn restore(&mut self, note: &[u8]) -> bool {
         let is_good = self.hazard.restore(note);
         self.worth.forget();
+        if is_good && self.epoch_ms.is_none() {
+            (self.past, self.now) = (PAST_TICKS, PAST_TICKS);
+        }
         is_good
+    }
+
+    fn memory(&self, key: u64) -> Option<BlockMemory> {
+        let node = self.find(key).map(|at| &self.tree.nodes[at as usize]).filter(|node| node.uses > 0)?;
+        Some(BlockMemory {
+            idle_s: seconds(self.now - node.last) as u32,
+            evidence: node.class.bits(),
+            uses: node.uses.min(u8::MAX.into()) as u8,
+            first_turn: node.first_turn,
+            turn: node.turn,
+            blocks_after: node.blocks_after,
+        })
+    }
+
+    fn recall(&mut self, key: u64, memory: &BlockMemory) {
+        let Some(at) = self.find(key) else { return };
+        let idle = (u64::from(memory.idle_s) * 1000 / TICK_MS).min(self.now.into()) as u32;
+        let node = &mut self.tree.nodes[at as usize];
+        (node.last, node.class) = (self.now - idle, Class::from_bits(memory.evidence));
+        (node.uses, node.first_turn, node.turn) = (memory.uses.max(1).into(), memory.first_turn, memory.turn);
+        node.blocks_after = memory.blocks_after;
+        if node.is_leaf() {
+            self.place_again(at);
+        }
     }
 
     fn takes_last_first(&self) -> bool {

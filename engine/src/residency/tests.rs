@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::policy::{PegaflowConfig, PolicyChoice, SplitMix};
+use crate::policy::{BlockMemory, PegaflowConfig, PolicyChoice, SplitMix};
 use pegaflow_tiers::{ArenaConfig, KeyChain, NamespaceHandle};
 
 const BLOCK: usize = 60 * 1024;
@@ -264,7 +264,7 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
         let slot = residency.alloc_colder(BLOCK, &ids[at], None)?;
         let parent = at.checked_sub(1).map_or(BlockKey::ROOT, |before| ids[before].key);
         let block = Resident::new(ids[at], (parent, at as u32), Arc::new(slot), BLOCK as u64, false);
-        block.mark_fetched(FetchReason::HotSet);
+        block.mark_fetched(FetchReason::REQUEST);
         drop(residency.insert(block, false));
         Some(())
     };
@@ -285,6 +285,11 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
     residency.note_loaded(last.iter());
     drop(last);
     assert!(fetch(&newer, 0).is_some() && !residency.contains(&asked[63]), "until it was used");
+    // Not so what has come back from an earlier run: nobody is known to wait for it.
+    residency.get(&asked[62]).expect("here").mark_fetched(FetchReason::HotSet);
+    assert!(fetch(&newer, 1).is_some() && !residency.contains(&asked[62]));
+    let [_, request, _] = &*residency.fetched;
+    assert_eq!((request.used_blocks.get(), request.wasted_blocks.get()), (1, 0));
     // Somebody waits for it: that is a use in a minute, which is more than anything here is worth after an hour.
     let unknown = of_keys(4, 1);
     let all: Vec<_> = residency.ids().iter().filter_map(|id| residency.get(id)).collect();
@@ -293,6 +298,114 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
     ask(&newer, 4000);
     assert!(residency.alloc_colder(BLOCK, &unknown[0], None).is_none());
     assert!(residency.alloc_colder(BLOCK, &unknown[0], Some(0)).is_some());
-    let [.., hot_set] = &*residency.fetched;
-    assert_eq!((hot_set.used_blocks.get(), hot_set.wasted_blocks.get()), (1, 0));
+}
+
+/// What has come back from an earlier run and nobody has used makes room for what a request waits for, the coldest first.
+#[test]
+fn the_hot_set_makes_room_for_a_request_and_in_its_order() {
+    let policies = [PolicyChoice::Lru, PolicyChoice::Fifo, PolicyChoice::S3Fifo, PolicyChoice::Arc];
+    for (policy, is_settled) in policies.into_iter().flat_map(|policy| [(policy, true), (policy, false)]) {
+        let residency = residency_of(policy);
+        let mut keys = KeyChain::new();
+        let place = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key: BlockKey::ROOT };
+        let used = chain(&residency, 1, 32, BLOCK, false);
+        residency.touch_chain(used.iter().map(|id| (id, BLOCK + 4096)));
+        let mut back: Vec<(RecordId, BlockKey, u32)> = (0..32)
+            .map(|depth| {
+                let parent = keys.parent();
+                (place.with_key(keys.next(&[2, depth], b"")), parent, depth)
+            })
+            .collect();
+        // They come in any order.
+        back.reverse();
+        for (id, parent, depth) in &back {
+            let slot = residency.alloc(BLOCK).expect("room");
+            let block = Resident::new(*id, (*parent, *depth), Arc::new(slot), BLOCK as u64, false);
+            block.mark_fetched(FetchReason::HotSet);
+            drop(residency.insert(block, false));
+        }
+        back.reverse();
+        if is_settled {
+            residency.settle(back.iter().map(|(id, ..)| id));
+        }
+        let newcomer = place.with_key(BlockKey::from_bytes([7; 32]));
+        assert!(residency.alloc_colder(BLOCK, &newcomer, None).is_none(), "{policy}: nobody asks for it");
+        let asked_at = residency.tick();
+        let slots: Vec<_> = (0..32).map_while(|_| residency.alloc_colder(BLOCK, &newcomer, Some(asked_at))).collect();
+        assert_eq!(slots.len(), 32, "{policy}");
+        assert!(used.iter().all(|id| residency.contains(id)), "{policy}: a used block has left");
+        let [.., hot_set] = &*residency.fetched;
+        assert_eq!(hot_set.wasted_blocks.get(), 32);
+    }
+}
+
+/// The past of a block comes back with it, but not over what was asked for since.
+#[test]
+fn a_block_that_comes_back_is_worth_what_it_was() {
+    let survey = |residency: &Residency| {
+        let mut found = Vec::new();
+        assert_eq!(
+            residency.survey(None, 100, &mut found).map(|last| residency.survey(Some(last), 100, &mut found)),
+            Some(None)
+        );
+        found
+    };
+    let slot_bytes = BLOCK + 4096;
+    let ask = |residency: &Residency, ids: &[RecordId]| {
+        let prefixes = ids.iter().map(|id| id.key.prefix()).collect();
+        let session = crate::api::SessionId(1);
+        residency.request(&Asked { session, tag: 0, place: ids[0], shards: 1, slot_bytes, prefixes });
+    };
+    let before = residency();
+    let ids = chain(&before, 1, 8, BLOCK, false);
+    (0..3).for_each(|_| ask(&before, &ids));
+    let memories: Vec<_> = survey(&before).iter().map(|found| (found.id, found.memory)).collect();
+    assert!(memories.iter().all(|(_, memory)| memory.uses >= 3), "{memories:?}");
+    let after = residency();
+    assert!(after.restore_learned(&before.learned().expect("a policy that learns")));
+    let past = |memory: &BlockMemory| BlockMemory { idle_s: 100, ..*memory };
+    after.recall(memories.iter().map(|(id, memory)| (id.fingerprint(), past(memory))));
+    // Somebody asks for the first two before they come.
+    ask(&after, &ids[..2]);
+    assert_eq!(chain(&after, 1, 8, BLOCK, false), ids);
+    after.settle(ids.iter());
+    for found in survey(&after) {
+        let (_, memory) = memories.iter().find(|(id, _)| *id == found.id).expect("one of them");
+        let expected = if ids[..2].contains(&found.id) { found.memory.uses == 1 } else { found.memory == past(memory) };
+        assert!(expected, "{:?}, was {memory:?}", found.memory);
+    }
+}
+
+/// A block that came after its child is no leaf, and none is counted twice or for ever.
+#[test]
+fn a_parent_that_comes_later_knows_its_children() {
+    let residency = residency_of(PolicyChoice::Lru);
+    let mut keys = KeyChain::new();
+    let place = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key: BlockKey::ROOT };
+    let chain: Vec<(RecordId, BlockKey)> = (0..4)
+        .map(|depth| {
+            let parent = keys.parent();
+            (place.with_key(keys.next(&[depth], b"")), parent)
+        })
+        .collect();
+    let come = |at: usize| {
+        let slot = residency.alloc(BLOCK).expect("room");
+        let (id, parent) = chain[at];
+        drop(residency.insert(Resident::new(id, (parent, at as u32), Arc::new(slot), BLOCK as u64, false), false));
+    };
+    let leave = |at: usize| drop(residency.state.lock().detach(&chain[at].0, &mut residency.policies.lock()));
+    let leaves = || -> Vec<usize> {
+        let state = residency.state.lock();
+        (0..4).filter(|at| state.may_leave_as_leaf(&chain[*at].0)).collect()
+    };
+    [3, 1, 2, 0].into_iter().for_each(come);
+    assert_eq!(leaves(), [3]);
+    leave(1);
+    assert_eq!(leaves(), [0, 3], "its child has no parent");
+    come(1);
+    assert_eq!(leaves(), [3], "and has it again");
+    leave(2);
+    leave(3);
+    assert_eq!(leaves(), [1]);
+    assert!(residency.state.lock().without_parent.is_empty());
 }

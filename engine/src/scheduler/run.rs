@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use pegaflow_tiers::NamespaceHandle;
 
 use super::requests::{Asked, Next, Repeats};
+use crate::hot_set;
 use crate::inner::Inner;
 
 /// The name of what the policies have learned, in the store.
@@ -20,14 +21,13 @@ const CAPACITY_REQUESTS: u64 = 64;
 pub(crate) fn run(inner: &Arc<Inner>) {
     let start = Instant::now();
     let mut repeats = Repeats::new();
-    let mut keep_at = None;
+    let hot_set_interval = inner.config.nvme.as_ref().map(|nvme| Duration::from_secs(nvme.hot_set_interval_s));
+    let (mut keep_at, mut keep_hot_at) = (None, None);
     loop {
-        match inner.requests.next(keep_at) {
+        let next_at = [keep_at, keep_hot_at].into_iter().flatten().min();
+        match inner.requests.next(next_at) {
             Next::Closed => return,
-            Next::Time => {
-                keep_learned(inner);
-                keep_at = None;
-            }
+            Next::Time => {}
             Next::Asked(asked) => {
                 let now_ms = start.elapsed().as_millis() as u64;
                 if !repeats.is_repeat(&asked, now_ms) {
@@ -38,14 +38,18 @@ pub(crate) fn run(inner: &Arc<Inner>) {
                     tell_drive_policy(inner, &asked);
                     inner.requests.counted.add(1);
                     keep_at = keep_at.or(Some(Instant::now() + KEEP_INTERVAL));
+                    keep_hot_at = keep_hot_at.or(hot_set_interval.map(|interval| Instant::now() + interval));
                 }
                 inner.requests.hand();
                 inner.fetches.wake();
-                if keep_at.is_some_and(|at| at <= Instant::now()) {
-                    keep_learned(inner);
-                    keep_at = None;
-                }
             }
+        }
+        let now = Instant::now();
+        if keep_at.take_if(|at| *at <= now).is_some() {
+            keep_learned(inner);
+        }
+        if keep_hot_at.take_if(|at| *at <= now).is_some() {
+            hot_set::keep(inner);
         }
     }
 }

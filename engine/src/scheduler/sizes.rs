@@ -1,9 +1,9 @@
 //! The policies of DRAM: one for each size of block, since a block makes room only for others of its size. Sizes beyond
 //! the first few, and objects of sizes that no block has, have none: they leave least recently used first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use crate::policy::{PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+use crate::policy::{BlockMemory, Build, PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
 
 use super::learned;
 
@@ -36,14 +36,16 @@ pub(crate) struct SizePolicies {
     by_size: BTreeMap<usize, OfSize>,
     /// What an earlier run had learned of each size.
     learned: Vec<(u32, Vec<u8>)>,
+    /// The past of blocks that are about to come back from an earlier run.
+    expected: HashMap<u64, BlockMemory, Build>,
     chain: Vec<PolicyBlock>,
 }
 
 impl SizePolicies {
     /// Empty policies for a memory of `capacity_bytes`.
     pub(crate) fn new(choice: PolicyChoice, config: PegaflowConfig, capacity_bytes: u64, clock: Clock) -> Self {
-        let (by_size, learned, chain) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { choice, config, capacity_bytes, clock, by_size, learned, chain }
+        let (by_size, learned, expected, chain) = (BTreeMap::new(), Vec::new(), HashMap::default(), Vec::new());
+        Self { choice, config, capacity_bytes, clock, by_size, learned, expected, chain }
     }
 
     /// Whether the policies take the blocks of a request from the last to the first.
@@ -79,6 +81,7 @@ impl SizePolicies {
         if !is_block && !self.by_size.contains_key(&slot_bytes) {
             return;
         }
+        let past = self.expected.remove(&key);
         let Some(of_size) = self.of_size(slot_bytes) else { return };
         if of_size.policy.contains(key) {
             return;
@@ -90,7 +93,33 @@ impl SizePolicies {
         let block = of_size.block(key);
         // Some policies change their balance when they are asked.
         of_size.policy.admits(&block, parent, false);
+        // What a request has said since the start is newer.
+        let past = past.filter(|_| of_size.policy.memory(key).is_none());
         of_size.policy.insert(&block, parent);
+        if let Some(past) = past {
+            of_size.policy.recall(key, &past);
+        }
+    }
+
+    /// The past of blocks that are about to come, by key.
+    pub(crate) fn await_past(&mut self, memories: impl Iterator<Item = (u64, BlockMemory)>) {
+        self.expected.extend(memories);
+    }
+
+    /// Those that have not come by now do not come.
+    pub(crate) fn forget_past(&mut self) {
+        self.expected = HashMap::default();
+    }
+
+    /// What a place is worth to a block, see [`Policy::worth`].
+    pub(crate) fn worth(&mut self, slot_bytes: usize, key: u64) -> Option<f32> {
+        let of_size = self.by_size.get_mut(&slot_bytes)?;
+        of_size.policy.worth(&of_size.block(key))
+    }
+
+    /// The past of a block, see [`Policy::memory`].
+    pub(crate) fn memory(&self, slot_bytes: usize, key: u64) -> Option<BlockMemory> {
+        self.by_size.get(&slot_bytes)?.policy.memory(key)
     }
 
     /// A block has gone.

@@ -43,6 +43,8 @@ pub(crate) struct Worker {
     pub(crate) session: SessionId,
     pub(crate) instance: InstanceId,
     pub(crate) memory: Memory,
+    /// Which one it saves and loads.
+    pub(crate) shard: u16,
     next: u64,
 }
 
@@ -55,7 +57,7 @@ impl Worker {
         let session = engine.start_session();
         let instance = InstanceId("test".into());
         engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("registered");
-        Self { engine, session, instance, memory: memory(), next: 0 }
+        Self { engine, session, instance, memory: memory(), shard: 0, next: 0 }
     }
 
     pub(crate) fn kv_cache(&self) -> Arc<dyn KvCache> {
@@ -81,7 +83,7 @@ impl Worker {
             operation: OperationId(self.next),
             instance: self.instance.clone(),
             group: 0,
-            shard: 0,
+            shard: self.shard,
             memory: self.kv_cache(),
             blocks,
         };
@@ -110,7 +112,7 @@ impl Worker {
             session: self.session,
             operation: OperationId(self.next),
             lease,
-            shard: 0,
+            shard: self.shard,
             memory: self.kv_cache(),
             blocks,
         };

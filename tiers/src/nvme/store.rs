@@ -263,6 +263,11 @@ impl Store {
         })
     }
 
+    /// The geometry of a group of a namespace that was ever registered; `None` for any other number.
+    pub fn group(&self, namespace: NamespaceHandle, group: u16) -> Option<GroupGeometry> {
+        self.shared.namespaces.group(namespace, group)
+    }
+
     /// Accepts a record for the log; its `done` runs exactly once, when it is durable and found, or has failed. A failed
     /// record may still be there after the next open: it is then one that nobody was promised.
     ///

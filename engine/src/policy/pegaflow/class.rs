@@ -59,6 +59,16 @@ impl Class {
         Self(packed)
     }
 
+    /// As a number, for [`Class::from_bits`].
+    pub(super) fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Any number is a class: what does not belong there is left out.
+    pub(super) fn from_bits(bits: u32) -> Self {
+        Self(bits & (((RHYTHMS as u32) << (3 * FEATURES)) - 1))
+    }
+
     pub(super) fn rhythm(self) -> usize {
         (self.0 >> (3 * FEATURES)) as usize % RHYTHMS
     }
@@ -79,6 +89,9 @@ mod tests {
         let class = Class::new(&evidence);
         let values: Vec<usize> = (0..FEATURES).map(|feature| class.value(feature)).collect();
         assert_eq!((class.rhythm(), values), (4, vec![2, 4, 1, 0, 7, 5]));
+        assert_eq!(Class::from_bits(class.bits()), class);
+        let most = Class::from_bits(u32::MAX);
+        assert!(most.rhythm() < RHYTHMS && Class::from_bits(most.bits()) == most);
         let none =
             Class::new(&Evidence { gap: None, turn: 1, blocks_after: 0, uses: 0, blocks: 0, tenant: 0, ..evidence });
         assert_eq!(none, Class::default());
