@@ -53,6 +53,8 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         inner.load_choice.hear(&request.instance, view.namespace, question);
     }
     let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
+    let reply = attempts(inner, session, request, place, &view.geometry);
+    // Last: the thread that this wakes takes the lock of the map too. What the asker does with the reply comes after it.
     inner.requests.push(Asked {
         session,
         tag: request.tag,
@@ -61,8 +63,18 @@ pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest)
         slot_bytes: Arena::slot_bytes(view.geometry.block_bytes as usize),
         prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
     });
+    reply
+}
+
+fn attempts(
+    inner: &Inner,
+    session: SessionId,
+    request: &LookupRequest,
+    place: RecordId,
+    geometry: &GroupGeometry,
+) -> Result<LookupReply> {
     for _ in 0..ATTEMPTS {
-        match attempt(inner, session, request, place, &view.geometry) {
+        match attempt(inner, session, request, place, geometry) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             ended => return ended,

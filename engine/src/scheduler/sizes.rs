@@ -9,6 +9,9 @@ use super::learned;
 
 /// Sizes that have a policy of their own, at most. A host serves a few models of a few groups each.
 const SIZES_MAX: usize = 16;
+/// Blocks that left and are remembered, of all sizes together; but of each size as many as memory holds, up to this
+/// number. So what the policies take stays small beside the memory that they look after, and one size alone has all.
+const REMEMBERED: usize = 1 << 16;
 /// Time goes on for a policy without requests when something comes to it after so long.
 const STILL_MS: u64 = 1000;
 
@@ -138,6 +141,13 @@ impl SizePolicies {
         true
     }
 
+    fn share_memories(&mut self) {
+        let sizes = self.by_size.len();
+        for (slot_bytes, of_size) in &mut self.by_size {
+            of_size.policy.remember_at_most(remembered(self.capacity_bytes, *slot_bytes, sizes));
+        }
+    }
+
     fn of_size(&mut self, slot_bytes: usize) -> Option<&mut OfSize> {
         if !self.by_size.contains_key(&slot_bytes) && self.by_size.len() < SIZES_MAX {
             let mut policy = self.choice.build(self.capacity_bytes, self.config);
@@ -150,7 +160,28 @@ impl SizePolicies {
                 tracing::warn!(slot_bytes, "what the policy had learned can not be used; it begins anew");
             }
             self.by_size.insert(slot_bytes, OfSize { policy, block_bytes, now_ms: 0 });
+            self.share_memories();
         }
         self.by_size.get_mut(&slot_bytes)
+    }
+}
+
+/// Blocks that one of `sizes` policies remembers.
+fn remembered(capacity_bytes: u64, slot_bytes: usize, sizes: usize) -> usize {
+    let held = capacity_bytes / slot_bytes.max(1) as u64;
+    (held.min(REMEMBERED as u64) as usize).max(REMEMBERED / sizes.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memories_of_all_sizes_together_are_bounded_by_the_memory_that_they_look_after() {
+        assert_eq!(remembered(256 << 20, 65_536, 1), REMEMBERED, "one size has all, however small memory is");
+        let small: usize = (1..=4).map(|size| remembered(256 << 20, size * 65_536, 4)).sum();
+        assert_eq!(small, REMEMBERED, "sizes share in a small memory");
+        assert_eq!(remembered(1 << 40, 4096, 16), REMEMBERED, "as many as there are, in a large one");
+        assert_eq!(remembered(256 << 20, 16_384, 16), 16_384);
     }
 }
