@@ -210,8 +210,7 @@ impl Residency {
             // None of them goes meanwhile: that takes the lock of the policies.
             for (block, slot_bytes) in blocks.into_iter().filter(|(block, _)| self.is_ordered || !block.is_dirty()) {
                 let parent = (!block.parent.is_root()).then(|| block.id.with_key(block.parent).fingerprint());
-                let is_block = block.id.namespace != NamespaceHandle(0);
-                policies.enter(slot_bytes, block.id.fingerprint(), parent, is_block);
+                policies.enter(slot_bytes, block.id.fingerprint(), parent, block.id.namespace.0.into());
             }
             if count < ENTER_STEP {
                 return false;
@@ -450,7 +449,7 @@ impl State {
         self.by_chunk.remove(&(block.slot.chunk(), *id));
         if self.by_fingerprint.get(&id.fingerprint()) == Some(id) {
             self.by_fingerprint.remove(&id.fingerprint());
-            policies.leave(slot_bytes, id.fingerprint());
+            policies.leave(slot_bytes, id.fingerprint(), id.namespace.0.into());
         }
         if let Some(order) = self.order.get_mut(&slot_bytes) {
             order.pop(id);
@@ -513,7 +512,9 @@ impl State {
     /// The block of a size that its policy lets go, or the oldest if the policy does not know that.
     fn take_least(&mut self, slot_bytes: usize, policies: &mut SizePolicies) -> Option<Arc<Resident>> {
         let oldest = *self.order.get(&slot_bytes)?.peek_lru()?.0;
-        if !policies.contains(slot_bytes, oldest.fingerprint()) && self.may_leave_as_leaf(&oldest) {
+        if !policies.contains(slot_bytes, oldest.fingerprint(), oldest.namespace.0.into())
+            && self.may_leave_as_leaf(&oldest)
+        {
             return self.detach(&oldest, policies);
         }
         let least = policies.evict(slot_bytes, &mut |fingerprint| {
