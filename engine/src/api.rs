@@ -424,6 +424,7 @@ pub struct Stats {
     /// Blocks read because they are likely to be asked for.
     pub fetched_hot_set: FetchTotals,
     /// The way of the hot set back to DRAM after the open.
+    #[serde(flatten)]
     pub warm_start: WarmProgress,
     /// Blocks loaded out of DRAM.
     pub loaded_dram_blocks: u64,

@@ -253,8 +253,7 @@ impl Residency {
             // None of them goes meanwhile: that takes the lock of the policies.
             for (block, slot_bytes) in blocks.into_iter().filter(|(block, _)| self.is_ordered || !block.is_dirty()) {
                 let parent = (!block.parent.is_root()).then(|| block.id.with_key(block.parent).fingerprint());
-                let is_block = block.id.namespace != NamespaceHandle(0);
-                policies.enter(slot_bytes, block.id.fingerprint(), parent, is_block);
+                policies.enter(slot_bytes, block.id.fingerprint(), parent, block.id.namespace.0.into());
             }
             if count < ENTER_STEP {
                 return false;
@@ -545,7 +544,7 @@ impl State {
         self.by_chunk.remove(&(block.slot.chunk(), *id));
         if self.by_fingerprint.get(&id.fingerprint()) == Some(id) {
             self.by_fingerprint.remove(&id.fingerprint());
-            policies.leave(slot_bytes, id.fingerprint());
+            policies.leave(slot_bytes, id.fingerprint(), id.namespace.0.into());
         }
         if let Some(order) = self.order.get_mut(&slot_bytes) {
             order.pop(id);
@@ -658,7 +657,7 @@ impl State {
     /// nobody has used, the first of the oldest that may leave: they came in some disorder.
     fn unknown_leaf(&self, slot_bytes: usize, policies: &SizePolicies) -> Option<RecordId> {
         for (id, _) in self.order.get(&slot_bytes)?.iter().rev().take(COLDEST_TRIES) {
-            if policies.contains(slot_bytes, id.fingerprint()) {
+            if policies.contains(slot_bytes, id.fingerprint(), id.namespace.0.into()) {
                 return None;
             }
             if self.may_leave_as_leaf(id) {
@@ -697,7 +696,7 @@ impl State {
                 })?,
             }
         } else {
-            let newcomer = newcomer.fingerprint();
+            let newcomer = (newcomer.fingerprint(), newcomer.namespace.0.into());
             let least = asked_at.map_or(0.0, |_| ASKED_WORTH);
             policies
                 .evict_for(slot_bytes, newcomer, least, &mut |fingerprint| may_leave(self, fingerprint).is_some())?

@@ -222,7 +222,7 @@ fn saved_and_started_again(is_warm: bool) {
     let (_server, ready) = Process::start(with_store(&socket, &store));
     assert_eq!(ready["records"], count);
     worker.client.wait_connected(PATIENCE).expect("registers by itself");
-    let warm = || worker.client.stats().expect("answers")["warm_start"].clone();
+    let warm = || worker.client.stats().expect("answers")["engine"].clone();
     until("the warm start", || warm()["warm_state"] != "running");
     let expected = if is_warm { ("done", u64::from(count)) } else { ("off", 0) };
     assert_eq!(

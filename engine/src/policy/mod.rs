@@ -138,6 +138,10 @@ pub trait Policy: Send {
     /// A block that was inserted just now has this past; what was thought of it before is forgotten.
     fn recall(&mut self, _key: u64, _memory: &BlockMemory) {}
 
+    /// Blocks that left or were refused are remembered up to this number, where the policy remembers any and its
+    /// configuration allows as many. Those that are remembered already may be forgotten later.
+    fn remember_at_most(&mut self, _blocks: usize) {}
+
     /// Whether the owner hands over the blocks of a request from the last to the first. Policies that know only the order
     /// of arrival need that, or else roots would leave before their leaves. One that knows the tree takes them as they
     /// come.

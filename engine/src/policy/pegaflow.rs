@@ -474,6 +474,10 @@ impl Policy for PegaflowPolicy {
     fn takes_last_first(&self) -> bool {
         false
     }
+
+    fn remember_at_most(&mut self, blocks: usize) {
+        self.tree.remember_at_most(blocks.min(self.config.remembered_max).max(1));
+    }
 }
 
 #[cfg(test)]

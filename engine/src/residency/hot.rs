@@ -44,9 +44,10 @@ impl Residency {
         if !self.is_ordered {
             let mut policies = self.policies.lock();
             for (candidate, slot_bytes) in found.iter_mut().skip(from).zip(slots) {
-                let key = candidate.id.fingerprint();
-                candidate.value = policies.worth(slot_bytes, key).map_or(0, |worth| worth.max(0.0).to_bits().into());
-                candidate.memory = policies.memory(slot_bytes, key).unwrap_or_default();
+                let (key, tenant) = (candidate.id.fingerprint(), candidate.id.namespace.0.into());
+                let worth = policies.worth(slot_bytes, key, tenant);
+                candidate.value = worth.map_or(0, |worth| worth.max(0.0).to_bits().into());
+                candidate.memory = policies.memory(slot_bytes, key, tenant).unwrap_or_default();
             }
         }
         last

@@ -191,7 +191,9 @@ fn churn(policy: PolicyChoice, seed: u64) {
     drop(blocks);
     let mut policies = residency.policies.lock();
     while residency.enter(&mut policies) {}
-    let known = |id: &RecordId| sizes.iter().any(|size| policies.contains(Arena::slot_bytes(*size), id.fingerprint()));
+    let known = |id: &RecordId| {
+        sizes.iter().any(|size| policies.contains(Arena::slot_bytes(*size), id.fingerprint(), id.namespace.0.into()))
+    };
     assert!(ids.iter().all(known), "somebody here is not known");
     assert_eq!(policies.len(), ids.len(), "somebody is known who is not here");
     let mut state = residency.state.lock();

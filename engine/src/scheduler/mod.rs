@@ -8,6 +8,7 @@ mod drive;
 mod learned;
 mod requests;
 mod run;
+mod shares;
 mod sizes;
 
 pub(crate) use curve::LiveCurve;

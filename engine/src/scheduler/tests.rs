@@ -89,17 +89,56 @@ fn dram_serves_what_a_replay_promises() {
     }
 }
 
+/// Asks for a chain of `blocks` one-block chains of a tenant, one after the other.
+fn ask_of(dram: &Dram, tenant: u32, keys: impl Iterator<Item = u64>) -> usize {
+    let mut hits = 0;
+    for key in keys {
+        let block = PolicyBlock { key: crate::policy::SplitMix::mix(key | u64::from(tenant) << 32), bytes: 1 };
+        let id = RecordId { namespace: NamespaceHandle(tenant), ..Dram::id(&block) };
+        hits += usize::from(dram.residency.contains(&id));
+        let (place, prefixes) = (id, vec![id.key.prefix()]);
+        dram.residency.request(&Asked { session: SessionId(1), tag: 0, place, shards: 1, slot_bytes: SLOT, prefixes });
+        if !dram.residency.contains(&id)
+            && let Some(slot) = dram.residency.alloc(PAYLOAD)
+        {
+            let block = Resident::new(id, (BlockKey::ROOT, 0), Arc::new(slot), PAYLOAD as u64, false);
+            dram.residency.insert(block, false);
+        }
+        dram.residency.touch_chain([(&id, SLOT)].into_iter());
+    }
+    hits
+}
+
+#[test]
+fn a_scan_of_one_tenant_leaves_another_what_is_guaranteed_to_it() {
+    const BLOCKS: u64 = 2048;
+    for policy in PolicyChoice::ALL {
+        let dram = Dram::new(policy, BLOCKS, PegaflowConfig::default());
+        // A little less than its guarantee, a quarter of DRAM; it has asked for it once, long before most of the scan.
+        let hot = BLOCKS / 4 - 16;
+        ask_of(&dram, 1, 0..hot);
+        for part in 0..100 {
+            dram.now_ms.fetch_add(1000, Ordering::Relaxed);
+            ask_of(&dram, 2, part * BLOCKS..(part + 1) * BLOCKS);
+        }
+        let kept = ask_of(&dram, 1, 0..hot) as u64;
+        assert_eq!(kept, hot, "{policy}");
+        let lent = dram.residency.ids().iter().filter(|id| id.namespace == NamespaceHandle(2)).count() as u64;
+        assert!(lent >= BLOCKS - hot - 16, "{policy}: {lent} for the scan, of what nobody else needs");
+    }
+}
+
 #[test]
 fn only_requests_teach_and_sizes_learn_by_themselves() {
     let mut policies = SizePolicies::new(PolicyChoice::Pegaflow, PegaflowConfig::default(), 1 << 20, Box::new(|| 5));
     assert!(policies.note().is_none());
     policies.request(SLOT, false, 0, [1, 2].into_iter());
-    policies.enter(SLOT, 1, None, false);
-    assert!(policies.note().is_none() && !policies.contains(SLOT, 1), "an object makes no policy");
+    policies.enter(SLOT, 1, None, 0);
+    assert!(policies.note().is_none() && !policies.contains(SLOT, 1, 7), "an object makes no policy");
     for size in 1..100 {
-        policies.enter(size * SLOT, 1, None, true);
+        policies.enter(size * SLOT, 1, None, 7);
     }
-    assert!(policies.contains(16 * SLOT, 1) && !policies.contains(17 * SLOT, 1), "a bounded number of sizes");
+    assert!(policies.contains(16 * SLOT, 1, 7) && !policies.contains(17 * SLOT, 1, 7), "a bounded number of sizes");
     assert_eq!(policies.evict(17 * SLOT, &mut |_| true), None);
     assert_eq!(policies.evict(3 * SLOT, &mut |_| true), Some(1));
     let mut other = SizePolicies::new(PolicyChoice::Pegaflow, PegaflowConfig::default(), 1 << 20, Box::new(|| 5));
@@ -108,7 +147,7 @@ fn only_requests_teach_and_sizes_learn_by_themselves() {
     assert!(other.restore(&note) && !other.restore(b"damaged"));
     assert_eq!(other.note(), Some(note), "kept until it is used");
     let mut lru = SizePolicies::new(PolicyChoice::Lru, PegaflowConfig::default(), 1 << 20, Box::new(|| 5));
-    lru.enter(SLOT, 1, None, true);
+    lru.enter(SLOT, 1, None, 7);
     assert!(lru.note().is_none(), "it learns nothing");
 }
 

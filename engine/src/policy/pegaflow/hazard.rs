@@ -79,14 +79,12 @@ pub(super) struct Hazard {
     /// Whether the prior comes from an earlier run, and says more than that hazards fall.
     has_note: bool,
     window: VecDeque<Sighting>,
-    /// What the next fit fills again.
-    seen: Vec<Seen>,
 }
 
 impl Hazard {
     pub(super) fn new() -> Self {
         let fresh = Factors::fresh();
-        Self { factors: fresh.clone(), prior: fresh, has_note: false, window: VecDeque::new(), seen: Vec::new() }
+        Self { factors: fresh.clone(), prior: fresh, has_note: false, window: VecDeque::new() }
     }
 
     pub(super) fn factors(&self) -> &Factors {
@@ -104,10 +102,10 @@ impl Hazard {
         self.window.len()
     }
 
-    /// Fits the factors to the window and to those that are still watched.
+    /// Fits the factors to the window and to those that are still watched. The memory that it works with, up to 3 MiB for
+    /// each policy, is given back: it is needed rarely.
     pub(super) fn fit(&mut self, watched: impl Iterator<Item = Sighting>) {
-        let mut seen = std::mem::take(&mut self.seen);
-        seen.clear();
+        let mut seen = Vec::new();
         seen.extend(self.window.iter().copied().chain(watched).map(|sighting| Seen::new(sighting, &self.factors)));
         self.fit_base(&seen);
         let cumulative: Vec<[f32; AGES]> = self.factors.base.iter().map(cumulate).collect();
@@ -125,7 +123,6 @@ impl Hazard {
             self.fit_weights(feature, &mut seen, counts);
         }
         self.factors.weighed();
-        self.seen = seen;
     }
 
     fn fit_base(&mut self, seen: &[Seen]) {

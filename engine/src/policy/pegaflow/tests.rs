@@ -30,6 +30,25 @@ fn no_more_are_remembered_than_may_be() {
 }
 
 #[test]
+fn fewer_are_remembered_when_memory_is_shared() {
+    let mut policy = PegaflowPolicy::new(PegaflowConfig { remembered_max: 1000, ..PegaflowConfig::default() });
+    let fill = |policy: &mut PegaflowPolicy, from: u64| {
+        for now in from..from + 500 {
+            let chain: Vec<PolicyBlock> = (0..10).map(|depth| block(now * 10 + depth)).collect();
+            policy.request(&PolicyRequest { chain: &chain, tenant: 0, now_ms: now * 1000 });
+        }
+    };
+    fill(&mut policy, 0);
+    assert!((1000..=1010).contains(&policy.tree.known()), "{} known", policy.tree.known());
+    policy.remember_at_most(100);
+    fill(&mut policy, 500);
+    assert!((100..=110).contains(&policy.tree.known()), "{} known", policy.tree.known());
+    policy.remember_at_most(usize::MAX);
+    fill(&mut policy, 1000);
+    assert!((1000..=1010).contains(&policy.tree.known()), "more than the configuration allows");
+}
+
+#[test]
 fn who_has_descendants_here_is_not_forgotten() {
     let mut tree = Tree::new(1);
     let [parent, child] = [1, 2].map(|key| tree.add(key, 0));

@@ -155,6 +155,17 @@ impl Tree {
         parent_node.is_leaf().then_some(parent)
     }
 
+    /// From now on; those that are too many are forgotten bit by bit.
+    pub(super) fn remember_at_most(&mut self, blocks: usize) {
+        self.remembered_max = blocks;
+    }
+
+    /// Blocks that are known, here or not.
+    #[cfg(test)]
+    pub(super) fn known(&self) -> usize {
+        self.nodes.len() - self.free.len()
+    }
+
     fn remember(&mut self, at: u32) {
         let node = &mut self.nodes[at as usize];
         if !std::mem::replace(&mut node.is_remembered, true) {
