@@ -30,8 +30,8 @@ const CHAIN_BLOCKS_MAX: usize = 24;
 const BLOCK_BYTES: u64 = 48 << 10;
 /// The capacity of the store that keeps everything, and the bytes given to it after which it is checked as a whole and
 /// made anew: a full store would rightly give up what is oldest.
-const LARGE_CAPACITY: &str = "4GiB";
-const LARGE_BYTES_MAX: u64 = 3 << 30;
+const LARGE_CAPACITY: &str = "1GiB";
+const LARGE_BYTES_MAX: u64 = 768 << 20;
 /// How long an open is taken to last before one was seen.
 const OPEN_TIME: Duration = Duration::from_millis(60);
 /// Tables in the index from which RocksDB merges them.
