@@ -36,6 +36,8 @@ MIB ?= 512
 # Keys in the index of `bench-index`; REAL=1 writes their blocks too.
 KEYS ?= 10000000
 REAL ?=
+# How many prompts `check-prewarm` computes.
+PROMPTS ?= 200
 # What `bench-policy` replays: a trace, or one of chat, agents, rag and scans; sizes in blocks or bytes; and at how many
 # blocks it measures what a policy costs.
 TRACE ?=
@@ -68,7 +70,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-interference check-bytes kill-workers fixtures ptx doc clean
+.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -159,6 +161,10 @@ bench-pairs: ## Cold requests with and without the connector, in turns on one GP
 
 bench-interference: ## What loads and saves at full speed cost a decode batch. PYTHON=
 	@$(call TTFT,interference) $(OPTIONS)
+
+check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, then serve: hits and tokens. PROMPTS=200
+	@$(VENV)/bin/python tests/e2e/prewarm.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	    --logs $(TARGET)/prewarm/logs --prompts $(PROMPTS)
 
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)

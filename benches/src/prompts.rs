@@ -62,6 +62,7 @@ pub fn spec() -> InstanceSpec {
         namespace: NamespaceDescriptor::new().with("model", "bench").with("block", BLOCK_BYTES.to_string()),
         groups: vec![GroupGeometry { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
         shard: 0,
+        keeps_all: false,
     }
 }
 

@@ -43,6 +43,10 @@ pub struct InstanceSpec {
     pub groups: Vec<GroupGeometry>,
     /// Which shard this worker holds.
     pub shard: u16,
+    /// Whether all that the instance saves is written to the drive, whatever the policy and the write budget say: it was
+    /// asked for by name, as when a cache is warmed in advance. What is written counts in the budget. The instance does
+    /// it as soon as one of its workers says so.
+    pub keeps_all: bool,
 }
 
 /// Asks for the longest prefix that is there.

@@ -17,6 +17,8 @@ pub(crate) struct InstanceView {
     pub(crate) geometry: GroupGeometry,
     /// Whether all shards have registered.
     pub(crate) is_complete: bool,
+    /// Whether admission is passed by.
+    pub(crate) keeps_all: bool,
 }
 
 struct Instance {
@@ -26,6 +28,7 @@ struct Instance {
     /// Which sessions hold which shard: a restarted worker may come before its predecessor has gone, and neither takes
     /// the shard from the other.
     workers: HashMap<u16, HashSet<SessionId>>,
+    keeps_all: bool,
 }
 
 impl Instance {
@@ -134,12 +137,14 @@ impl Registry {
             return;
         }
         let id = spec.namespace.id();
-        let fresh = || Instance { namespace, id, groups: spec.groups.clone(), workers: HashMap::new() };
+        let fresh =
+            || Instance { namespace, id, groups: spec.groups.clone(), workers: HashMap::new(), keeps_all: false };
         let instance = state.instances.entry(spec.instance.clone()).or_insert_with(fresh);
         if instance.id != id || instance.groups != spec.groups {
             *instance = fresh();
         }
         instance.workers.entry(spec.shard).or_default().insert(session);
+        instance.keeps_all |= spec.keeps_all;
     }
 
     /// A namespace has another number from now on.
@@ -167,7 +172,12 @@ impl Registry {
             .find(|geometry| geometry.group == group)
             .copied()
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("instance {instance} has no group {group}")))?;
-        Ok(InstanceView { namespace: known.namespace, geometry, is_complete: known.is_complete() })
+        Ok(InstanceView {
+            namespace: known.namespace,
+            geometry,
+            is_complete: known.is_complete(),
+            keeps_all: known.keeps_all,
+        })
     }
 
     pub(crate) fn is_complete(&self, instance: &InstanceId) -> bool {

@@ -11,7 +11,7 @@ use crate::inner::{Inner, wait_copies};
 use crate::operations::Operation;
 use crate::registry::InstanceView;
 use crate::residency::Resident;
-use crate::spill::spill;
+use crate::spill::{spill, spill_for_sure};
 
 /// How much is copied out of the device in one batch.
 const BATCH_BYTES: u64 = 128 << 20;
@@ -102,6 +102,9 @@ impl SaveJob {
     /// A slot for a block that is worth saving; counts it otherwise.
     fn prepare(&mut self, block: BlockSave, on_their_way: &mut HashSet<BlockKey>) -> Option<Prepared> {
         if self.inner.is_present(&self.id(block.key)) {
+            if self.view.keeps_all {
+                self.keep(&self.id(block.key));
+            }
             self.outcome.present += 1;
             return None;
         }
@@ -120,6 +123,14 @@ impl SaveJob {
         }
         on_their_way.insert(block.key);
         Some(Prepared { block, slot: Arc::new(slot) })
+    }
+
+    /// A block that lies in DRAM only, because it was refused by admission, goes to the drive after all.
+    fn keep(&self, id: &RecordId) {
+        if let Some(block) = self.inner.residency.get(id).filter(|block| block.take_refused()) {
+            self.inner.residency.mark_dirty(&block);
+            spill_for_sure(&self.inner, &block);
+        }
     }
 
     /// Copies a batch and makes it visible.
@@ -143,7 +154,11 @@ impl SaveJob {
             if Arc::ptr_eq(&visible, &fresh) {
                 self.outcome.saved += 1;
                 drop(visible);
-                spill(&self.inner, &fresh, RecordKind::Kv);
+                if self.view.keeps_all {
+                    spill_for_sure(&self.inner, &fresh);
+                } else {
+                    spill(&self.inner, &fresh, RecordKind::Kv);
+                }
             } else {
                 self.outcome.present += 1;
             }

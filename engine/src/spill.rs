@@ -13,6 +13,15 @@ use crate::residency::Resident;
 /// Gives a dirty block to the store. If the store cannot take it the block stays in DRAM until it has to leave, and is
 /// counted as a failed write.
 pub(crate) fn spill(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind) {
+    give(inner, block, kind, kind == RecordKind::Kv);
+}
+
+/// As [`spill`], for a block of a KV cache that is not to be refused; also for one that was.
+pub(crate) fn spill_for_sure(inner: &Arc<Inner>, block: &Arc<Resident>) {
+    give(inner, block, RecordKind::Kv, false);
+}
+
+fn give(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind, may_be_refused: bool) {
     let Some(store) = inner.drive.store() else {
         if inner.drive.is_configured() {
             failed(inner, block, kind);
@@ -21,10 +30,13 @@ pub(crate) fn spill(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind)
         }
         return;
     };
-    if kind == RecordKind::Kv && admit(inner, &store, block).is_err() {
+    if may_be_refused && admit(inner, &store, block).is_err() {
         block.refuse();
         inner.residency.mark_clean(block);
         return;
+    }
+    if kind == RecordKind::Kv && !may_be_refused {
+        accept(inner, block);
     }
     // Holding the slot, not the block: "held" blocks count the users of a block, and the store is none.
     let weak_inner = Arc::downgrade(inner);
@@ -95,6 +107,18 @@ fn admit(inner: &Inner, store: &Store, block: &Resident) -> Result<(), Refusal> 
         policy.accept(&judged, judged_parent);
     }
     verdict
+}
+
+/// The drive's policy knows a block that nobody asked it about.
+fn accept(inner: &Inner, block: &Resident) {
+    if let Some(policy) = &inner.drive_policy {
+        let bytes = u32::try_from(block.slot.bytes()).unwrap_or(u32::MAX);
+        let judged = PolicyBlock { key: block.id.fingerprint(), bytes };
+        let parent = (!block.parent.is_root()).then(|| block.id.with_key(block.parent).fingerprint());
+        // It learns of the block by judging it; what it says does not count.
+        policy.judge(&judged, parent, true).ok();
+        policy.accept(&judged, parent);
+    }
 }
 
 /// Blocks were used, ancestors first: those of them that were refused may be worth a write by now.

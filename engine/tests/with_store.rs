@@ -290,3 +290,44 @@ fn the_write_budget_holds_and_goes_to_what_is_used_again() {
     let stats = worker.engine.stats();
     assert_eq!((stats.refused_unproven_blocks, stats.refused_ancestor_blocks), (1, u64::from(BLOCKS) - 1), "{stats:?}");
 }
+
+/// An instance that keeps all is not refused, neither new blocks nor those that others saved and that lie in DRAM only; what it
+/// writes counts.
+#[test]
+fn what_is_to_be_kept_passes_the_write_budget() {
+    let directory = directory();
+    let mut config = config(directory.path(), 256, IoEngineChoice::Auto);
+    if let Some(nvme) = &mut config.nvme {
+        nvme.write_budget = Some("64MiB/day".parse().expect("a budget"));
+    }
+    let mut worker = Worker::new(config.clone());
+    let chains: Vec<Vec<BlockKey>> = (0..130).map(|seed| keys(BLOCKS, seed)).collect();
+    let (others, own) = chains.split_at(120);
+    for chain in others {
+        write(&mut worker, chain);
+        worker.save(chain, BlockKey::ROOT);
+        worker.engine.flush(soon()).expect("durable");
+    }
+    let before = worker.engine.stats();
+    assert!(before.refused_unproven_blocks > 0, "the budget is short: {before:?}");
+    let keeper = InstanceId("keeper".into());
+    let spec = InstanceSpec { keeps_all: true, ..support::spec(&keeper, BLOCK, 1, 0) };
+    worker.engine.register(worker.session, spec).expect("registered");
+    worker.instance = keeper;
+    let refused = &others[119];
+    assert_eq!(worker.save(refused, BlockKey::ROOT).present, BLOCKS);
+    for chain in own {
+        write(&mut worker, chain);
+        assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS);
+        worker.engine.flush(soon()).expect("durable");
+    }
+    let stats = worker.engine.stats();
+    assert_eq!(stats.durable_records - before.durable_records, 11 * u64::from(BLOCKS));
+    assert!(stats.written_day_bytes > before.written_day_bytes, "it counts: {stats:?}");
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    let mut worker = Worker::new(config);
+    for chain in own.iter().chain([refused]) {
+        assert_eq!(read(&mut worker, chain), (0, BLOCKS, 0));
+    }
+}

@@ -75,6 +75,7 @@ class Cache:
         blocks: int,
         owner: object,
         device: int | None,
+        keeps_all: bool = False,
     ) -> None: ...
     def arena(self) -> bytes | None: ...
     def lookup(

@@ -119,11 +119,13 @@ impl Cache {
 
     /// Registers this worker: its identity, its group and its memory. `ranges` are (address, bytes); `fragments` are
     /// (range, offset, stride, bytes): block `b` has a piece at `offset + b * stride` of its range. `owner` is kept as
-    /// long as a copy may touch the memory. With `device` the addresses are those of that CUDA device, else of the host. May be called again, for another instance over the same memory.
+    /// long as a copy may touch the memory. With `device` the addresses are those of that CUDA device, else of the host. With `keeps_all`
+    /// all that the instance saves is written to the drive, whatever the policy and the write budget say. May be called
+    /// again, for another instance over the same memory.
     ///
     /// The caller promises that the ranges are memory that `owner` keeps in place.
     #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
-    #[pyo3(signature = (*, instance, descriptor, group, block_bytes, shards, shard, ranges, fragments, blocks, owner, device = None))]
+    #[pyo3(signature = (*, instance, descriptor, group, block_bytes, shards, shard, ranges, fragments, blocks, owner, device = None, keeps_all = false))]
     fn register_worker(
         &self,
         py: Python<'_>,
@@ -138,6 +140,7 @@ impl Cache {
         blocks: u32,
         owner: Py<PyAny>,
         device: Option<u32>,
+        keeps_all: bool,
     ) -> PyResult<()> {
         let namespace = descriptor
             .into_iter()
@@ -147,6 +150,7 @@ impl Cache {
             namespace,
             groups: vec![GroupGeometry { group, block_bytes, shards }],
             shard,
+            keeps_all,
         };
         let memory = detached(py, || memory_of(&ranges, &fragments, blocks, owner, device))?;
         detached(py, || match &self.0 {

@@ -136,7 +136,7 @@ pub(crate) fn instance_spec(request: proto::RegisterRequest) -> Result<InstanceS
             geometry.group, geometry.shards
         )));
     }
-    Ok(InstanceSpec { instance, namespace, groups, shard })
+    Ok(InstanceSpec { instance, namespace, groups, shard, keeps_all: request.keeps_all })
 }
 
 /// The wire form of [`instance_spec`].
@@ -156,6 +156,7 @@ pub(crate) fn register_request(session: u64, spec: &InstanceSpec, blocks: u32) -
             .collect(),
         shard: spec.shard.into(),
         blocks,
+        keeps_all: spec.keeps_all,
     }
 }
 

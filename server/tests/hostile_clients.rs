@@ -61,6 +61,7 @@ fn register(session: u64) -> RegisterRequest {
         groups: vec![Group { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
         shard: 0,
         blocks: 2,
+        keeps_all: false,
     }
 }
 

@@ -50,6 +50,8 @@ class VllmSettings:
     logs: Path
     connector: dict[str, Any] | None = None
     extra_environment: Mapping[str, str] = field(default_factory=dict)
+    # Of the OpenAI server only, named as in Python.
+    serve_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         """The process environment: nothing is fetched or reported, and threads fit a small machine."""
@@ -155,7 +157,7 @@ class HttpEngine:
     """vLLM's OpenAI server; `__init__` returns when it says that it is healthy."""
 
     def __init__(self, name: str, settings: VllmSettings) -> None:
-        self._port = free_port()
+        self.port = free_port()
         self._model = str(settings.model)
         self._counted = _Counted()
         # Not `vllm serve`: that command asks for the metadata of a package `vllm`, and the CPU build is called
@@ -167,8 +169,8 @@ class HttpEngine:
             "--model",
             self._model,
         ]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--enable-prompt-tokens-details"]
-        for argument, value in settings.engine_arguments().items():
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enable-prompt-tokens-details"]
+        for argument, value in {**settings.engine_arguments(), **settings.serve_arguments}.items():
             option = "--" + argument.replace("_", "-")
             if argument == "model":
                 continue
@@ -182,7 +184,7 @@ class HttpEngine:
             command,
             log,
             settings.environment(),
-            port=self._port,
+            port=self.port,
             ready_path="/health",
             start_seconds=_START_SECONDS,
         )
@@ -207,7 +209,7 @@ class HttpEngine:
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_ANSWER_SECONDS)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_SECONDS)
         # A socket's own limit is for each read; this one is for the whole answer.
         overdue = threading.Timer(_ANSWER_SECONDS, connection.close)
         overdue.start()

@@ -155,6 +155,7 @@ impl TestWorker {
                 .with("block", self.options.block_bytes.to_string()),
             groups: vec![GroupGeometry { group: 0, block_bytes: self.options.block_bytes, shards: 1 }],
             shard: 0,
+            keeps_all: false,
         }
     }
 

@@ -158,6 +158,7 @@ impl Worker {
             namespace: NamespaceDescriptor::new().with("model", "bench"),
             groups: vec![GroupGeometry { group: 0, block_bytes: arguments.block_bytes(), shards: 1 }],
             shard: 0,
+            keeps_all: false,
         };
         engine.register(session, spec)?;
         Ok(Self { engine, session, instance })

@@ -129,6 +129,7 @@ impl Rig {
             namespace: NamespaceDescriptor::new().with("model", "test"),
             groups: vec![GroupGeometry { group: 0, block_bytes: BLOCK as u64, shards: 1 }],
             shard: 0,
+            keeps_all: false,
         };
         engine.register(session, spec).expect("registered");
         let namespace = engine.inner().expect("open").registry.view(&instance, 0).expect("known").namespace;

@@ -127,6 +127,7 @@ pub(crate) fn spec(instance: &InstanceId, block_bytes: u64, shards: u16, shard: 
         namespace: NamespaceDescriptor::new().with("model", "test"),
         groups: vec![GroupGeometry { group: 0, block_bytes, shards }],
         shard,
+        keeps_all: false,
     }
 }
 

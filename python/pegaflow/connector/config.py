@@ -63,6 +63,9 @@ class ConnectorConfig:
     amount may, because nobody waits for it. Default: 32 MiB, 0.6 ms of a PCIe 5 link. 0 to 64 GiB."""
     min_blocks: int = 1
     """Loads of fewer blocks are left to the model. 1 to 65,536."""
+    prewarm: bool = False
+    """Whether all that is saved is to be on the drive afterwards, whatever the policy and write budget say. For
+    warming a cache in advance; `pegaflow prewarm` sets it."""
     lookup_timeout_ms: int = 50
     """How long the scheduler waits for a lookup, in milliseconds; a slower one is a miss. 1 to 10,000."""
     lease_ms: int = 60_000
@@ -118,7 +121,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "lease_ms": (1_000, 600_000),
 }
 _SIZES = ("dram", "nvme")
-_SWITCHES = ("save_decode", "sync_loads", "verify_weights")
+_SWITCHES = ("save_decode", "sync_loads", "prewarm", "verify_weights")
 _SYNC_LOAD_BYTES_MAX = 64 << 30
 _UNITS = {"": 1, "B": 1} | {
     name: base**power

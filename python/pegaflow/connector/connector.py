@@ -73,7 +73,7 @@ class PegaKVConnector(KVConnectorBase_V1):
             shard = parallel.rank % workers
             # The shards share their files: one looks at them for all.
             verifies = config.verify_weights and shard == 0
-            self._worker = PegaWorker(cache, shard, workers, verify_weights=verifies)
+            self._worker = PegaWorker(cache, shard, workers, verify_weights=verifies, keeps_all=config.prewarm)
 
     @property
     def requires_kv_delivery(self) -> bool:

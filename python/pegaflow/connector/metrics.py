@@ -21,7 +21,11 @@ _COUNTERS: dict[str, tuple[str | None, str]] = {
     "loads": ("way", "Loads, by way: sync (within the step that needs them), direct (by the worker itself) or cache."),
     "loaded_blocks": ("tier", "Blocks loaded into the engine, by the tier that they came from."),
     "load_failed_blocks": (None, "Blocks whose load failed; the engine computed them."),
-    "saved_blocks": ("result", "Blocks offered to the cache, by result: saved, present or dropped."),
+    "offered_blocks": (None, "Blocks offered to the cache, in all workers."),
+    "saved_blocks": (
+        "result",
+        "Blocks offered to the cache, in all workers, by result: saved, present, dropped, or withdrawn (freed before).",
+    ),
     "uncacheable_requests": (None, "Requests whose blocks depend on something without a stable identity."),
 }
 

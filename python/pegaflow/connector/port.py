@@ -83,8 +83,10 @@ class CachePort(Protocol):
         blocks: int,
         owner: object,
         device: int | None,
+        keeps_all: bool = False,
     ) -> None:
-        """Registers identity, geometry and memory of a worker: host memory, or that of the CUDA device `device`."""
+        """Registers identity, geometry and memory of a worker: host memory, or that of the CUDA device `device`. With
+        `keeps_all` all that the instance saves is written to the drive, whatever the policy and write budget say."""
 
     def arena(self) -> bytes | None:
         """The arena all of which the worker's device can reach by now, 16 bytes; none before, and without a server.

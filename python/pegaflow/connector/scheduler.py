@@ -557,7 +557,9 @@ class PegaScheduler:
             found.reuse_until = min(found.reuse_until, found.ready_at)
         tracked.found = found
         # After a failed load what is found is not what can be read: it is offered again, and what is sound is kept.
-        tracked.stored_blocks = 0 if tracked.has_failed_load else found.hit_blocks
+        # When prewarming, what was found may lie in DRAM only: the cache is told once more that it is to be kept.
+        is_offered_again = tracked.has_failed_load or self._config.prewarm
+        tracked.stored_blocks = 0 if is_offered_again else found.hit_blocks
         if first_time:
             self.stats.count(f"lookups:{result}")
             self.stats.count("lookup_blocks", blocks)
@@ -605,6 +607,7 @@ class PegaScheduler:
                 blocks=tracked.block_ids[start:end],
             )
             self._meta.saves.append(order)
+            self.stats.count("offered_blocks", (end - start) * self._workers)
             tracked.saving.add(order.operation)
             self._waiting_for[order.operation] = self._workers
             self._saver[order.operation] = tracked.request_id
@@ -636,6 +639,7 @@ class PegaScheduler:
 
     def _drop(self, order: SaveOrder) -> None:
         """Takes back a save that no worker has seen."""
+        self.stats.count("saved_blocks:withdrawn", len(order.blocks) * self._workers)
         self._waiting_for.pop(order.operation, None)
         self._saver.pop(order.operation, None)
         if tracked := self._tracked.get(order.request_id):

@@ -79,7 +79,9 @@ class Report:
 class PegaWorker:
     """The worker's side of the connector."""
 
-    def __init__(self, cache: CachePort, shard: int, shards: int, *, verify_weights: bool = False) -> None:
+    def __init__(
+        self, cache: CachePort, shard: int, shards: int, *, verify_weights: bool = False, keeps_all: bool = False
+    ) -> None:
         self._cache = cache
         self._shard = shard
         self._shards = shards
@@ -90,6 +92,7 @@ class PegaWorker:
         self._next_register = 0.0
         self._refused = ""
         self._verifies_weights = verify_weights
+        self._keeps_all = keeps_all
         self._check: WeightsCheck | None = None
         self._loads: dict[int, Loading] = {}
         self._saves: dict[int, str] = {}
@@ -157,6 +160,7 @@ class PegaWorker:
                 blocks=geometry.blocks,
                 owner=geometry.owner,
                 device=geometry.device,
+                keeps_all=self._keeps_all,
             )
         except (InvalidInputError, GeometryMismatchError, UnsupportedError) as error:
             self._refuse(str(error))

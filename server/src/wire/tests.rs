@@ -14,6 +14,7 @@ fn register() -> proto::RegisterRequest {
         groups: vec![proto::Group { group: 0, block_bytes: 64, shards: 2 }],
         shard: 1,
         blocks: 9,
+        keeps_all: false,
     }
 }
 

@@ -115,6 +115,7 @@ impl Worker {
             namespace: NamespaceDescriptor::new().with("model", "m"),
             groups: vec![GroupGeometry { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
             shard: 0,
+            keeps_all: false,
         }
     }
 

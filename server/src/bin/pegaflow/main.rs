@@ -3,6 +3,7 @@
 
 mod doctor;
 mod policy;
+mod prewarm;
 mod settings;
 
 use std::ffi::OsString;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 
 use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
+use prewarm::PrewarmOptions;
 use settings::ConfigCommand;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
@@ -110,6 +112,17 @@ enum Command {
     Policy {
         #[command(subcommand)]
         command: PolicyCommand,
+    },
+    /// Lets vLLM compute prompts offline, so that a vLLM that is started with the same model and options finds them on the
+    /// drive. A run that was cut goes on where it was.
+    ///
+    /// With --path (or --config) the store there is opened, which no server may have open; else the server at --socket is
+    /// asked. Example: pegaflow prewarm prompts.jsonl --path /nvme/kv -- Qwen/Qwen3-8B --max-model-len 32768
+    Prewarm {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        #[command(flatten)]
+        options: Box<PrewarmOptions>,
     },
     /// Tries now to open a store again that went out of use, instead of at the server's next attempt.
     Reopen {
@@ -215,6 +228,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Policy { .. }
         | Command::Serve { .. }
         | Command::Config { .. }
+        | Command::Prewarm { .. }
         | Command::Doctor { .. } => Value::Null,
     })
 }

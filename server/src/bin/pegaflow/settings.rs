@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Command, Subcommand};
+use clap::{ArgMatches, Command, FromArgMatches, Subcommand};
 use pegaflow_server::settings::{Loaded, Setting, Settings, Source, load};
 use pegaflow_server::{ExitStatus, run_server};
 use serde_json::{Value, json};
 
 use crate::doctor;
+use crate::prewarm::{self, PrewarmOptions};
 
 /// What is to be done with settings.
 #[derive(Debug, Subcommand)]
@@ -26,7 +27,7 @@ pub(crate) enum ConfigCommand {
 }
 
 /// Commands with settings, which are read in a way of their own.
-const COMMANDS: [&[&str]; 4] = [&["serve"], &["config", "check"], &["config", "show"], &["doctor"]];
+const COMMANDS: [&[&str]; 5] = [&["serve"], &["config", "check"], &["config", "show"], &["doctor"], &["prewarm"]];
 
 /// Which of the commands of this module was asked for.
 pub(crate) fn asked_for(command: &Command, arguments: &[OsString]) -> Option<&'static [&'static str]> {
@@ -72,11 +73,20 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
             let measures = !of_doctor.is_some_and(|matches| matches.get_flag("no_measure"));
             doctor::examine(&loaded.settings, measures, has_json)
         }
+        (["prewarm"], Ok(loaded)) => match options_of(&loaded) {
+            Ok(options) => prewarm::prewarm(&loaded, &options, has_json),
+            Err(error) => error.exit(),
+        },
         (_, Ok(loaded)) => match run_server(&loaded, &read) {
             Ok(()) => ExitStatus::Ok.into(),
             Err(error) => super::failed(&error, has_json),
         },
     }
+}
+
+fn options_of(loaded: &Loaded) -> Result<PrewarmOptions, clap::Error> {
+    let none = ArgMatches::default();
+    PrewarmOptions::from_arg_matches(loaded.matches.subcommand_matches("prewarm").unwrap_or(&none))
 }
 
 fn show(loaded: &Loaded, is_json: bool) {
