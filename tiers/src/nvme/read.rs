@@ -163,7 +163,8 @@ impl Verifiers {
             let message = format!("a block of {block_bytes} bytes into a slot for {}", slot.payload_bytes());
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        let unknown = || Error::new(ErrorKind::NotFound, format!("namespace {} is not known to the store", id.namespace.0));
+        let unknown =
+            || Error::new(ErrorKind::NotFound, format!("namespace {} is not known to the store", id.namespace.0));
         let (key, id) = (id.key, shared.named(&id).ok_or_else(unknown)?);
         let identity = shared.namespaces.identity(&id).ok_or_else(unknown)?;
         let pins = shared.regions.pin(&[location])?;
@@ -177,8 +178,18 @@ impl Verifiers {
             true => IoBuffer::SlotEnd { slot: Arc::clone(&slot), bytes },
         };
         let done = Done::new(done);
-        let reading =
-            Box::new(Reading { id, key, identity, location, slot, at_end, _pins: pins, in_flight, result: Ok(()), done });
+        let reading = Box::new(Reading {
+            id,
+            key,
+            identity,
+            location,
+            slot,
+            at_end,
+            _pins: pins,
+            in_flight,
+            result: Ok(()),
+            done,
+        });
         let (hand_over, take_back) = parts(reading);
         let (file, offset) = shared.drive.locate(location.region, location.page);
         let request = IoRequest {
@@ -385,7 +396,12 @@ impl Checked {
     }
 
     /// Decodes, and compares what came out with what went in.
-    fn decoded(&self, shared: &Shared, raw_xxh3: u64, decode: impl FnOnce(&mut Decoder, u64) -> Result<u64>) -> Result<()> {
+    fn decoded(
+        &self,
+        shared: &Shared,
+        raw_xxh3: u64,
+        decode: impl FnOnce(&mut Decoder, u64) -> Result<u64>,
+    ) -> Result<()> {
         let began = Instant::now();
         let checksum = DECODER.with_borrow_mut(|decoder| decode(decoder, self.header.raw_bytes))?;
         add(&shared.counts.decode_ns, began.elapsed().as_nanos() as u64);

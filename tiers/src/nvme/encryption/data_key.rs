@@ -124,14 +124,7 @@ impl DataKey {
         let derive = |context: &str| Zeroizing::new(blake3::derive_key(context, root));
         let payloads = derive(PAYLOAD_CONTEXT);
         let sealing = derived_cipher(&payloads, &salt)?;
-        Ok(Self {
-            number,
-            payloads,
-            index: derive(INDEX_CONTEXT),
-            prefix: derive(PREFIX_CONTEXT),
-            salt,
-            sealing,
-        })
+        Ok(Self { number, payloads, index: derive(INDEX_CONTEXT), prefix: derive(PREFIX_CONTEXT), salt, sealing })
     }
 
     /// The number under which it stands in headers.

@@ -101,8 +101,7 @@ impl KeyFile {
     /// # Errors
     /// What the file system reports.
     pub(super) fn create(copies: [Box<dyn SmallFile>; 2], store: StoreUuid, key: &EncryptionKey) -> Result<Self> {
-        let mut made =
-            Self { copies, store, wrapping: wrapping(key)?, entries: Vec::new(), differing: Vec::new() };
+        let mut made = Self { copies, store, wrapping: wrapping(key)?, entries: Vec::new(), differing: Vec::new() };
         made.append(KeyState::Store, NamespaceId::from_bytes([0; 32]))?;
         Ok(made)
     }
@@ -112,11 +111,7 @@ impl KeyFile {
     /// # Errors
     /// `PermissionDenied` if they were wrapped with another key, `Corrupt` if neither has an intact secret of the store,
     /// and what the file system reports.
-    pub(super) fn open(
-        mut copies: [Box<dyn SmallFile>; 2],
-        store: StoreUuid,
-        key: &EncryptionKey,
-    ) -> Result<Self> {
+    pub(super) fn open(mut copies: [Box<dyn SmallFile>; 2], store: StoreUuid, key: &EncryptionKey) -> Result<Self> {
         let mut read = Vec::new();
         for copy in &mut copies {
             read.push(copy.read_all().map_err(|source| Error::from_io("reading the keys of the store", source))?);
@@ -130,9 +125,8 @@ impl KeyFile {
             if first != second {
                 differing.push(number);
             }
-            let is_destroyed = |entry: &Option<Entry>| {
-                entry.as_ref().is_some_and(|entry| entry.state == KeyState::Destroyed)
-            };
+            let is_destroyed =
+                |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.state == KeyState::Destroyed);
             entries.push(if is_destroyed(&second) { second } else { first.or(second) });
         }
         let opened = Self { copies, store, wrapping: wrapping(key)?, entries, differing };
@@ -167,7 +161,10 @@ impl KeyFile {
     pub(super) fn mend(&mut self) -> Result<()> {
         for number in std::mem::take(&mut self.differing) {
             if let Some(entry) = self.entries.get(number as usize).cloned().flatten() {
-                tracing::warn!(number, "a key of the store was damaged in one of its two files; restored from the other");
+                tracing::warn!(
+                    number,
+                    "a key of the store was damaged in one of its two files; restored from the other"
+                );
                 self.write(&entry)?;
             }
         }
@@ -301,11 +298,11 @@ mod tests {
 
     #[test]
     fn a_damaged_entry_is_taken_from_the_other_file() {
-        for damaged in 0..2 {
+        for damaged in KEY_FILES {
             let at = tempfile::tempdir().expect("a directory");
             let mut file = KeyFile::create(copies(at.path()), STORE, &key(1)).expect("made");
             let (_, root) = file.append(KeyState::Data, namespace(5)).expect("room");
-            let path = at.path().join(KEY_FILES[damaged]);
+            let path = at.path().join(damaged);
             let good = std::fs::read(&path).expect("there");
             std::fs::write(&path, vec![0xee; good.len()]).expect("damaged");
             let mut again = KeyFile::open(copies(at.path()), STORE, &key(1)).expect("one is left");
@@ -318,11 +315,11 @@ mod tests {
 
     #[test]
     fn one_that_is_destroyed_in_either_file_stays_so() {
-        for older in 0..2 {
+        for older in KEY_FILES {
             let at = tempfile::tempdir().expect("a directory");
             let mut file = KeyFile::create(copies(at.path()), STORE, &key(1)).expect("made");
             let (number, root) = file.append(KeyState::Data, namespace(5)).expect("room");
-            let path = at.path().join(KEY_FILES[older]);
+            let path = at.path().join(older);
             let before = std::fs::read(&path).expect("there");
             file.destroy(number).expect("written");
             // As a crash between the two leaves it.

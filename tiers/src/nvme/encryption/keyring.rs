@@ -40,7 +40,6 @@ impl HeaderKey {
         }
         hasher.finalize()
     }
-
 }
 
 /// The keys of an open store.
@@ -106,12 +105,7 @@ impl Keyring {
     ///
     /// # Errors
     /// What the file system reports.
-    fn create(
-        backing: &dyn Backing,
-        directory: &Directory,
-        store: StoreUuid,
-        key: &EncryptionKey,
-    ) -> Result<Self> {
+    fn create(backing: &dyn Backing, directory: &Directory, store: StoreUuid, key: &EncryptionKey) -> Result<Self> {
         Self::new(KeyFile::create(copies(backing, directory)?, store, key)?)
     }
 
@@ -120,12 +114,7 @@ impl Keyring {
     /// # Errors
     /// `PermissionDenied` if it is another key's, `Corrupt` if the store's secret is lost, and what the file system
     /// reports.
-    fn open(
-        backing: &dyn Backing,
-        directory: &Directory,
-        store: StoreUuid,
-        key: &EncryptionKey,
-    ) -> Result<Self> {
+    fn open(backing: &dyn Backing, directory: &Directory, store: StoreUuid, key: &EncryptionKey) -> Result<Self> {
         Self::new(KeyFile::open(copies(backing, directory)?, store, key)?)
     }
 

@@ -162,7 +162,7 @@ fn what_was_put_comes_back_and_is_nowhere_in_clear(io: IoChoice) {
 
 /// A sample of the needles is enough: one of each page.
 fn holding_if_new(place: &Place, needle: &[u8]) -> Option<PathBuf> {
-    let is_sampled = xxh3_64(needle) % 397 == 0;
+    let is_sampled = xxh3_64(needle).is_multiple_of(397);
     is_sampled.then(|| holding(place, needle)).into_iter().flatten().next()
 }
 
@@ -256,12 +256,8 @@ fn the_tag_covers_the_payload_the_names_and_what_the_header_says() {
     let keyring = Keyring::for_test(&directory, &EncryptionKey::from_bytes([1; 32]));
     let data_key = keyring.key_for(NamespaceId::from_bytes([7; 32])).expect("made");
     let names = Names { key: object_id(1).key, parent: object_id(0).key };
-    let identity = DiskIdentity {
-        namespace: NamespaceId::from_bytes([7; 32]),
-        group: 1,
-        shard: 2,
-        key: data_key.name(names.key),
-    };
+    let identity =
+        DiskIdentity { namespace: NamespaceId::from_bytes([7; 32]), group: 1, shard: 2, key: data_key.name(names.key) };
     let subject = Subject {
         store: StoreUuid::from_bytes([3; 16]),
         kind: HeaderKind::Kv,

@@ -351,7 +351,8 @@ fn each_case_is_survived() {
     let options = SimOptions { is_encrypted: true, ..SimOptions::new(directory.path()) };
     let encrypted = Simulator::new(options).expect("memory");
     // The index of another store is taken for ours by its names, which an encrypted one has not.
-    for case in cases.into_iter().filter(|case| !std::ptr::fn_addr_eq(*case, index_that_a_power_loss_undid as Scenario)) {
+    for case in cases.into_iter().filter(|case| !std::ptr::fn_addr_eq(*case, index_that_a_power_loss_undid as Scenario))
+    {
         run(&encrypted, case).unwrap_or_else(|failure| panic!("encrypted: {failure}"));
     }
     run(&encrypted, forged_header).unwrap_or_else(|failure| panic!("{failure}"));

@@ -32,7 +32,8 @@ fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
     };
     let excuses_failed_opens = !matches!(by, By::StrictFrom(..));
     let is_encrypted = matches!(by, By::EncryptedHistories | By::EncryptedScenario(_));
-    let options = SimOptions { sabotage, bias, is_encrypted, excuses_failed_opens, ..SimOptions::new(directory.path()) };
+    let options =
+        SimOptions { sabotage, bias, is_encrypted, excuses_failed_opens, ..SimOptions::new(directory.path()) };
     let simulator = Simulator::new(options).expect("memory");
     let from = |first: u64| (first..first + SEEDS_MAX).find_map(|seed| simulator.run(seed).err());
     match by {
