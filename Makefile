@@ -106,9 +106,9 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 server: toolchain
 	@cargo build --release --quiet --locked -p pegaflow-server --bins
 
-torture: server ## Kills, simulated power losses, failing operations, flipped bits. KILLS=1000 SEEDS=100000 STRIDE=1, SEED=n again
+torture: server ## Kills, simulated power losses, failing operations, flipped bits. KILLS=1000 SEEDS=100000 STRIDE=1, SEED=n again, OPTIONS=--encrypted
 	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS) --stride $(STRIDE) \
-	    $(if $(SEED),--seed $(SEED))
+	    $(if $(SEED),--seed $(SEED)) $(OPTIONS)
 
 kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 DEVICE=host, or cuda:0
 	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 1000,$(KILLS)),18) --device $(DEVICE)
@@ -125,8 +125,8 @@ bench: toolchain ## All criterion benches
 bench-index: server ## Lookups, memory and opens of the index; rows without payloads. KEYS=10000000 REAL=1 writes blocks
 	@cargo run --release --quiet -p pegaflow-benches --bin bench_index -- --keys $(KEYS) $(if $(REAL),--real)
 
-bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512
-	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)')
+bench-nvme: toolchain ## The store beside the raw drive: ratios and CPU. DIR=folder on the drive, MIB=512, OPTIONS=--encrypt
+	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_nvme -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)') $(OPTIONS)
 
 bench-warm: toolchain ## How soon after an open the hot set is in DRAM, beside what the drive reads. DIR=folder on the drive, MIB=512
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_warm -- --mib $(MIB) $(if $(DIR),--dir '$(DIR)') $(OPTIONS)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pegaflow_tiers::{
-    Append, Arena, BlockKey, CodecChoice, CodecHint, ErrorKind, GroupGeometry, IoPriority, Location,
+    Append, Arena, BlockKey, CodecChoice, CodecHint, EncryptionKey, ErrorKind, GroupGeometry, IoPriority, Location,
     NamespaceDescriptor, NamespaceHandle, ReclaimPolicy, RecordId, RecordKind, RegionInfo, Slot, Store, StoreConfig,
     StoreStats,
 };
@@ -70,6 +70,8 @@ pub struct Content {
     pub bytes: KvBytes,
     /// Whether the store may compress them.
     pub codec: CodecChoice,
+    /// Whether the store is encrypted.
+    pub is_encrypted: bool,
 }
 
 impl Content {
@@ -130,6 +132,7 @@ impl StoreLoad {
         let regions = ((shape.blocks * shape.turns) as u64).div_ceil(records_per_region) + 3;
         let mut config = StoreConfig::new(directory, regions.max(4) * region_bytes, region_bytes);
         config.codec = content.codec;
+        config.encryption = content.is_encrypted.then(|| EncryptionKey::from_bytes([7; 32]));
         let (store, _) = Store::open(config, Arc::clone(arena), Arc::new(Oldest))?;
         let descriptor = NamespaceDescriptor::new().with("bench", "nvme").with(CodecHint::FIELD, content.bytes.hint());
         let geometry = GroupGeometry { group: 0, block_bytes: shape.block_bytes, shards: 1 };

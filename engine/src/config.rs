@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::arbiter::LoadPolicy;
 use crate::policy::PolicyChoice;
 use crate::write_budget::WriteBudget;
-use pegaflow_tiers::{CodecChoice, Error, ErrorKind, Result};
+use pegaflow_tiers::{CodecChoice, EncryptionKey, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number of bytes that people write as `64GiB`, `512 MiB`, `1.5GB` or a plain number.
@@ -201,6 +201,13 @@ pub struct NvmeConfig {
     /// Limits: 1 to 86,400.
     #[serde(default = "default_hot_set_interval_s")]
     pub hot_set_interval_s: u64,
+    /// A file with the key of an encrypted store: 64 hexadecimal digits, readable by its owner alone. Payloads are then
+    /// encrypted, and names are keyed hashes. Decided when the store is made. Default: none, not encrypted.
+    #[serde(default)]
+    pub encryption_key_file: Option<PathBuf>,
+    /// A command that prints that key, instead of the file; `/bin/sh -c` runs it at every open of the store. Default: none.
+    #[serde(default)]
+    pub encryption_key_command: Option<String>,
 }
 
 fn default_warm_start() -> bool {
@@ -248,6 +255,20 @@ impl NvmeConfig {
             health_interval_s: default_health_interval_s(),
             warm_start: default_warm_start(),
             hot_set_interval_s: default_hot_set_interval_s(),
+            encryption_key_file: None,
+            encryption_key_command: None,
+        }
+    }
+
+    /// The key of the store, if it is to be encrypted.
+    ///
+    /// # Errors
+    /// As [`EncryptionKey::from_file`] and [`EncryptionKey::from_command`].
+    pub fn encryption_key(&self) -> Result<Option<EncryptionKey>> {
+        match (&self.encryption_key_file, &self.encryption_key_command) {
+            (Some(path), _) => EncryptionKey::from_file(path).map(Some),
+            (None, Some(command)) => EncryptionKey::from_command(command).map(Some),
+            (None, None) => Ok(None),
         }
     }
 
@@ -419,6 +440,10 @@ impl EngineConfig {
             check(ok, problem);
             let (ok, problem) = within("nvme.reinsert_percent", nvme.reinsert_percent.into(), 0, 50);
             check(ok, problem);
+            check(
+                nvme.encryption_key_file.is_none() || nvme.encryption_key_command.is_none(),
+                "nvme.encryption_key_file and nvme.encryption_key_command are both given; give one of them".into(),
+            );
             let (ok, problem) = within("nvme.hot_set_interval_s", nvme.hot_set_interval_s, 1, 86_400);
             check(ok, problem);
             let every = nvme.health_interval_s;
@@ -481,6 +506,8 @@ mod tests {
                 reinsert_percent: 51,
                 health_interval_s: 9,
                 hot_set_interval_s: 0,
+                encryption_key_file: Some("/key".into()),
+                encryption_key_command: Some("key".into()),
                 ..NvmeConfig::new("", ByteSize(1))
             }),
             ..EngineConfig::default()
@@ -496,6 +523,7 @@ mod tests {
             "nvme.reinsert_percent",
             "nvme.health_interval_s",
             "nvme.hot_set_interval_s",
+            "nvme.encryption_key_file",
             "more_drives[1].capacity",
             "/a, which is listed already",
             "more_drives[2].path is empty",

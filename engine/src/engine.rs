@@ -535,6 +535,8 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
         write_queue_bytes: arena.capacity_bytes(),
         codec: nvme.codec,
         reinsert_percent: nvme.reinsert_percent,
+        // Asked for at every open.
+        encryption: None,
     }
 }
 
@@ -542,8 +544,11 @@ fn store_config(config: &EngineConfig, nvme: &NvmeConfig, arena: &Arc<Arena>) ->
 fn source(config: &EngineConfig, arena: &Arc<Arena>, deciders: &Deciders) -> Option<Source> {
     let nvme = config.nvme.as_ref()?;
     let (path, policy) = (nvme.path.clone(), policy(nvme, deciders));
-    let (config, arena) = (store_config(config, nvme, arena), Arc::clone(arena));
-    let open = move || Store::open(config.clone(), Arc::clone(&arena), policy());
+    let (nvme, config, arena) = (nvme.clone(), store_config(config, nvme, arena), Arc::clone(arena));
+    let open = move || {
+        let config = StoreConfig { encryption: nvme.encryption_key()?, ..config.clone() };
+        Store::open(config, Arc::clone(&arena), policy())
+    };
     Some(Source { path, open: Box::new(open) })
 }
 

@@ -20,8 +20,8 @@ pub use crate::replay::{
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
-    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, Error, ErrorKind, Fence, Fragment, FsckFinding, FsckProblem,
-    FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache,
+    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, EncryptionKey, Error, ErrorKind, Fence, Fragment, FsckFinding,
+    FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache,
     LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment,
-    Result, Slot, StorePaths, fsck,
+    Result, Slot, StorePaths, fsck, fsck_with_key,
 };

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use pegaflow_tiers::{Append, RecordKind, Store};
+use pegaflow_tiers::{Append, RecordId, RecordKind, Store};
 
 use crate::admission::{Offer, Refusal};
 use crate::inner::Inner;
@@ -72,7 +72,8 @@ fn failed(inner: &Inner, block: &Arc<Resident>, kind: RecordKind) {
     if kind == RecordKind::Object {
         inner.residency.hide(block);
     } else if let Some(policy) = &inner.drive_policy {
-        policy.lose(block.id.fingerprint());
+        let on_drive = |store: Arc<Store>| store.fingerprint_of(&block.id, block.id.key.prefix());
+        policy.lose(inner.drive.store().map_or_else(|| block.id.fingerprint(), on_drive));
     }
     inner.residency.mark_clean(block);
 }
@@ -86,9 +87,10 @@ fn admit(inner: &Inner, store: &Store, block: &Resident) -> Result<(), Refusal> 
     let parent = block.id.with_key(block.parent);
     let is_on_its_way = || inner.residency.get(&parent).is_some_and(|parent| parent.is_dirty());
     let has_parent = block.parent.is_root() || store.locate(&parent).is_some() || is_on_its_way();
-    let fingerprint = block.id.fingerprint();
+    let fingerprint_of = |id: &RecordId| store.fingerprint_of(id, id.key.prefix());
+    let fingerprint = fingerprint_of(&block.id);
     let judged = PolicyBlock { key: fingerprint, bytes: u32::try_from(block.slot.bytes()).unwrap_or(u32::MAX) };
-    let judged_parent = (!block.parent.is_root()).then(|| parent.fingerprint());
+    let judged_parent = (!block.parent.is_root()).then(|| fingerprint_of(&parent));
     let worth = match &inner.drive_policy {
         None => None,
         Some(policy) => match policy.judge(&judged, judged_parent, has_parent) {

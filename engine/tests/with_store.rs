@@ -97,6 +97,46 @@ fn what_is_durable_is_there_after_a_restart_psync() {
     survives_a_restart(IoEngineChoice::Psync);
 }
 
+/// An encrypted store: chains come back by their own keys, from DRAM, from the drive, and from the hot set that was noted.
+#[test]
+fn an_encrypted_store_is_the_same_to_its_users() {
+    let directory = directory();
+    let encrypted = |warm_start, command: &str| {
+        let mut config = config(directory.path(), 64, IoEngineChoice::Auto);
+        if let Some(nvme) = &mut config.nvme {
+            nvme.encryption_key_command = Some(command.into());
+            nvme.warm_start = warm_start;
+        }
+        config
+    };
+    let right = "printf '%064d' 7";
+    let chains: Vec<Vec<BlockKey>> = (0..4).map(|seed| keys(BLOCKS / 2, seed)).collect();
+    let mut worker = Worker::new(encrypted(false, right));
+    for chain in &chains {
+        write(&mut worker, chain);
+        assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS / 2);
+    }
+    worker.engine.put(b"k", b"kept").expect("room");
+    worker.engine.flush(soon()).expect("durable");
+    worker.engine.close(soon()).expect("closed");
+    drop(worker);
+    for command in ["printf '%064d' 8", "echo nothing"] {
+        let refused = Engine::open(encrypted(false, command)).map(drop).map_err(|error| error.kind());
+        assert!(matches!(refused, Err(ErrorKind::PermissionDenied | ErrorKind::InvalidInput)), "{refused:?}");
+    }
+    for warm_start in [false, true] {
+        let mut worker = Worker::new(encrypted(warm_start, right));
+        for chain in &chains {
+            let (dram, drive, failed) = read(&mut worker, chain);
+            assert_eq!((dram + drive, failed), (BLOCKS / 2, 0));
+            assert_eq!(read(&mut worker, chain), (BLOCKS / 2, 0, 0));
+        }
+        assert_eq!(worker.engine.get(b"k").expect("open").as_deref(), Some(&b"kept"[..]));
+        assert_eq!(worker.engine.stats().quarantined_records, 0);
+        worker.engine.close(soon()).expect("closed");
+    }
+}
+
 #[test]
 fn the_bound_holds_and_what_is_left_is_right() {
     let directory = directory();

@@ -55,6 +55,13 @@ pub struct Settings {
     /// How often it is noted which blocks these are, in seconds, 1 to 86400; also at a stop.
     #[arg(long, env = "PEGAFLOW_HOT_SET_INTERVAL", value_name = "SECONDS", default_value_t = 600)]
     pub hot_set_interval: u64,
+    /// A file with the key of an encrypted store: 64 hexadecimal digits, nobody else's to read (openssl rand -hex 32).
+    /// Decided when the store is made. Default: not encrypted.
+    #[arg(long, env = "PEGAFLOW_ENCRYPTION_KEY_FILE", value_name = "FILE")]
+    pub encryption_key_file: Option<PathBuf>,
+    /// A command that prints that key, instead of the file; a shell runs it at every open of the store.
+    #[arg(long, env = "PEGAFLOW_ENCRYPTION_KEY_COMMAND", value_name = "COMMAND")]
+    pub encryption_key_command: Option<String>,
     /// Bytes of DRAM for blocks, taken at start.
     #[arg(long, env = "PEGAFLOW_DRAM", value_name = "SIZE", default_value = "4GiB")]
     pub dram: ByteSize,
@@ -157,6 +164,8 @@ impl Settings {
             health_interval_s: self.health_interval,
             warm_start: self.warm_start,
             hot_set_interval_s: self.hot_set_interval,
+            encryption_key_file: self.encryption_key_file.clone(),
+            encryption_key_command: self.encryption_key_command.clone(),
             ..NvmeConfig::new(path, self.capacity)
         });
         EngineConfig {
@@ -182,6 +191,8 @@ impl Settings {
             ("region", self.region.is_some()),
             ("drive", !self.drives.is_empty()),
             ("write_budget", self.write_budget.is_some()),
+            ("encryption_key_file", self.encryption_key_file.is_some()),
+            ("encryption_key_command", self.encryption_key_command.is_some()),
         ] {
             if is_given && self.path.is_none() {
                 problems.push(format!("{name} is given without a store; give path, the directory of its home"));

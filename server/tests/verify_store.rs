@@ -62,3 +62,56 @@ fn a_store_is_checked_and_repaired_and_the_exit_code_says_so() {
         Some(2)
     );
 }
+
+/// An encrypted store: without its key, with another one, or with one that others can read, programs end with 4 and change
+/// nothing.
+#[test]
+fn an_encrypted_store_is_refused_without_its_key() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let (socket, store) = (directory.path().join("p.sock"), directory.path().join("store"));
+    let key = |name: &str, digits: &str, mode| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, digits.repeat(32)).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("ours");
+        path.into_os_string().into_string().expect("UTF-8")
+    };
+    let (right, wrong, open) = (key("right", "5a", 0o600), key("wrong", "5b", 0o600), key("open", "5a", 0o644));
+    let command = |key: &[&str]| {
+        let mut command = Process::command(&socket);
+        command.args(["--capacity", "64MiB", "--region", "4MiB", "--log", "error", "--path"]).arg(&store).args(key);
+        command
+    };
+    let (mut server, _) = Process::start(command(&["--encryption-key-file", &right]));
+    let worker = Worker::new(Endpoint::Unix(socket.clone()));
+    worker.register();
+    worker.client.wait_connected(PATIENCE).expect("connects");
+    let operation = worker.start_save(32).expect("accepted");
+    worker.wait(operation);
+    worker.client.flush(PATIENCE).expect("durable");
+    worker.client.close(PATIENCE);
+    server.signal("-TERM");
+    assert_eq!(server.wait_exit(), Some(0));
+
+    let image = || std::fs::read(store.join("regions.0")).expect("there");
+    let before = image();
+    let refused: [(&[&str], &str); 4] = [
+        (&[], "--encryption-key-file"),
+        (&["--encryption-key-file", &wrong], "another key"),
+        (&["--encryption-key-file", &open], "chmod 600"),
+        (&["--encryption-key-command", "printf '%064d' 7"], "another key"),
+    ];
+    for (arguments, remedy) in refused {
+        let output = command(arguments).output().expect("runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(4), "{arguments:?}: {said}");
+        assert!(said.contains(remedy), "{arguments:?}: {said}");
+        let (code, _, said) = verify(arguments, &store);
+        assert!(code == Some(4) && said.contains(remedy), "{arguments:?}: {said}");
+        assert!(before == image(), "{arguments:?} changed the store");
+    }
+    let (code, found, error) = verify(&["--json", "--encryption-key-file", &right], &store);
+    assert_eq!((code, &found["problems"]), (Some(0), &0.into()), "{found} {error}");
+    let report = &found["stores"][0]["report"];
+    assert_eq!((&report["rows"], &report["records"]), (&32.into(), &32.into()));
+}

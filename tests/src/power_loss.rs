@@ -34,9 +34,9 @@ pub struct Simulated {
 ///
 /// # Errors
 /// If there is no memory for it.
-pub fn replay(seed: u64) -> Result<Simulated> {
+pub fn replay(seed: u64, is_encrypted: bool) -> Result<Simulated> {
     let directory = memory_directory()?;
-    let simulator = Simulator::new(SimOptions { is_told: true, ..SimOptions::new(directory.path()) })?;
+    let simulator = Simulator::new(SimOptions { is_told: true, is_encrypted, ..SimOptions::new(directory.path()) })?;
     let mut simulated = Simulated::default();
     match simulator.run(seed) {
         Ok(tally) => simulated.tally = tally,
@@ -49,11 +49,17 @@ pub fn replay(seed: u64) -> Result<Simulated> {
 ///
 /// # Errors
 /// If there is no memory for them.
-pub fn histories(first: u64, count: u64, progress: &ProgressBar, into: &mut Simulated) -> Result<()> {
+pub fn histories(
+    first: u64,
+    count: u64,
+    is_encrypted: bool,
+    progress: &ProgressBar,
+    into: &mut Simulated,
+) -> Result<()> {
     let directory = memory_directory()?;
     let (next, tally, failures) = (AtomicU64::new(0), Mutex::new(SimTally::default()), Mutex::new(Vec::new()));
     let started = Instant::now();
-    on_all_cores(directory.path(), |simulator, _, _| {
+    on_all_cores(directory.path(), is_encrypted, |simulator, _, _| {
         let mut own = SimTally::default();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -82,10 +88,10 @@ pub fn histories(first: u64, count: u64, progress: &ProgressBar, into: &mut Simu
 ///
 /// # Errors
 /// If there is no memory for them.
-pub fn damages(stride: usize, into: &mut Simulated) -> Result<()> {
+pub fn damages(stride: usize, is_encrypted: bool, into: &mut Simulated) -> Result<()> {
     let directory = memory_directory()?;
     let found: Mutex<(SweepTally, DamageTally, Vec<SimFailure>)> = Mutex::default();
-    on_all_cores(directory.path(), |simulator, core, cores| {
+    on_all_cores(directory.path(), is_encrypted, |simulator, core, cores| {
         let swept = simulator.sweep(core * stride, cores * stride);
         let damaged = match core {
             0 => simulator.flips(stride, PAYLOAD_FLIPS / stride),
@@ -124,7 +130,11 @@ impl Simulated {
 }
 
 /// Runs `work` once for each core, with a simulator of its own, its number and how many there are.
-fn on_all_cores(directory: &Path, work: impl Fn(&Simulator, usize, usize) -> Result<()> + Sync) -> Result<()> {
+fn on_all_cores(
+    directory: &Path,
+    is_encrypted: bool,
+    work: impl Fn(&Simulator, usize, usize) -> Result<()> + Sync,
+) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..cores)
@@ -133,7 +143,8 @@ fn on_all_cores(directory: &Path, work: impl Fn(&Simulator, usize, usize) -> Res
                 let directory = directory.join(core.to_string());
                 scope.spawn(move || {
                     std::fs::create_dir_all(&directory)?;
-                    work(&Simulator::new(SimOptions::new(directory))?, core, cores)
+                    let options = SimOptions { is_encrypted, ..SimOptions::new(directory) };
+                    work(&Simulator::new(options)?, core, cores)
                 })
             })
             .collect();

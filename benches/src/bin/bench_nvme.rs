@@ -25,10 +25,10 @@ const SYNC_BYTES: u64 = 64 * MIB;
 const TABLE_HEAD: &str = "ceiling  store   ratio  (quartiles)         cores per GB/s of both";
 /// The drive's shape is looked for with so many bytes.
 const TRIAL_BYTES: u64 = 128 * MIB;
-const PLAIN: Content = Content { bytes: KvBytes::Random, codec: CodecChoice::None };
+const PLAIN: Content = Content { bytes: KvBytes::Random, codec: CodecChoice::None, is_encrypted: false };
 /// Also where the drive reads faster than this machine decodes, which `auto` would find out in the middle of the bench.
-const BF16: Content = Content { bytes: KvBytes::Bf16, codec: CodecChoice::Always };
-const FP8: Content = Content { bytes: KvBytes::Fp8, codec: CodecChoice::Always };
+const BF16: Content = Content { bytes: KvBytes::Bf16, codec: CodecChoice::Always, is_encrypted: false };
+const FP8: Content = Content { bytes: KvBytes::Fp8, codec: CodecChoice::Always, is_encrypted: false };
 const WRITE: Transfer = Transfer::Write { sync_bytes: SYNC_BYTES };
 
 /// Measures a store beside the raw drive.
@@ -46,6 +46,9 @@ struct Arguments {
     /// Block sizes in KiB.
     #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1024, 4096])]
     blocks_kib: Vec<u64>,
+    /// Instead: an encrypted store beside one that is not, which is what encryption costs.
+    #[arg(long)]
+    encrypt: bool,
     /// The seed of orders and places.
     #[arg(long, env = "SEED", default_value_t = 1)]
     seed: u64,
@@ -57,6 +60,10 @@ fn main() -> Result<()> {
         .prefix("pegaflow-bench-nvme-")
         .tempdir_in(&arguments.dir)
         .with_context(|| format!("in {}", arguments.dir.display()))?;
+    if arguments.encrypt {
+        println!("{}", encryption(&arguments, directory.path())?);
+        return Ok(());
+    }
     let mut bench = Bench::new(&arguments, directory.path())?;
     let mut rows = Vec::new();
     for block_kib in &arguments.blocks_kib {
@@ -313,6 +320,60 @@ impl<'a> Bench<'a> {
         ));
         Ok(stats.appended_payload_bytes as f64 / stats.appended_stored_bytes.max(1) as f64)
     }
+}
+
+/// An encrypted store in turns with the same one without, for each size of block.
+fn encryption(arguments: &Arguments, directory: &Path) -> Result<Value> {
+    let pairs = arguments.pairs as usize;
+    let bytes = arguments.mib * MIB;
+    let mut rows = Vec::new();
+    let (mut least_read, mut least_write) = (f64::INFINITY, f64::INFINITY);
+    for block_bytes in arguments.blocks_kib.iter().map(|block_kib| block_kib * KIB) {
+        // The first turn of each is a warm-up.
+        let shape = TurnShape { block_bytes, blocks: usize::try_from(bytes / block_bytes)?, turns: 1 + pairs };
+        let paths = [directory.join("plain"), directory.join("encrypted")];
+        let mut plain = create(&paths[0], shape, PLAIN)?;
+        let mut encrypted = create(&paths[1], shape, Content { is_encrypted: true, ..PLAIN })?;
+        progress(&format!("{:>4} KiB, encrypted beside plain            plain    encr.   ratio", block_bytes / KIB));
+        let (mut writes, mut reads) = (Pairs::default(), Pairs::default());
+        for number in 0..=pairs {
+            let write = pair(
+                number,
+                bytes,
+                &mut encrypted,
+                || plain.write(Order::Sequential),
+                |load| load.write(Order::Sequential),
+            )?;
+            let read = pair(
+                number,
+                bytes,
+                &mut encrypted,
+                || plain.read(Order::Sequential),
+                |load| load.read(Order::Sequential),
+            )?;
+            plain.check()?;
+            if number > 0 {
+                writes.0.push(write);
+                reads.0.push(read);
+            }
+        }
+        writes.print("writes");
+        reads.print("reads, in order");
+        plain.close()?;
+        encrypted.close()?;
+        paths.iter().try_for_each(std::fs::remove_dir_all)?;
+        (least_read, least_write) = (least_read.min(reads.ratio()), least_write.min(writes.ratio()));
+        let plain_cores = |pairs: &Pairs| pairs.median(|(plain, _)| plain.cores);
+        rows.push(json!({
+            "block_bytes": block_bytes,
+            "read_ratio": round(reads.ratio()), "write_ratio": round(writes.ratio()),
+            "plain_read_gbps": round(reads.median(|(plain, _)| plain.gbps)),
+            "plain_write_gbps": round(writes.median(|(plain, _)| plain.gbps)),
+            "cpu_cores_per_gbps": round(reads.cores()), "plain_cpu_cores_per_gbps": round(plain_cores(&reads)),
+            "write_cpu_cores_per_gbps": round(writes.cores()), "plain_write_cpu_cores_per_gbps": round(plain_cores(&writes)),
+        }));
+    }
+    Ok(json!({ "encrypted_read_ratio": round(least_read), "encrypted_write_ratio": round(least_write), "rows": rows }))
 }
 
 /// A store under load, with all of its arena there.

@@ -48,15 +48,21 @@ impl DrivePolicy {
         self.state.lock().capacity_bytes = capacity_bytes;
     }
 
-    /// A request; `is_stored` says whether the store has the block with a fingerprint, if that is known.
-    pub(crate) fn request(&self, asked: &Asked, is_stored: &dyn Fn(u64) -> Option<bool>) {
+    /// A request; `fingerprint` tells by which one the store knows a block in the place of another, of whose key only the
+    /// prefix is known; `is_stored` whether it has a block, if that is known.
+    pub(crate) fn request(
+        &self,
+        asked: &Asked,
+        fingerprint: &dyn Fn(&RecordId, u64) -> u64,
+        is_stored: &dyn Fn(u64) -> Option<bool>,
+    ) {
         for shard in 0..asked.shards {
             let place = RecordId { shard, ..asked.place };
             let mut state = self.state.lock();
             let bytes = u32::try_from(asked.slot_bytes).unwrap_or(u32::MAX);
             let mut chain = std::mem::take(&mut state.chain);
             chain.clear();
-            let keys = asked.prefixes.iter().map(|prefix| place.fingerprint_of(*prefix));
+            let keys = asked.prefixes.iter().map(|prefix| fingerprint(&place, *prefix));
             chain.extend(keys.map(|key| PolicyBlock { key, bytes }));
             let now_ms = (state.clock)();
             state.policy.request(&PolicyRequest { chain: &chain, tenant: place.namespace.0.into(), now_ms });

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::NamespaceHandle;
+use pegaflow_tiers::{NamespaceHandle, RecordId};
 
 use super::requests::{Asked, Next, Repeats};
 use crate::hot_set;
@@ -60,7 +60,11 @@ fn tell_drive_policy(inner: &Inner, asked: &Asked) {
         policy.set_capacity(inner.store_payload_bytes());
     }
     let store = inner.drive.store();
-    policy.request(asked, &|fingerprint| store.as_ref()?.has_fingerprint(fingerprint));
+    let fingerprint = |place: &RecordId, prefix| match &store {
+        Some(store) => store.fingerprint_of(place, prefix),
+        None => place.fingerprint_of(prefix),
+    };
+    policy.request(asked, &fingerprint, &|fingerprint| store.as_ref()?.has_fingerprint(fingerprint));
 }
 
 /// Keeps what was learned in the store, if there is one and anything was asked for. What can not be kept is learned again.

@@ -7,6 +7,7 @@
 //! rebuild of a lost index, saves, flushes, the compactions of RocksDB after an open, and the close; what each one hit is
 //! counted. Prints one JSON object as its last line; exit code 0 only if nothing was wrong.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
@@ -55,6 +56,9 @@ struct Arguments {
     /// Of the sweep of failing operations, the flipped bits and the torn logs every so many; 0: none of them.
     #[arg(long, default_value_t = 1)]
     stride: usize,
+    /// What is simulated, and the servers that are killed, have encrypted stores.
+    #[arg(long)]
+    encrypted: bool,
     /// Replays the kills of a run: the seed that it printed.
     #[arg(long)]
     kill_seed: Option<u64>,
@@ -169,8 +173,14 @@ fn reclaimed_regions(worker: &TestWorker) -> u64 {
 }
 
 impl Scenario {
-    fn new(directory: &Path, name: &str, capacity: &str, keeps_all: bool) -> Result<Self> {
+    fn new(directory: &Path, name: &str, capacity: &str, keeps_all: bool, is_encrypted: bool) -> Result<Self> {
         let mut options = ServerOptions::small(&directory.join(name))?;
+        if is_encrypted {
+            let key = directory.join(format!("{name}.key"));
+            std::fs::write(&key, "5a".repeat(32))?;
+            std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600))?;
+            options.more = vec!["--encryption-key-file".into(), key.display().to_string()];
+        }
         options.capacity = capacity.into();
         options.region = "4MiB".into();
         options.dram = "32MiB".into();
@@ -352,8 +362,8 @@ fn kill(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
     let temporary = tempfile::Builder::new().prefix("pegaflow-torture-").tempdir_in(".")?;
     let directory = arguments.directory.clone().unwrap_or_else(|| temporary.path().to_owned());
     let mut scenarios = [
-        Scenario::new(&directory, "large", LARGE_CAPACITY, true)?,
-        Scenario::new(&directory, "small", "48MiB", false)?,
+        Scenario::new(&directory, "large", LARGE_CAPACITY, true, arguments.encrypted)?,
+        Scenario::new(&directory, "small", "48MiB", false, arguments.encrypted)?,
     ];
     let progress = progress(arguments.kills, "kills")?;
     let mut tally = Tally::default();
@@ -377,17 +387,17 @@ fn kill(arguments: &Arguments) -> Result<(Tally, u64, usize)> {
 
 fn simulate(arguments: &Arguments) -> Result<Simulated> {
     if let Some(seed) = arguments.seed {
-        return power_loss::replay(seed);
+        return power_loss::replay(seed, arguments.encrypted);
     }
     let mut simulated = Simulated::default();
     if arguments.seeds > 0 {
         let progress = progress(arguments.seeds, "power losses")?;
-        power_loss::histories(arguments.first_seed, arguments.seeds, &progress, &mut simulated)?;
+        power_loss::histories(arguments.first_seed, arguments.seeds, arguments.encrypted, &progress, &mut simulated)?;
         progress.finish();
         eprintln!("{:?} in {:.1?}", simulated.tally, simulated.elapsed);
     }
     if arguments.stride > 0 {
-        power_loss::damages(arguments.stride, &mut simulated)?;
+        power_loss::damages(arguments.stride, arguments.encrypted, &mut simulated)?;
         eprintln!("{:?} {:?}", simulated.sweep, simulated.damage);
     }
     Ok(simulated)

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::encoding::{Encoding, Image, ImageHead};
+use super::encryption::{DataKey, Names, Subject};
 use super::io::Pages;
 use super::page::{PAGE_BYTES, pages_of};
 use super::record_header::{DiskIdentity, HeaderKind, RecordHeader};
@@ -74,9 +75,18 @@ impl<T> Drop for Done<T> {
     }
 }
 
+/// What a record is sealed with, and as what.
+pub(super) struct Sealing {
+    pub(super) key: Arc<DataKey>,
+    pub(super) subject: Subject,
+    pub(super) names: Names,
+    /// Bytes of the payload when decoded.
+    pub(super) raw_bytes: u64,
+}
+
 /// How a record's payload goes to the drive.
 pub(super) enum Form {
-    /// As it is, out of its slot.
+    /// As it is, out of its slot; in an encrypted store only until the writer has sealed it.
     Stored,
     /// Not known yet.
     Encoding(Arc<Encoding>),
@@ -97,6 +107,8 @@ pub(super) struct QueuedRecord {
     /// For a tombstone that takes over from an older one: the sequence up to which it hides. Otherwise its own.
     pub(super) hides: Option<u64>,
     pub(super) parent: BlockKey,
+    /// In an encrypted store, of a record with a payload: what it is sealed with.
+    pub(super) sealing: Option<Arc<Sealing>>,
     pub(super) depth: u32,
     pub(super) slot: Option<Arc<Slot>>,
     pub(super) payload_bytes: u64,
@@ -124,6 +136,7 @@ impl QueuedRecord {
             kind: HeaderKind::Tombstone,
             hides: Some(hides),
             parent: BlockKey::ROOT,
+            sealing: None,
             depth: 0,
             slot: None,
             payload_bytes: 0,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::drive_table::DRIVES_MAX;
+use super::encryption::EncryptionKey;
 use super::io::IoChoice;
 use super::page::PAGE_BYTES;
 use crate::codec::CodecChoice;
@@ -61,6 +62,10 @@ pub struct StoreConfig {
     /// How much of a region may be written again elsewhere before it is given up, in percent of its size: what its most
     /// used records take. 0: nothing. Default: 25. Limit: 50.
     pub reinsert_percent: u32,
+    /// The key with which the store's own keys are wrapped, for a store whose payloads are encrypted. Decided when the
+    /// store is made: one that was made with a key is opened with that key only, and one that was not without. Default:
+    /// none.
+    pub encryption: Option<EncryptionKey>,
 }
 
 impl StoreConfig {
@@ -79,6 +84,7 @@ impl StoreConfig {
             write_queue_bytes: 256 << 20,
             codec: CodecChoice::Auto,
             reinsert_percent: 25,
+            encryption: None,
         }
     }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate, fstatvfs, statfs};
 
+use super::encryption::KEY_FILES;
 use super::version::{check_version_text, version_text};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -124,6 +125,11 @@ impl Directory {
         self.path.join(NAMESPACES)
     }
 
+    /// A file in it.
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
     /// The directory of the index.
     pub(super) fn index(&self) -> PathBuf {
         self.path.join(INDEX)
@@ -161,7 +167,7 @@ impl Directory {
     /// Undoes the making of a store that did not succeed, as far as possible.
     pub(super) fn abandon(&self) {
         // The mark goes last: as long as it is there, what lies beside it is known to be ours.
-        for name in [REGIONS, SUPERBLOCK, NAMESPACES, VERSION_NEW] {
+        for name in [REGIONS, SUPERBLOCK, NAMESPACES, KEY_FILES[0], KEY_FILES[1], VERSION_NEW] {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
@@ -280,7 +286,7 @@ fn content(path: &Path) -> Result<Content> {
     let begun = read(VERSION_NEW)?;
     let ours: &[&str] = match &begun {
         Some(text) if check_version_text(text).is_ok() => {
-            &[LOCK, LOST_AND_FOUND, VERSION_NEW, REGIONS, SUPERBLOCK, NAMESPACES, INDEX]
+            &[LOCK, LOST_AND_FOUND, VERSION_NEW, REGIONS, SUPERBLOCK, NAMESPACES, KEY_FILES[0], KEY_FILES[1], INDEX]
         }
         // The mark is the first file of a making: where it is torn, there is no other.
         Some(text) if version_text().as_bytes().starts_with(text) => &[LOCK, LOST_AND_FOUND, VERSION_NEW],

@@ -12,16 +12,18 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::append::{Form, QueuedRecord};
+use super::append::{Form, QueuedRecord, Sealing};
+use super::encryption::{Seal, SealedAs};
 use super::io::Pages;
 use super::page::PAGE_BYTES;
 use super::record_header::HeaderKind;
 use super::shared::Shared;
 use super::stats::add;
+use super::switches::is_simulated;
 use crate::block::NamespaceHandle;
 use crate::codec::{Codec, CodecChoice, CodecHint, Encoder, Lane, Skip};
 use crate::dram::Slot;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Threads that encode: a quarter of the machine, which has other things to do.
 const ENCODERS_MAX: usize = 4;
@@ -42,11 +44,14 @@ pub(super) struct Image {
 
 /// What a record's header says of its encoded payload, and the room that it takes until it is written.
 pub(super) struct ImageHead {
-    pub(super) _room: Room,
+    /// `None` for one that the writer sealed itself.
+    pub(super) _room: Option<Room>,
     pub(super) codec: Codec,
     pub(super) stored_bytes: u64,
     pub(super) stored_xxh3: u64,
+    /// 0 if it is sealed.
     pub(super) raw_xxh3: u64,
+    pub(super) seal: Option<Seal>,
 }
 
 /// What becomes of a record that is being encoded.
@@ -169,6 +174,8 @@ pub(super) struct Encoders {
     shared: Arc<Shared>,
     choice: CodecChoice,
     jobs: Arc<Jobs>,
+    /// Whether there are threads; without them the writer seals.
+    has_threads: bool,
     waiting_bytes_max: u64,
     lanes: RwLock<HashMap<(NamespaceHandle, u16), Arc<Lane>>>,
 }
@@ -185,16 +192,18 @@ impl Encoders {
         queue_bytes: u64,
     ) -> Result<(Self, Vec<JoinHandle<()>>)> {
         let jobs: Arc<Jobs> = Arc::default();
+        let is_sealing = shared.keyring.is_some() && !is_simulated();
+        let threads = match choice {
+            CodecChoice::None if !is_sealing => 0,
+            _ => super::cores().div_ceil(4).min(ENCODERS_MAX),
+        };
         let encoders = Self {
             shared: Arc::clone(shared),
             choice,
             jobs: Arc::clone(&jobs),
+            has_threads: threads > 0,
             waiting_bytes_max: (queue_bytes / WAITING_SHARE).max(WAITING_BYTES_MIN),
             lanes: RwLock::default(),
-        };
-        let threads = match choice {
-            CodecChoice::None => 0,
-            CodecChoice::Auto | CodecChoice::Always => super::cores().div_ceil(4).min(ENCODERS_MAX),
         };
         let start = |number| {
             let jobs = Arc::clone(&jobs);
@@ -233,22 +242,20 @@ impl Encoders {
         }
     }
 
-    /// Whether and how a record is to be encoded.
+    /// Whether and how a record is to be encoded, and sealed.
     fn plan(&self, record: &mut QueuedRecord) -> Plan {
-        let is_block = record.kind == HeaderKind::Kv && self.choice != CodecChoice::None;
-        let Some(slot) = record.slot.as_ref().filter(|_| is_block) else { return Plan::Store };
-        let Some(lane) = self.lane(record) else { return Plan::Store };
-        if self.choice == CodecChoice::Auto && !self.shared.pays_to_decode() {
-            return Plan::Skip(Skip::Speed);
+        let Some(slot) = record.slot.as_ref().filter(|_| self.has_threads) else { return Plan::Store };
+        let (codec, lane, skip) = match self.choose(record) {
+            Choice::Encode(codec, lane) => (codec, Some(lane), None),
+            Choice::Skip(skip) => (Codec::Stored, None, Some(skip)),
+            Choice::Store => (Codec::Stored, None, None),
+        };
+        if codec == Codec::Stored && record.sealing.is_none() {
+            return skip.map_or(Plan::Store, Plan::Skip);
         }
-        let state = self.jobs.state.lock();
-        let are_encoders_behind =
-            state.waiting_bytes + record.payload_bytes > self.waiting_bytes_max && state.has_room(record.payload_bytes);
-        drop(state);
-        if are_encoders_behind {
-            return Plan::Skip(Skip::Queue);
+        if let Some(skip) = skip {
+            self.shared.counts.skip(skip);
         }
-        let Some(codec) = lane.next() else { return Plan::Skip(Skip::Ratio) };
         let encoding = Arc::new(Encoding::default());
         let job = Job {
             shared: Arc::clone(&self.shared),
@@ -257,9 +264,29 @@ impl Encoders {
             payload_bytes: record.payload_bytes as usize,
             codec,
             lane,
+            sealing: record.sealing.clone(),
         };
         record.form = Form::Encoding(encoding);
         Plan::Encode(job)
+    }
+
+    /// Whether and how a record is to be compressed.
+    fn choose(&self, record: &QueuedRecord) -> Choice {
+        if record.kind != HeaderKind::Kv || self.choice == CodecChoice::None {
+            return Choice::Store;
+        }
+        let Some(lane) = self.lane(record) else { return Choice::Store };
+        if self.choice == CodecChoice::Auto && !self.shared.pays_to_decode() {
+            return Choice::Skip(Skip::Speed);
+        }
+        let state = self.jobs.state.lock();
+        let are_encoders_behind =
+            state.waiting_bytes + record.payload_bytes > self.waiting_bytes_max && state.has_room(record.payload_bytes);
+        drop(state);
+        if are_encoders_behind {
+            return Choice::Skip(Skip::Queue);
+        }
+        lane.next().map_or(Choice::Skip(Skip::Ratio), |codec| Choice::Encode(codec, lane))
     }
 
     fn lane(&self, record: &QueuedRecord) -> Option<Arc<Lane>> {
@@ -278,39 +305,61 @@ impl Drop for Encoders {
     }
 }
 
+/// How a record is to be compressed.
+enum Choice {
+    /// It is none that is ever compressed.
+    Store,
+    Skip(Skip),
+    Encode(Codec, Arc<Lane>),
+}
+
 /// What is to become of a record.
 enum Plan {
-    /// It is none that is ever encoded.
+    /// It goes as it is; what has to be sealed is sealed by the writer.
     Store,
     Skip(Skip),
     Encode(Job),
 }
 
-/// A record to encode. Its end, whichever, tells the writer.
+/// A record to encode or to seal. Its end, whichever, tells the writer.
 struct Job {
     shared: Arc<Shared>,
     encoding: Arc<Encoding>,
     slot: Arc<Slot>,
     payload_bytes: usize,
     codec: Codec,
-    lane: Arc<Lane>,
+    /// `None` if it is only sealed.
+    lane: Option<Arc<Lane>>,
+    sealing: Option<Arc<Sealing>>,
 }
 
 impl Job {
     fn run(&self, encoder: &mut Encoder, room: Room) {
         let began = Instant::now();
-        let image = self.encode(encoder, room);
         let counts = &self.shared.counts;
-        add(&counts.encode_ns, began.elapsed().as_nanos() as u64);
-        let raw_bytes = self.payload_bytes as u64;
-        self.lane.note(raw_bytes, image.as_ref().map_or(raw_bytes, |image| image.head.stored_bytes));
-        if image.is_none() {
-            counts.skip(Skip::Ratio);
+        let mut image = None;
+        let mut room = Some(room);
+        if let Some(lane) = &self.lane {
+            image = self.encode(encoder, &mut room);
+            add(&counts.encode_ns, began.elapsed().as_nanos() as u64);
+            let raw_bytes = self.payload_bytes as u64;
+            lane.note(raw_bytes, image.as_ref().map_or(raw_bytes, |image| image.head.stored_bytes));
+            if image.is_none() {
+                counts.skip(Skip::Ratio);
+            }
+        }
+        if let Some(sealing) = &self.sealing {
+            let payload = self.slot.payload().get(..self.payload_bytes);
+            let image_to_seal = image.take().or_else(|| Some(copied(&self.shared, payload?, room.take())));
+            image = image_to_seal.and_then(|image| {
+                // What can not be sealed here can not be sealed by the writer either, who then fails the record.
+                seal(&self.shared, sealing, image).inspect_err(|error| tracing::warn!(%error, "not sealed")).ok()
+            });
         }
         *self.encoding.0.lock() = Progress::Ended(image);
     }
 
-    fn encode(&self, encoder: &mut Encoder, room: Room) -> Option<Image> {
+    fn encode(&self, encoder: &mut Encoder, room: &mut Option<Room>) -> Option<Image> {
         let payload = self.slot.payload().get(..self.payload_bytes)?;
         let mut pages = self.shared.spares.take(PAGE_BYTES + self.payload_bytes);
         let Some(encoded) = encoder.encode(self.codec, payload, pages.as_mut_slice(), PAGE_BYTES) else {
@@ -318,11 +367,52 @@ impl Job {
             return None;
         };
         let stored = &pages.as_slice()[encoded.frame.clone()];
-        let (stored_bytes, stored_xxh3) = (stored.len() as u64, xxh3_64(stored));
+        // Of what is sealed the sealed bytes are summed up.
+        let stored_xxh3 = if self.sealing.is_some() { 0 } else { xxh3_64(stored) };
+        let stored_bytes = stored.len() as u64;
         pages.set_bytes(encoded.frame.end);
-        let head = ImageHead { _room: room, codec: self.codec, stored_bytes, stored_xxh3, raw_xxh3: xxh3_64(payload) };
+        let (room, raw_xxh3) = (room.take(), xxh3_64(payload));
+        let head = ImageHead { _room: room, codec: self.codec, stored_bytes, stored_xxh3, raw_xxh3, seal: None };
         Some(Image { pages, head })
     }
+}
+
+/// A payload as it is, in a buffer of its own, to be sealed there.
+fn copied(shared: &Shared, payload: &[u8], room: Option<Room>) -> Image {
+    let end = PAGE_BYTES + payload.len();
+    let mut pages = shared.spares.take(end.next_multiple_of(PAGE_BYTES));
+    pages.as_mut_slice()[PAGE_BYTES..end].copy_from_slice(payload);
+    // Nothing that lay in the buffer before goes to the drive.
+    pages.as_mut_slice()[end..].fill(0);
+    let stored_bytes = payload.len() as u64;
+    let codec = Codec::Stored;
+    let head = ImageHead { _room: room, codec, stored_bytes, stored_xxh3: 0, raw_xxh3: 0, seal: None };
+    Image { pages, head }
+}
+
+/// Seals an image, in place.
+fn seal(shared: &Shared, sealing: &Sealing, mut image: Image) -> Result<Image> {
+    let keyring = shared.keyring.as_ref();
+    let keyring = keyring.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the store has no keys"))?;
+    let head = &mut image.head;
+    let (raw_bytes, stored_bytes) = (sealing.raw_bytes, head.stored_bytes);
+    let form = SealedAs { codec: head.codec.number(), raw_bytes, stored_bytes, raw_xxh3: head.raw_xxh3 };
+    let began = Instant::now();
+    let Sealing { key, subject, names, .. } = sealing;
+    let bytes = image.pages.as_mut_slice();
+    head.seal = Some(keyring.seal(key, subject, &form, names, bytes)?);
+    head.raw_xxh3 = 0;
+    head.stored_xxh3 = xxh3_64(&bytes[PAGE_BYTES..PAGE_BYTES + stored_bytes as usize]);
+    add(&shared.counts.seal_ns, began.elapsed().as_nanos() as u64);
+    Ok(image)
+}
+
+/// Seals a payload as it is, for a writer whose record no encoder has sealed.
+///
+/// # Errors
+/// `InvalidInput` for a payload that can not be sealed.
+pub(super) fn seal_stored(shared: &Shared, sealing: &Sealing, payload: &[u8]) -> Result<Image> {
+    seal(shared, sealing, copied(shared, payload, None))
 }
 
 impl Drop for Job {

@@ -23,6 +23,7 @@ use super::drive::{Drive, Place};
 use super::drive_directory::DriveDirectory;
 use super::drive_identity::DriveIdentity;
 use super::drive_table::Extent;
+use super::encryption::{EncryptionKey, HeaderKey, Keyring};
 use super::io::{IoChoice, open_direct, open_engine};
 use super::namespaces::Namespaces;
 use super::page::PAGE_BYTES;
@@ -101,16 +102,29 @@ impl StorePaths {
 /// `Locked` naming who has it open, `InvalidInput` if there is no store or a drive of it is not given, `ForeignFormat`, `NewerFormat`, `PermissionDenied`,
 /// `Corrupt` if both superblocks are unreadable, `Io`. What the check finds is no error: it is in the report.
 pub fn fsck(paths: &StorePaths, repair: bool, progress: &mut dyn FnMut(FsckProgress)) -> Result<FsckReport> {
+    fsck_with_key(paths, None, repair, progress)
+}
+
+/// As [`fsck`], of a store that may be encrypted.
+///
+/// # Errors
+/// As [`fsck`]; `PermissionDenied` for an encrypted store without its key or with another one.
+pub fn fsck_with_key(
+    paths: &StorePaths,
+    key: Option<&EncryptionKey>,
+    repair: bool,
+    progress: &mut dyn FnMut(FsckProgress),
+) -> Result<FsckReport> {
     let started = Instant::now();
-    let (mut report, mut fixes) = check_once(paths, progress)?;
+    let (mut report, mut fixes) = check_once(paths, key, progress)?;
     let mut left = report.problems;
     for _ in 0..REPAIRS_MAX {
         if !repair || left == 0 {
             break;
         }
-        fixes.apply(paths)?;
+        fixes.apply(paths, key)?;
         // What is no longer so, as the same check sees it. A record whose row said something wrong has none afterwards.
-        let (after, more) = check_once(paths, progress)?;
+        let (after, more) = check_once(paths, key, progress)?;
         (left, fixes) = (after.problems, more);
     }
     report.repaired = report.problems.saturating_sub(left);
@@ -118,10 +132,14 @@ pub fn fsck(paths: &StorePaths, repair: bool, progress: &mut dyn FnMut(FsckProgr
     Ok(report)
 }
 
-fn check_once(paths: &StorePaths, progress: &mut dyn FnMut(FsckProgress)) -> Result<(FsckReport, Fixes)> {
+fn check_once(
+    paths: &StorePaths,
+    key: Option<&EncryptionKey>,
+    progress: &mut dyn FnMut(FsckProgress),
+) -> Result<(FsckReport, Fixes)> {
     let directory = Directory::open_existing(&paths.home)?;
     let drives = paths.more_drives.iter().map(|path| Ok((path, DriveDirectory::open_existing(path)?)));
-    let mut check = Check::open(&directory, drives.collect::<Result<_>>()?)?;
+    let mut check = Check::open(&directory, drives.collect::<Result<_>>()?, key)?;
     check.regions(progress)?;
     let Check { report, rows, damaged_objects, superblock, more_drives, .. } = check;
     let drops_index = report.index != IndexState::Ok;
@@ -142,6 +160,7 @@ struct Check {
     _locks: Vec<DriveDirectory>,
     superblock: Superblock,
     namespaces: Namespaces,
+    keyring: Option<Keyring>,
     index: Option<IndexLog>,
     marks: HashMap<u32, RegionMark>,
     headers: Vec<Option<RegionHeader>>,
@@ -157,11 +176,16 @@ struct Check {
 }
 
 impl Check {
-    fn open(directory: &Directory, drives: Vec<(&PathBuf, DriveDirectory)>) -> Result<Self> {
+    fn open(
+        directory: &Directory,
+        drives: Vec<(&PathBuf, DriveDirectory)>,
+        key: Option<&EncryptionKey>,
+    ) -> Result<Self> {
         let mut report = FsckReport::default();
         let pages = std::fs::read(directory.superblock())
             .map_err(|source| Error::from_io(format!("reading {}", directory.superblock().display()), source))?;
         let superblock = read_superblock(&pages, &mut report)?;
+        let keyring = Keyring::prepare(&System, key, directory, &superblock)?;
         let drives = in_order(&superblock, drives, &mut report)?;
         let mut files = vec![open_direct(&directory.superblock())?.0, open_direct(&directory.regions())?.0];
         for (_, drive) in &drives {
@@ -188,6 +212,7 @@ impl Check {
             _locks: locks,
             superblock,
             namespaces,
+            keyring,
             index,
             marks: marks.into_iter().map(|mark| (mark.region, mark)).collect(),
             headers: Vec::new(),
@@ -283,6 +308,11 @@ impl Check {
         Ok(rows)
     }
 
+    /// The key that authenticates headers, if the store is encrypted.
+    fn header_key(&self) -> Option<&HeaderKey> {
+        self.keyring.as_ref().map(Keyring::header)
+    }
+
     /// Reads a region whole and compares it with its rows.
     fn region(&mut self, region: u32, rows: Vec<IndexRow>) -> Result<()> {
         let Some(header) = self.headers.get(region as usize).copied().flatten() else { return Ok(()) };
@@ -294,6 +324,7 @@ impl Check {
             after_sequence: header.first_sequence.saturating_sub(1),
             at_damage: AtDamage::Search,
             checks_payloads: true,
+            header_key: self.header_key().cloned(),
         };
         let mut found = HashMap::new();
         let end = scan(&self.drive, &range, &mut |record| {
@@ -379,7 +410,7 @@ impl Check {
         }
         match self.drive.read(region, page, 1) {
             Err(error) => (FsckProblem::UnreadableRecord, error.to_string()),
-            Ok(bytes) => match RecordHeader::decode(bytes.as_slice()) {
+            Ok(bytes) => match RecordHeader::decode(bytes.as_slice(), self.header_key()) {
                 Err(error) => (FsckProblem::RowWithoutRecord, format!("no record lies there: {error}")),
                 Ok(_) => (FsckProblem::RowWithoutRecord, "what lies there is of another life or place".into()),
             },
@@ -532,7 +563,7 @@ struct Fixes {
 }
 
 impl Fixes {
-    fn apply(self, paths: &StorePaths) -> Result<()> {
+    fn apply(self, paths: &StorePaths, key: Option<&EncryptionKey>) -> Result<()> {
         let directory = Directory::open_existing(&paths.home)?;
         let Superblock { region_bytes, table, .. } = self.superblock;
         if self.drops_index {
@@ -549,7 +580,9 @@ impl Fixes {
         let drives = (1..).zip(self.more_drives);
         let more_drives =
             drives.map(|(drive, path)| DriveConfig { path, capacity_bytes: capacity_of(drive) }).collect();
-        let config = StoreConfig { more_drives, ..StoreConfig::new(&paths.home, capacity_of(0), region_bytes) };
+        let encryption = key.cloned();
+        let config =
+            StoreConfig { more_drives, encryption, ..StoreConfig::new(&paths.home, capacity_of(0), region_bytes) };
         let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(REPAIR_DRAM_BYTES) })?;
         let (store, _) = Store::open(config, arena, Arc::new(KeepAll))?;
         for (id, location) in self.damaged_objects {

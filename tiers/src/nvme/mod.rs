@@ -14,6 +14,7 @@ mod drive_directory;
 mod drive_identity;
 mod drive_table;
 mod encoding;
+mod encryption;
 mod fill;
 mod fsck;
 mod inbox;
@@ -51,8 +52,9 @@ fn cores() -> usize {
 pub use append::{Append, AppendDone};
 pub use calibration::{DepthOrigin, DriveSpeed};
 pub use config::{DriveConfig, StoreConfig};
+pub use encryption::EncryptionKey;
 pub use fill::IndexFill;
-pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck};
+pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck, fsck_with_key};
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, ReadDepth,
     open_direct, open_engine,

@@ -134,6 +134,14 @@ impl Namespaces {
         if *id == self.objects { Some(NamespaceHandle(0)) } else { self.known.read().by_id.get(id).copied() }
     }
 
+    /// The digest of a namespace; `None` for one that is not known.
+    pub(super) fn digest(&self, handle: NamespaceHandle) -> Option<NamespaceId> {
+        match handle {
+            NamespaceHandle(0) => Some(self.objects),
+            handle => Some(self.known.read().by_handle.get(&handle)?.id),
+        }
+    }
+
     /// The geometry of a group; `None` for objects and for what is not known.
     pub(super) fn group(&self, handle: NamespaceHandle, group: u16) -> Option<GroupGeometry> {
         let known = self.known.read();
@@ -147,10 +155,7 @@ impl Namespaces {
 
     /// A record's identity in the terms of the disk; `None` if its namespace is not known.
     pub(super) fn identity(&self, id: &RecordId) -> Option<DiskIdentity> {
-        let namespace = match id.namespace {
-            NamespaceHandle(0) => self.objects,
-            handle => self.known.read().by_handle.get(&handle)?.id,
-        };
+        let namespace = self.digest(id.namespace)?;
         Some(DiskIdentity { namespace, group: id.group, shard: id.shard, key: id.key })
     }
 }

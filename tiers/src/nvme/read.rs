@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::append::Done;
+use super::encryption::{Names, Seal};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::PAGE_BYTES;
 use super::record_header::{DiskIdentity, RecordHeader};
@@ -36,6 +37,8 @@ const READS_MAX: usize = 4096;
 thread_local! {
     /// One to a thread, as long as the thread: its memory is not made anew for each record.
     static DECODER: RefCell<Decoder> = RefCell::default();
+    /// Where records are decrypted whose bytes are not to be kept.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// How many threads verify.
@@ -87,7 +90,10 @@ pub type ReadDone = Box<dyn FnOnce(Result<Verified>) + Send>;
 
 /// A read on its way. Its pins keep the region from being overwritten under it.
 struct Reading {
+    /// As the store knows it.
     id: RecordId,
+    /// The key that was asked for.
+    key: BlockKey,
     identity: DiskIdentity,
     location: Location,
     slot: Arc<Slot>,
@@ -157,9 +163,10 @@ impl Verifiers {
             let message = format!("a block of {block_bytes} bytes into a slot for {}", slot.payload_bytes());
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        let identity = shared.namespaces.identity(&id).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("namespace {} is not known to the store", id.namespace.0))
-        })?;
+        let unknown =
+            || Error::new(ErrorKind::NotFound, format!("namespace {} is not known to the store", id.namespace.0));
+        let (key, id) = (id.key, shared.named(&id).ok_or_else(unknown)?);
+        let identity = shared.namespaces.identity(&id).ok_or_else(unknown)?;
         let pins = shared.regions.pin(&[location])?;
         shared.regions.touch(location.region, shared.regions.next_tick());
         shared.note_use(&id);
@@ -171,8 +178,18 @@ impl Verifiers {
             true => IoBuffer::SlotEnd { slot: Arc::clone(&slot), bytes },
         };
         let done = Done::new(done);
-        let reading =
-            Box::new(Reading { id, identity, location, slot, at_end, _pins: pins, in_flight, result: Ok(()), done });
+        let reading = Box::new(Reading {
+            id,
+            key,
+            identity,
+            location,
+            slot,
+            at_end,
+            _pins: pins,
+            in_flight,
+            result: Ok(()),
+            done,
+        });
         let (hand_over, take_back) = parts(reading);
         let (file, offset) = shared.drive.locate(location.region, location.page);
         let request = IoRequest {
@@ -207,9 +224,15 @@ impl Verifiers {
 }
 
 fn verify(shared: &Shared, reading: Reading) {
-    let Reading { id, identity, location, slot, at_end, _pins, in_flight, result, done } = reading;
+    let Reading { id, key, identity, location, slot, at_end, _pins, in_flight, result, done } = reading;
     let outcome = result.and_then(|()| match at_end {
-        true => slot.with_all(|all| check_at_end(shared, &identity, &location, all)),
+        true => slot.with_all(|all| {
+            let start = all.len() - location.bytes() as usize;
+            check_in_place(shared, &identity, &location, key, all, start)
+        }),
+        false if shared.keyring.is_some() => {
+            slot.with_all(|all| check_in_place(shared, &identity, &location, key, all, 0))
+        }
         false => check(shared, &identity, &location, &slot.read_header(), slot.payload()),
     });
     add(&shared.counts.reads, 1);
@@ -234,6 +257,11 @@ fn verify(shared: &Shared, reading: Reading) {
             shared.forget_at(&id, &location);
             shared.inbox.push_bad_record(id, location);
         }
+        // Its key was destroyed: it is not damaged, and never found again.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            shared.forget_at(&id, &location);
+            shared.inbox.push_bad_record(id, location);
+        }
         Err(_) => {}
     }
     drop((_pins, in_flight));
@@ -255,23 +283,52 @@ pub(super) fn check(
     payload: &[u8],
 ) -> Result<Verified> {
     let checked = Checked::new(shared, identity, location, header, payload)?;
+    if let Some(seal) = &checked.header.seal {
+        let stored = checked.stored(payload)?;
+        return SCRATCH.with_borrow_mut(|scratch| {
+            scratch.clear();
+            scratch.extend_from_slice(header);
+            scratch.extend_from_slice(stored);
+            let raw_xxh3 = checked.unseal(shared, seal, None, scratch)?.1;
+            if checked.codec != Codec::Stored {
+                let frame = scratch.get(PAGE_BYTES..).unwrap_or_default();
+                checked.decoded(shared, raw_xxh3, |decoder, raw_bytes| {
+                    decoder.decode_each(checked.codec, frame, raw_bytes, &mut |_| ())
+                })?;
+            }
+            Ok(checked.verified)
+        });
+    }
     if checked.codec != Codec::Stored {
         let frame = checked.stored(payload)?;
-        checked
-            .decoded(shared, |decoder, raw_bytes| decoder.decode_each(checked.codec, frame, raw_bytes, &mut |_| ()))?;
+        checked.decoded(shared, checked.header.raw_xxh3, |decoder, raw_bytes| {
+            decoder.decode_each(checked.codec, frame, raw_bytes, &mut |_| ())
+        })?;
     }
     Ok(checked.verified)
 }
 
-/// As [`check`], of a record at the end of a slot: afterwards the decoded payload is where a slot has it.
-fn check_at_end(shared: &Shared, identity: &DiskIdentity, location: &Location, all: &mut [u8]) -> Result<Verified> {
-    let start = all.len() - location.bytes() as usize;
+/// As [`check`], of a record that lies in a slot from `start` on: afterwards the payload, decrypted and decoded, is where
+/// a slot has it. `key` is the key that was asked for.
+fn check_in_place(
+    shared: &Shared,
+    identity: &DiskIdentity,
+    location: &Location,
+    key: BlockKey,
+    all: &mut [u8],
+    start: usize,
+) -> Result<Verified> {
     let (header, payload) = all[start..].split_at(PAGE_BYTES);
-    let checked = Checked::new(shared, identity, location, header, payload)?;
+    let mut checked = Checked::new(shared, identity, location, header, payload)?;
+    let mut raw_xxh3 = checked.header.raw_xxh3;
+    if let Some(seal) = checked.header.seal {
+        let (names, sealed_xxh3) = checked.unseal(shared, &seal, Some(key), &mut all[start..])?;
+        (checked.verified.parent, raw_xxh3) = (names.parent, sealed_xxh3);
+    }
     let frame = start + PAGE_BYTES..start + PAGE_BYTES + checked.header.stored_bytes as usize;
     match checked.codec {
         Codec::Stored => all.copy_within(frame, PAGE_BYTES),
-        codec => checked.decoded(shared, |decoder, raw_bytes| {
+        codec => checked.decoded(shared, raw_xxh3, |decoder, raw_bytes| {
             decoder.decode_in_place(codec, all, frame.clone(), PAGE_BYTES, raw_bytes)
         })?,
     }
@@ -293,7 +350,7 @@ impl Checked {
         header: &[u8],
         payload: &[u8],
     ) -> Result<Self> {
-        let header = RecordHeader::decode(header)?;
+        let header = RecordHeader::decode(header, shared.header_key())?;
         header.check_place(shared.uuid, location.region, location.generation, location.page)?;
         header.check_identity(identity)?;
         if header.location.pages != location.pages {
@@ -309,7 +366,9 @@ impl Checked {
         let checked = Self { header, codec, verified };
         let checksum = xxh3_64(checked.stored(payload)?);
         let expected = checked.header.stored_xxh3;
-        let is_right = checksum == expected && (codec != Codec::Stored || checksum == checked.header.raw_xxh3);
+        // What is sealed has the checksum of its sealed bytes alone in clear.
+        let is_plain = codec == Codec::Stored && checked.header.seal.is_none();
+        let is_right = checksum == expected && (!is_plain || checksum == checked.header.raw_xxh3);
         if !is_right && !is_off!(SkipPayloadChecksum) {
             return Err(corrupt(format!("a record's payload has checksum {checksum:#x}, expected {expected:#x}")));
         }
@@ -322,12 +381,31 @@ impl Checked {
         stored.ok_or_else(|| corrupt("a record is longer than its pages".into()))
     }
 
+    /// Decrypts the payload in `image`, header and stored bytes, in place: the record's names, and the checksum of the
+    /// decoded payload. `key` is the key that was asked for, if somebody asked.
+    fn unseal(&self, shared: &Shared, seal: &Seal, key: Option<BlockKey>, image: &mut [u8]) -> Result<(Names, u64)> {
+        let keyring = shared.keyring.as_ref().ok_or_else(|| corrupt("a record is sealed, the store is not".into()))?;
+        let began = Instant::now();
+        let data_key = keyring.numbered(seal.key)?;
+        let opened = data_key.open(&self.header.subject(), &self.header.sealed_as(), seal, image)?;
+        add(&shared.counts.unseal_ns, began.elapsed().as_nanos() as u64);
+        if key.is_some_and(|key| key != opened.0.key) {
+            return Err(corrupt("a record has the name of another one".into()));
+        }
+        Ok(opened)
+    }
+
     /// Decodes, and compares what came out with what went in.
-    fn decoded(&self, shared: &Shared, decode: impl FnOnce(&mut Decoder, u64) -> Result<u64>) -> Result<()> {
+    fn decoded(
+        &self,
+        shared: &Shared,
+        raw_xxh3: u64,
+        decode: impl FnOnce(&mut Decoder, u64) -> Result<u64>,
+    ) -> Result<()> {
         let began = Instant::now();
         let checksum = DECODER.with_borrow_mut(|decoder| decode(decoder, self.header.raw_bytes))?;
         add(&shared.counts.decode_ns, began.elapsed().as_nanos() as u64);
-        match self.header.raw_xxh3 {
+        match raw_xxh3 {
             expected if checksum == expected => Ok(()),
             expected => {
                 Err(corrupt(format!("a record's payload decodes to checksum {checksum:#x}, expected {expected:#x}")))

@@ -2,6 +2,7 @@
 //! index can be deleted and rebuilt, and nothing read from a drive is believed before it matches. `docs/format.md`
 //! draws it; its layout is frozen.
 
+use super::encryption::{HeaderKey, SEALED_AT, Seal, SealedAs, SealedNames, Subject};
 use super::page::{PAGE_BYTES, Page, get, get_u16, get_u32, get_u64, is_sealed, pages_of, put, seal};
 use super::switches::is_off;
 use super::version::{FORMAT_VERSION, StoreUuid};
@@ -16,6 +17,8 @@ pub(super) const CODEC_STORED: u16 = Codec::Stored.number();
 /// An older record of the same identity was known when this one was written: whoever drops this record must leave a
 /// tombstone as long as the older one may lie somewhere.
 const FLAG_REPLACES: u32 = 1;
+/// Where the code stands that authenticates the header, in an encrypted store.
+const CODE_AT: usize = 280;
 
 /// What a record on disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,14 +108,18 @@ pub(super) struct RecordHeader {
     pub(super) raw_xxh3: u64,
     /// When it was written, in milliseconds since 1970; information only.
     pub(super) created_unix_ms: u64,
+    /// How the payload is encrypted; `None` in a store that is not, and where there is no payload. Then `raw_xxh3` is 0:
+    /// it is sealed too, since it would tell of what is in the payload.
+    pub(super) seal: Option<Seal>,
 }
 
 impl RecordHeader {
-    /// The page on disk.
+    /// The page on disk; `key` is that of an encrypted store, in which headers are authenticated.
     ///
     /// # Panics
-    /// If the lengths do not fit together: such a header must never reach a drive.
-    pub(super) fn encode(&self) -> Page {
+    /// If the lengths do not fit together, or if a payload is not sealed that has to be: such a header must never reach
+    /// a drive.
+    pub(super) fn encode(&self, key: Option<&HeaderKey>) -> Page {
         let mut page = [0; PAGE_BYTES];
         put(&mut page, 0, MAGIC);
         put(&mut page, 16, &FORMAT_VERSION.to_le_bytes());
@@ -139,17 +146,30 @@ impl RecordHeader {
         put(&mut page, 208, &self.stored_xxh3.to_le_bytes());
         put(&mut page, 216, &self.raw_xxh3.to_le_bytes());
         put(&mut page, 224, &self.created_unix_ms.to_le_bytes());
+        if let Some(seal) = &self.seal {
+            put(&mut page, 188, &seal.key.to_le_bytes());
+            put(&mut page, 232, &seal.salt);
+            put(&mut page, 248, &seal.nonce);
+            put(&mut page, 264, &seal.tag);
+            put(&mut page, SEALED_AT, &seal.names);
+        }
+        if let Some(key) = key {
+            let code = code(&page, key);
+            put(&mut page, CODE_AT, code.as_bytes());
+        }
         seal(&mut page);
-        assert_eq!(Self::decode(&page).ok().as_ref(), Some(self), "a record header reads as it was written");
+        assert_eq!(Self::decode(&page, key).ok().as_ref(), Some(self), "a record header reads as it was written");
         page
     }
 
     /// Reads a header and checks that it is whole and makes sense by itself. Where it lies is checked by
     /// [`RecordHeader::check_place`], whose it is by [`RecordHeader::check_identity`].
     ///
+    /// `key` is that of an encrypted store.
+    ///
     /// # Errors
     /// `Corrupt` with what is wrong.
-    pub(super) fn decode(page: &[u8]) -> Result<Self> {
+    pub(super) fn decode(page: &[u8], key: Option<&HeaderKey>) -> Result<Self> {
         if get::<8>(page, 0) != *MAGIC {
             return Err(corrupt("magic"));
         }
@@ -163,6 +183,24 @@ impl RecordHeader {
         let flags = get_u32(page, 20);
         if flags & !FLAG_REPLACES != 0 {
             return Err(corrupt("flag"));
+        }
+        let written = blake3::Hash::from_bytes(get(page, CODE_AT));
+        let is_authentic = match key {
+            Some(key) => code(page, key) == written || is_off!(SkipHeaderCode),
+            None => written.as_bytes() == &[0; 32],
+        };
+        if !is_authentic {
+            return Err(corrupt("code: it was changed, or written with another key"));
+        }
+        let seal = (get_u32(page, 188) != 0).then(|| Seal {
+            key: get_u32(page, 188),
+            salt: get(page, 232),
+            nonce: get(page, 248),
+            tag: get(page, 264),
+            names: get::<{ size_of::<SealedNames>() }>(page, SEALED_AT),
+        });
+        if seal.is_some() != (key.is_some() && kind.has_payload()) {
+            return Err(corrupt("seal"));
         }
         let header = Self {
             kind,
@@ -192,9 +230,28 @@ impl RecordHeader {
             stored_xxh3: get_u64(page, 208),
             raw_xxh3: get_u64(page, 216),
             created_unix_ms: get_u64(page, 224),
+            seal,
         };
         header.check_lengths()?;
         Ok(header)
+    }
+
+    /// What its payload is sealed as.
+    pub(super) fn subject(&self) -> Subject {
+        Subject {
+            store: self.store,
+            kind: self.kind,
+            identity: self.identity,
+            shards: self.shards,
+            key_version: self.key_version,
+            parent: self.parent,
+            depth: self.depth,
+        }
+    }
+
+    /// The form in which its payload is sealed.
+    pub(super) fn sealed_as(&self) -> SealedAs {
+        SealedAs { codec: self.codec, raw_bytes: self.raw_bytes, stored_bytes: self.stored_bytes, raw_xxh3: 0 }
     }
 
     fn check_lengths(&self) -> Result<()> {
@@ -262,6 +319,11 @@ impl RecordHeader {
     }
 }
 
+/// What authenticates a header: everything in its page that is ever looked at, but for the checksum.
+fn code(page: &[u8], key: &HeaderKey) -> blake3::Hash {
+    key.code(&[&page[..8], &page[16..CODE_AT], &page[SEALED_AT..]])
+}
+
 fn corrupt(what: &str) -> Error {
     Error::new(ErrorKind::Corrupt, format!("a record's header has a wrong {what}"))
 }
@@ -301,12 +363,13 @@ mod tests {
             stored_xxh3: 0x8182_8384_8586_8788,
             raw_xxh3: 0x9192_9394_9596_9798,
             created_unix_ms: 1_790_000_000_000,
+            seal: None,
         }
     }
 
     #[test]
     fn the_bytes_are_frozen() {
-        let page = header().encode();
+        let page = header().encode(None);
         assert_eq!(&page[0..8], b"PEGARECD");
         assert_eq!(page[16..24], [1, 0, 1, 0, 0, 0, 0, 0]);
         assert_eq!(&page[24..40], b"0123456789abcdef");
@@ -326,7 +389,7 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_found() {
-        assert_every_flip_is_found(&header().encode(), |page| RecordHeader::decode(page).is_ok());
+        assert_every_flip_is_found(&header().encode(None), |page| RecordHeader::decode(page, None).is_ok());
     }
 
     #[test]
@@ -344,17 +407,17 @@ mod tests {
             RecordHeader { kind: HeaderKind::Tombstone, ..bare },
             RecordHeader { kind: HeaderKind::Fence, ..bare },
         ] {
-            assert_eq!(RecordHeader::decode(&expected.encode()).expect("intact"), expected);
+            assert_eq!(RecordHeader::decode(&expected.encode(None), None).expect("intact"), expected);
         }
     }
 
     #[test]
     fn lengths_that_do_not_fit_together_are_refused() {
         let reseal = |change: &dyn Fn(&mut Page)| {
-            let mut page = header().encode();
+            let mut page = header().encode(None);
             change(&mut page);
             seal(&mut page);
-            RecordHeader::decode(&page).map_err(|error| error.kind())
+            RecordHeader::decode(&page, None).map_err(|error| error.kind())
         };
         assert!(reseal(&|_| ()).is_ok());
         for offset in [48, 192, 200] {

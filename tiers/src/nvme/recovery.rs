@@ -368,6 +368,7 @@ impl Recovery<'_> {
                 AtDamage::Stop
             },
             checks_payloads: !is_off!(TrustTornTail),
+            header_key: self.shared.header_key().cloned(),
         }
     }
 
@@ -395,9 +396,10 @@ impl Recovery<'_> {
             Some(RecordKind::Tombstone) => {
                 self.changes.push(IndexChange::Remove { id, sequence: header.hides });
             }
-            // What replaced an older version and is damaged still hides it: a miss, not something stale.
-            Some(_) if !found.is_intact => {
-                tracing::warn!(?id, location = ?header.location, "a record is damaged; it is left out");
+            // What replaced an older version and is damaged still hides it: a miss, not something stale. Sealed with a key
+            // that is gone it is worth as much.
+            Some(_) if !found.is_intact || !self.can_be_opened(header) => {
+                tracing::warn!(?id, location = ?header.location, "a record is damaged, or its key is gone; it is left out");
                 if header.replaces {
                     self.changes.push(IndexChange::Remove { id, sequence: header.sequence });
                 }
@@ -417,6 +419,12 @@ impl Recovery<'_> {
             None => {}
         }
         if self.changes.len() >= BATCH { self.commit_changes() } else { Ok(()) }
+    }
+
+    /// Whether the key of a record is there, if it needs one.
+    fn can_be_opened(&self, header: &RecordHeader) -> bool {
+        let (Some(keyring), Some(seal)) = (&self.shared.keyring, &header.seal) else { return true };
+        keyring.numbered(seal.key).is_ok()
     }
 
     /// Ends every log that a crash may have left open, and finds the regions to go on with, by drive: the newest of each,
@@ -440,7 +448,7 @@ impl Recovery<'_> {
             let may_have_more = !self.report.clean || !is_newest;
             if live.was_read && may_have_more && end.page < region_pages && !is_off!(SkipFence) {
                 end.sequence = counters.next_sequence()?;
-                self.shared.drive.write(region, end.page, &self.fence(live, end).encode())?;
+                self.shared.drive.write(region, end.page, &self.fence(live, end).encode(self.shared.header_key()))?;
                 end.page += 1;
                 fenced.push(region);
                 self.shared.regions.set_used(region, end.page);
@@ -532,6 +540,7 @@ impl Recovery<'_> {
             stored_xxh3: 0,
             raw_xxh3: 0,
             created_unix_ms: 0,
+            seal: None,
         }
     }
 

@@ -5,6 +5,7 @@
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::drive::Drive;
+use super::encryption::HeaderKey;
 use super::io::Pages;
 use super::page::{PAGE_BYTES, pages_of};
 use super::record_header::{HeaderKind, RecordHeader};
@@ -27,7 +28,7 @@ pub(super) enum AtDamage {
 }
 
 /// Where to look, and for what.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct ScanRange {
     pub(super) store: StoreUuid,
     pub(super) region: u32,
@@ -39,6 +40,8 @@ pub(super) struct ScanRange {
     pub(super) at_damage: AtDamage,
     /// Whether payloads are read and checked too.
     pub(super) checks_payloads: bool,
+    /// The key that authenticates headers, if the store is encrypted.
+    pub(super) header_key: Option<HeaderKey>,
 }
 
 /// A record that a scan found.
@@ -62,7 +65,7 @@ pub(super) struct LogEnd {
 /// # Errors
 /// The first error of `each`, and what the drive reports apart from pages that it can not read: those are damage.
 pub(super) fn scan(drive: &Drive, range: &ScanRange, each: &mut dyn FnMut(Found) -> Result<()>) -> Result<LogEnd> {
-    let mut scan = Scan::new(drive, *range);
+    let mut scan = Scan::new(drive, range.clone());
     while let Some(found) = scan.next()? {
         each(found)?;
     }
@@ -82,7 +85,7 @@ impl<'a> Scan<'a> {
     pub(super) fn new(drive: &'a Drive, range: ScanRange) -> Self {
         let window = Window { drive, region: range.region, first: 0, pages: 0, ahead: WINDOW_PAGES_MIN, bytes: None };
         let end = LogEnd { page: range.from_page, sequence: range.after_sequence };
-        Self { window, range, page: range.from_page, end }
+        Self { window, page: range.from_page, range, end }
     }
 
     /// The next record; `None` at the end of the log.
@@ -122,7 +125,7 @@ impl<'a> Scan<'a> {
 
 fn header_at(window: &mut Window<'_>, range: &ScanRange, page: u32, after: u64) -> Result<Option<RecordHeader>> {
     let Some(bytes) = window.page(page)? else { return Ok(None) };
-    let Ok(header) = RecordHeader::decode(bytes) else { return Ok(None) };
+    let Ok(header) = RecordHeader::decode(bytes, range.header_key.as_ref()) else { return Ok(None) };
     let is_here = header.check_place(range.store, range.region, range.generation, page).is_ok();
     let fits = header.location.pages <= window.drive.region_pages() - page;
     Ok((is_here && fits && (header.sequence > after || is_off!(IgnoreSequenceRule))).then_some(header))

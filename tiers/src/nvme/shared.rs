@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::calibration::Calibration;
 use super::drive::Drive;
 use super::encoding::Spares;
+use super::encryption::{DataKey, HeaderKey, Keyring};
 use super::fill::{Fill, FillPlan};
 use super::inbox::Inbox;
 use super::namespaces::Namespaces;
@@ -15,8 +16,8 @@ use super::policy::ReclaimPolicy;
 use super::regions::Regions;
 use super::stats::Counts;
 use super::version::StoreUuid;
-use crate::block::{BlockKey, RecordId};
-use crate::error::{Error, Result};
+use crate::block::{BlockKey, NamespaceHandle, RecordId};
+use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexLog, Location, Table};
 
 /// The parts of an open store.
@@ -27,6 +28,8 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) fill: Fill,
     pub(super) namespaces: Namespaces,
+    /// The keys, if the store is encrypted.
+    pub(super) keyring: Option<Arc<Keyring>>,
     pub(super) inbox: Arc<Inbox>,
     pub(super) counts: Counts,
     /// Buffers for encoded records.
@@ -47,6 +50,7 @@ impl Shared {
         drive: Arc<Drive>,
         regions: Arc<Regions>,
         namespaces: Namespaces,
+        keyring: Option<Arc<Keyring>>,
         inbox: Arc<Inbox>,
         policy: Arc<dyn ReclaimPolicy>,
         plan: FillPlan,
@@ -59,6 +63,7 @@ impl Shared {
             table: Table::new(),
             fill: Fill::new(plan),
             namespaces,
+            keyring,
             inbox,
             counts: Counts::default(),
             spares: Spares::default(),
@@ -66,6 +71,34 @@ impl Shared {
             calibration,
             policy,
             poison: Poison::default(),
+        }
+    }
+
+    /// The key that authenticates headers, if the store is encrypted.
+    pub(super) fn header_key(&self) -> Option<&HeaderKey> {
+        self.keyring.as_deref().map(Keyring::header)
+    }
+
+    /// The data key of a namespace; `None` inside if the store is not encrypted.
+    ///
+    /// # Errors
+    /// `NotFound` if the namespace is not known, or its key was destroyed and it was not registered again since.
+    pub(super) fn data_key(&self, namespace: NamespaceHandle) -> Result<Option<Arc<DataKey>>> {
+        let Some(keyring) = &self.keyring else { return Ok(None) };
+        let key = self.namespaces.digest(namespace).and_then(|digest| keyring.live(&digest));
+        key.map(Some).ok_or_else(|| {
+            let message = format!("namespace {} has no key; register it (again)", namespace.0);
+            Error::new(ErrorKind::NotFound, message)
+        })
+    }
+
+    /// Whom the store knows a record as: itself, or in an encrypted store somebody with a name that says nothing. `None` if
+    /// the namespace has no key: then it has no records.
+    pub(super) fn named(&self, id: &RecordId) -> Option<RecordId> {
+        match self.data_key(id.namespace) {
+            Ok(None) => Some(*id),
+            Ok(Some(key)) => Some(key.rename(id)),
+            Err(_) => None,
         }
     }
 

@@ -46,6 +46,10 @@ pub struct StoreStats {
     pub encoded_records: u64,
     /// Nanoseconds that threads have spent encoding.
     pub encode_ns: u64,
+    /// Nanoseconds that encrypting payloads took, checksums included; 0 in a store that is not encrypted.
+    pub seal_ns: u64,
+    /// Nanoseconds that decrypting payloads took.
+    pub unseal_ns: u64,
     /// Nanoseconds that threads have spent decoding.
     pub decode_ns: u64,
     /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
@@ -113,6 +117,8 @@ pub(super) struct Counts {
     pub(super) appended_stored_bytes: AtomicU64,
     pub(super) encoded_records: AtomicU64,
     pub(super) encode_ns: AtomicU64,
+    pub(super) seal_ns: AtomicU64,
+    pub(super) unseal_ns: AtomicU64,
     pub(super) decode_ns: AtomicU64,
     pub(super) codec_skipped_ratio: AtomicU64,
     pub(super) codec_skipped_queue: AtomicU64,
@@ -163,6 +169,8 @@ impl Counts {
             appended_stored_bytes: get(&self.appended_stored_bytes),
             encoded_records: get(&self.encoded_records),
             encode_ns: get(&self.encode_ns),
+            seal_ns: get(&self.seal_ns),
+            unseal_ns: get(&self.unseal_ns),
             decode_ns: get(&self.decode_ns),
             codec_skipped_ratio: get(&self.codec_skipped_ratio),
             codec_skipped_queue: get(&self.codec_skipped_queue),

@@ -21,6 +21,7 @@ use super::drive_directory::DriveDirectory;
 use super::drive_identity::{DriveIdentity, Membership};
 use super::drive_table::DriveTable;
 use super::encoding::Encoders;
+use super::encryption::Keyring;
 use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, Metered, Meters, open_direct};
@@ -45,6 +46,8 @@ use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location};
+
+mod keys;
 
 /// How long dropping a store waits for its threads.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -146,7 +149,10 @@ impl Store {
                 directory.abandon();
             }
         });
-        let Prepared { io, superblock, plan, is_direct } = prepared?;
+        let Prepared { io, superblock, plan, is_direct, mut keyring } = prepared?;
+        if let Some(keyring) = &mut keyring {
+            keyring.begin(superblock.opens)?;
+        }
         let files = region_files(&directory, &more_drives);
         let calibrated = drives_to_calibrate(&files, superblock.store, &plan);
         let (io, calibration) = match backing.calibration() {
@@ -169,6 +175,7 @@ impl Store {
             Arc::new(Drive::new(io, region_pages, plan.listed.len(), places)),
             regions,
             Namespaces::open(backing.small_file(&directory.namespaces())?, superblock.store)?,
+            keyring.map(Arc::new),
             inbox,
             policy,
             filling,
@@ -254,6 +261,9 @@ impl Store {
         }
         let known = self.shared.namespaces.register(descriptor, groups).and_then(|(handle, row)| {
             row.map_or(Ok(()), |row| index.put_namespace(&row))?;
+            if let Some(keyring) = &self.shared.keyring {
+                keyring.key_for(descriptor.id())?;
+            }
             Ok(handle)
         });
         known.inspect_err(|error| {
@@ -280,13 +290,18 @@ impl Store {
         self.shared.calibration.disturb();
         let prepared = match self.shared.poisoned() {
             Some(error) => Err(error),
-            None => self.check(&append),
+            None => self.check(&append).and_then(|(identity, shards, pages)| {
+                let (identity, sealing) = self.seal_as(&append, identity, shards)?;
+                Ok((identity, shards, pages, sealing))
+            }),
         };
-        let (identity, shards, pages) = match prepared {
+        let (identity, shards, pages, sealing) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => return Err((append, error)),
         };
         let Append { id, kind, parent, depth, slot, payload_bytes, done } = append;
+        let given = (id, parent);
+        let (id, parent) = sealing.as_ref().map_or(given, |(id, parent, _)| (*id, *parent));
         let record = QueuedRecord {
             id,
             identity,
@@ -294,6 +309,7 @@ impl Store {
             kind: kind.into(),
             hides: None,
             parent,
+            sealing: sealing.and_then(|(.., sealing)| sealing),
             depth,
             slot,
             payload_bytes,
@@ -313,6 +329,7 @@ impl Store {
         pushed.map_err(|(record, error)| {
             let QueuedRecord { slot, done, .. } = *record;
             let done = done.into_inner().unwrap_or_else(|| Box::new(drop));
+            let (id, parent) = given;
             (Append { id, kind, parent, depth, slot, payload_bytes, done }, error)
         })
     }
@@ -399,7 +416,7 @@ impl Store {
 
     /// Where a record lies, if it is durable and its region is not given up. In memory, once the table is full.
     pub fn locate(&self, id: &RecordId) -> Option<Location> {
-        let location = self.shared.locate(id)?;
+        let location = self.shared.locate(&self.shared.named(id)?)?;
         self.shared.regions.touch(location.region, self.shared.regions.next_tick());
         Some(location)
     }
@@ -414,7 +431,10 @@ impl Store {
     /// The locations of the longest run of records that are there, from the first on. Clears `out`. In memory, once the
     /// table is full; before that it may take 20 microseconds for each of the first 4096 records, and ends behind them.
     pub fn locate_prefix(&self, ids: &[RecordId], out: &mut Vec<Location>) {
-        self.shared.locate_prefix(ids, out);
+        match self.named_all(ids) {
+            None => self.shared.locate_prefix(ids, out),
+            Some(named) => self.shared.locate_prefix(&named, out),
+        }
         let regions = &self.shared.regions;
         let tick = regions.next_tick();
         let mut touched = None;
@@ -442,7 +462,7 @@ impl Store {
     /// Counts a use of records that were found in memory while the store has them too, so that those which are used most
     /// outlive their regions. A [`Store::read`] counts by itself.
     pub fn note_uses(&self, ids: impl IntoIterator<Item = RecordId>) {
-        ids.into_iter().for_each(|id| self.shared.note_use(&id));
+        ids.into_iter().filter_map(|id| self.shared.named(&id)).for_each(|id| self.shared.note_use(&id));
     }
 
     /// Reads a record into `slot` and verifies it: header, identity, place, payload. Its region is pinned meanwhile. A
@@ -567,7 +587,7 @@ impl Store {
     /// # Errors
     /// `InvalidInput` for a name above 250 bytes or a value above 1 MiB, `Closed`, `NoSpace`, `Io`.
     pub fn put_note(&self, name: &str, value: &[u8]) -> Result<()> {
-        self.index()?.meta_put(&note_name(name), value)
+        self.seal_note(name, value, |value| self.index()?.meta_put(&note_name(name), value))
     }
 
     /// The value kept under a name.
@@ -575,7 +595,7 @@ impl Store {
     /// # Errors
     /// `Closed`, `Corrupt`, `Io`.
     pub fn note(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        self.index()?.meta_get(&note_name(name))
+        Ok(self.index()?.meta_get(&note_name(name))?.and_then(|value| self.open_note(name, value)))
     }
 
     fn index(&self) -> Result<Arc<IndexLog>> {
@@ -742,6 +762,8 @@ struct Prepared {
     plan: Plan,
     /// Whether all of its regions are read and written past the page cache.
     is_direct: bool,
+    /// The keys, if the store is encrypted.
+    keyring: Option<Keyring>,
 }
 
 /// Opens the files of all drives, decides which drives the store has, and takes the space for what is new.
@@ -770,6 +792,7 @@ fn prepare(
     }
     let io = wrap(backing.engine(config, &files, arena)?);
     let known = if directory.is_new() { first_superblock(config)? } else { Drive::read_superblock(&*io)? };
+    let keyring = Keyring::prepare(backing, config.encryption.as_ref(), directory, &known)?;
     check_region_bytes(config, &known)?;
     let identities = std::iter::once(None).chain(more_drives.iter().map(DriveDirectory::identity));
     let listed: Vec<Listed<'_>> = config
@@ -792,7 +815,7 @@ fn prepare(
     }
     let superblock = Superblock { table: plan.during.clone(), opens: known.opens + 1, ..known };
     join(more_drives, superblock.store, superblock.opens, &plan, Membership::Joining)?;
-    Ok(Prepared { io, superblock, plan, is_direct })
+    Ok(Prepared { io, superblock, plan, is_direct, keyring })
 }
 
 /// Writes whose each drive is. One that is a member stays one; the others become `membership`.
@@ -826,6 +849,7 @@ fn first_superblock(config: &StoreConfig) -> Result<Superblock> {
         rebuild_floor: 0,
         generation_ceiling: 1,
         sequence_ceiling: 1,
+        is_encrypted: config.encryption.is_some(),
         is_clean: true,
         created_unix_ms: since.map_or(0, |since| since.as_millis() as u64),
     })

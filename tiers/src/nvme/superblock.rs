@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 const MAGIC: &[u8; 8] = b"PEGASUPR";
 /// Copies in the file.
 pub(super) const SUPERBLOCK_COPIES: u64 = 2;
+/// The store is encrypted.
+const FLAG_ENCRYPTED: u16 = 1;
 /// Where the drives besides the home stand, each with its identity.
 const DRIVES_AT: usize = 104;
 const DRIVE_BYTES: usize = 16;
@@ -38,6 +40,8 @@ pub(super) struct Superblock {
     pub(super) generation_ceiling: u64,
     /// Sequences below it may have been used.
     pub(super) sequence_ceiling: u64,
+    /// Whether payloads are encrypted, and names are not those that were given.
+    pub(super) is_encrypted: bool,
     /// Whether the store was closed in order after everything had become durable.
     pub(super) is_clean: bool,
     /// When the store was made, in milliseconds since 1970; information only.
@@ -55,6 +59,7 @@ impl Superblock {
         let mut page = [0; PAGE_BYTES];
         put(&mut page, 0, MAGIC);
         put(&mut page, 16, &FORMAT_VERSION.to_le_bytes());
+        put(&mut page, 18, &(if self.is_encrypted { FLAG_ENCRYPTED } else { 0 }).to_le_bytes());
         put(&mut page, 20, &u32::from(self.is_clean).to_le_bytes());
         put(&mut page, 24, self.store.as_bytes());
         put(&mut page, 40, &self.counter.to_le_bytes());
@@ -98,6 +103,10 @@ impl Superblock {
         if version != FORMAT_VERSION {
             return Err(super::version::unknown_version(u64::from(version), "superblock"));
         }
+        let flags = get_u16(page, 18);
+        if flags & !FLAG_ENCRYPTED != 0 {
+            return Err(corrupt("flag"));
+        }
         let is_clean = match get_u32(page, 20) {
             0 => false,
             1 => true,
@@ -112,6 +121,7 @@ impl Superblock {
             rebuild_floor: get_u64(page, 96),
             generation_ceiling: get_u64(page, 64),
             sequence_ceiling: get_u64(page, 72),
+            is_encrypted: flags & FLAG_ENCRYPTED != 0,
             is_clean,
             created_unix_ms: get_u64(page, 80),
         })
@@ -183,6 +193,7 @@ mod tests {
             rebuild_floor: 0x3132_3334,
             generation_ceiling: 0x1122_3344_5566_7788,
             sequence_ceiling: 0x99aa_bbcc_ddee_ff00,
+            is_encrypted: false,
             is_clean: true,
             created_unix_ms: 1_790_000_000_000,
         }

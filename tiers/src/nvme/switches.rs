@@ -136,6 +136,10 @@ mod on {
         TrustUnsyncedSuperblock,
         /// After a crash a region below the rebuild floor is written on.
         WriteBelowFloor,
+        /// A data key is used before its entry is durable.
+        SkipKeySync,
+        /// The code that authenticates a record's header is not looked at.
+        SkipHeaderCode,
         /// With several drives, the index does not make removals and replacements durable before they are reported.
         SkipIndexSync,
     }

@@ -6,6 +6,7 @@ mod calibrating;
 mod crashes;
 mod drives;
 mod encoded;
+mod encryption;
 mod faults;
 mod filling;
 mod fixtures;

@@ -320,7 +320,15 @@ impl Job {
         let checked = bytes.and_then(|bytes| {
             let (header, payload) = bytes.split_at_checked(PAGE_BYTES)?;
             let identity = self.shared.namespaces.identity(id)?;
-            check(&self.shared, &identity, location, header, payload).ok()
+            match check(&self.shared, &identity, location, header, payload) {
+                // Its key was destroyed: nothing is wrong with it, and nobody can read it.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    self.shared.forget_at(id, location);
+                    self.shared.inbox.push_bad_record(*id, *location);
+                    Some(())
+                }
+                checked => checked.ok().map(drop),
+            }
         });
         report.records += 1;
         report.bytes += location.bytes();

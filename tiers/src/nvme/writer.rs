@@ -16,7 +16,7 @@ use super::append::{Done, Form, QueuedRecord};
 use super::config::StoreConfig;
 use super::counters::Counters;
 use super::drive::one_page;
-use super::encoding::Image;
+use super::encoding::{Image, seal_stored};
 use super::inbox::{Ending, Entry, News};
 use super::io::{IoBuffer, IoCompletion, IoKind, IoPriority, IoRequest};
 use super::page::{PAGE_BYTES, Page};
@@ -469,6 +469,10 @@ impl Writer {
             },
         };
         let Some((lane, open)) = room else { return Err(record) };
+        if let Err(error) = self.seal_if_needed(&mut record) {
+            self.end(record, Err(error));
+            return Ok(());
+        }
         let sequence = match self.counters.next_sequence() {
             Ok(sequence) => sequence,
             Err(error) => {
@@ -481,7 +485,7 @@ impl Writer {
         let is_replacing = record.kind == HeaderKind::Object && self.is_known(&record.id);
         let replaces = is_replacing && !is_off!(ForgetReplaced);
         let header = self.header(&record, location, sequence, replaces);
-        let buffer = fill(&mut record, &header);
+        let buffer = fill(&mut record, &header.encode(self.shared.header_key()));
         let is_encoded = matches!(record.form, Form::Sent(_));
         let permit = record.reinsert.as_mut().and_then(|reinsert| reinsert.permit.take());
         let shared = Arc::clone(&self.shared);
@@ -532,6 +536,21 @@ impl Writer {
         Ok(())
     }
 
+    /// In an encrypted store nothing goes to the drive as it is: seals what the encoders did not, because a write failed and
+    /// it goes once more, or because there are none.
+    fn seal_if_needed(&self, record: &mut QueuedRecord) -> Result<()> {
+        let (Form::Stored, Some(slot)) = (&record.form, &record.slot) else { return Ok(()) };
+        let Some(sealing) = record.sealing.as_ref() else {
+            return match self.shared.keyring {
+                None => Ok(()),
+                Some(_) => Err(Error::new(ErrorKind::InvalidInput, "a record of an encrypted store has no key")),
+            };
+        };
+        let payload = slot.payload().get(..record.payload_bytes as usize).unwrap_or_default();
+        record.form = Form::Encoded(seal_stored(&self.shared, sealing, payload)?);
+        Ok(())
+    }
+
     /// Whether there may be an older version: also if its region is being given up, or the index can not say.
     fn is_known(&self, id: &RecordId) -> bool {
         let is_there = || match is_off!(ForgetWhatIsReclaimed) {
@@ -548,14 +567,14 @@ impl Writer {
             return RecordHeader { location, sequence, replaces, created_unix_ms: unix_ms(), ..**header };
         }
         let raw_bytes = record.payload_bytes;
-        let (codec, stored_bytes, stored_xxh3, raw_xxh3) = match &record.form {
+        let (codec, stored_bytes, stored_xxh3, raw_xxh3, seal) = match &record.form {
             Form::Encoded(Image { head, .. }) => {
-                (head.codec.number(), head.stored_bytes, head.stored_xxh3, head.raw_xxh3)
+                (head.codec.number(), head.stored_bytes, head.stored_xxh3, head.raw_xxh3, head.seal)
             }
             _ => {
                 let payload = record.slot.as_ref().and_then(|slot| slot.payload().get(..raw_bytes as usize));
                 let checksum = payload.map_or(0, xxh3_64);
-                (CODEC_STORED, raw_bytes, checksum, checksum)
+                (CODEC_STORED, raw_bytes, checksum, checksum, None)
             }
         };
         RecordHeader {
@@ -576,6 +595,7 @@ impl Writer {
             stored_xxh3,
             raw_xxh3,
             created_unix_ms: unix_ms(),
+            seal,
         }
     }
 
@@ -729,23 +749,22 @@ fn changes_identity(kind: HeaderKind) -> bool {
 
 /// What goes to the drive: the slot, or the buffer of an encoded record, with its header page filled; or a page with the
 /// header alone.
-fn fill(record: &mut QueuedRecord, header: &RecordHeader) -> IoBuffer {
-    let page = header.encode();
+fn fill(record: &mut QueuedRecord, page: &Page) -> IoBuffer {
     match (std::mem::replace(&mut record.form, Form::Stored), &record.slot) {
         (Form::Encoded(Image { mut pages, head }), _) => {
             record.form = Form::Sent(Some(head));
-            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
+            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(page);
             IoBuffer::Pages(pages)
         }
         (Form::Copied(mut pages, _), _) => {
-            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(&page);
+            pages.as_mut_slice()[..PAGE_BYTES].copy_from_slice(page);
             IoBuffer::Pages(pages)
         }
         (_, Some(slot)) => {
-            slot.write_header(&page);
+            slot.write_header(page);
             IoBuffer::Slot { slot: Arc::clone(slot), bytes: record.pages as usize * PAGE_BYTES }
         }
-        (_, None) => one_page(&page),
+        (_, None) => one_page(page),
     }
 }
 

@@ -39,9 +39,11 @@ fn it_writes_what_a_replay_writes() {
             let here = |key: u64| drive.worth(&block(key)).is_some();
             hits += keys.iter().take_while(|key| here(**key)).count() as u64;
             let stored: HashSet<u64> = keys.iter().copied().filter(|key| here(*key)).collect();
-            drive.request(&asked(request.blocks.iter().map(|block| block.key).collect()), &|key| {
-                Some(stored.contains(&key))
-            });
+            drive.request(
+                &asked(request.blocks.iter().map(|block| block.key).collect()),
+                &RecordId::fingerprint_of,
+                &|key| Some(stored.contains(&key)),
+            );
             let mut parent = None;
             for key in keys {
                 let has_parent = parent.is_none_or(here);
@@ -71,13 +73,13 @@ fn what_the_store_has_lost_or_has_from_before_is_brought_in_line_by_requests() {
     let (drive, _) = policy(100);
     let on_drive = RefCell::new(HashSet::from([1, 2, 3].map(|key| place().fingerprint_of(key))));
     let is_stored = |key: u64| Some(on_drive.borrow().contains(&key));
-    drive.request(&asked(vec![1, 2, 3, 4]), &is_stored);
+    drive.request(&asked(vec![1, 2, 3, 4]), &RecordId::fingerprint_of, &is_stored);
     let kept = |key: u64| drive.worth(&block(place().fingerprint_of(key))).is_some();
     assert_eq!([1, 2, 3, 4, 5].map(kept), [true, true, true, false, false], "found on the drive");
     on_drive.borrow_mut().remove(&place().fingerprint_of(3));
-    drive.request(&asked(vec![1, 2, 3, 4]), &is_stored);
+    drive.request(&asked(vec![1, 2, 3, 4]), &RecordId::fingerprint_of, &is_stored);
     assert_eq!([1, 2, 3].map(kept), [true, true, false], "lost with its region");
-    drive.request(&asked(vec![1, 2, 3, 4]), &|_| None);
+    drive.request(&asked(vec![1, 2, 3, 4]), &RecordId::fingerprint_of, &|_| None);
     assert_eq!([1, 2, 3].map(kept), [true, true, false], "nothing is known while the table is filled");
 }
 

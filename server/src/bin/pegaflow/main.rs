@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck};
+use pegaflow_engine::{
+    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck_with_key,
+};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::{Value, json};
@@ -94,6 +96,17 @@ enum Command {
         /// Drops rows that disagree, puts missing ones back, removes an index that can not be used.
         #[arg(long)]
         repair: bool,
+        /// The key of encrypted stores, in a file; see `serve`.
+        #[arg(long, env = "PEGAFLOW_ENCRYPTION_KEY_FILE", value_name = "FILE")]
+        encryption_key_file: Option<PathBuf>,
+        /// A command that prints it.
+        #[arg(
+            long,
+            env = "PEGAFLOW_ENCRYPTION_KEY_COMMAND",
+            value_name = "COMMAND",
+            conflicts_with = "encryption_key_file"
+        )]
+        encryption_key_command: Option<String>,
     },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
@@ -139,7 +152,14 @@ fn main() -> ExitCode {
     }
     let options = Options::parse();
     let outcome = match &options.command {
-        Command::Verify { paths, repair } => verify(paths, *repair, options.json),
+        Command::Verify { paths, repair, encryption_key_file, encryption_key_command } => {
+            let key = match (encryption_key_file, encryption_key_command) {
+                (Some(path), _) => EncryptionKey::from_file(path).map(Some),
+                (None, Some(command)) => EncryptionKey::from_command(command).map(Some),
+                (None, None) => Ok(None),
+            };
+            key.and_then(|key| verify(paths, key.as_ref(), *repair, options.json))
+        }
         Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
@@ -247,11 +267,11 @@ fn print_decisions(decisions: &[Value]) {
 }
 
 /// Checks each store, and prints what was found.
-fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
+fn verify(paths: &[PathBuf], key: Option<&EncryptionKey>, repair: bool, json: bool) -> Result<ExitStatus> {
     let mut reports = Vec::new();
     let stores = StorePaths::group(paths)?;
     for store in &stores {
-        let report = verify_one(store, repair).map_err(|error| error.with("path", store.home.display()))?;
+        let report = verify_one(store, key, repair).map_err(|error| error.with("path", store.home.display()))?;
         if !json {
             print_report(&store.home, &report);
         }
@@ -271,13 +291,13 @@ fn verify(paths: &[PathBuf], repair: bool, json: bool) -> Result<ExitStatus> {
     Ok(if is_good { ExitStatus::Ok } else { ExitStatus::Failed })
 }
 
-fn verify_one(store: &StorePaths, repair: bool) -> Result<FsckReport> {
+fn verify_one(store: &StorePaths, key: Option<&EncryptionKey>, repair: bool) -> Result<FsckReport> {
     // Drawn on standard error, and only if that is a terminal.
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} regions, {eta} left") {
         bar.set_style(style);
     }
-    let report = fsck(store, repair, &mut |progress| {
+    let report = fsck_with_key(store, key, repair, &mut |progress| {
         bar.set_length(progress.regions_total.into());
         bar.set_position(progress.regions.into());
     });

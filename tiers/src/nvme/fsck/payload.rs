@@ -7,6 +7,7 @@ use super::Check;
 use crate::codec::{Codec, Decoder};
 use crate::error::{Error, ErrorKind, Result};
 use crate::nvme::drive::Drive;
+use crate::nvme::encryption::{Keyring, Seal};
 use crate::nvme::page::PAGE_BYTES;
 use crate::nvme::record_header::RecordHeader;
 use crate::nvme::scan::Found;
@@ -18,8 +19,15 @@ impl Check {
         found: impl Iterator<Item = &'a mut Found>,
     ) -> Result<HashMap<u32, String>> {
         let mut undecodable = HashMap::new();
-        for found in found.filter(|found| found.is_intact && found.header.codec != Codec::Stored.number()) {
-            match decode(&self.drive, &mut self.decoder, &found.header) {
+        let is_encoded = |header: &RecordHeader| header.codec != Codec::Stored.number() || header.seal.is_some();
+        for found in found.filter(|found| found.is_intact && is_encoded(&found.header)) {
+            let decoded = match (&self.keyring, &found.header.seal) {
+                (Some(keyring), Some(seal)) => unseal(&self.drive, keyring, seal, &mut self.decoder, &found.header),
+                _ => decode(&self.drive, &mut self.decoder, &found.header),
+            };
+            match decoded {
+                // Its key was destroyed: nobody can read it, and nothing is wrong with it.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Ok(()) => {}
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) => {
                     found.is_intact = false;
@@ -29,6 +37,27 @@ impl Check {
             }
         }
         Ok(undecodable)
+    }
+}
+
+/// Decrypts a record, and decodes what comes out.
+fn unseal(drive: &Drive, keyring: &Keyring, seal: &Seal, decoder: &mut Decoder, header: &RecordHeader) -> Result<()> {
+    let key = keyring.numbered(seal.key)?;
+    let mut image = drive.read(header.location.region, header.location.page, header.location.pages)?;
+    let (_, raw_xxh3) = key.open(&header.subject(), &header.sealed_as(), seal, image.as_mut_slice())?;
+    let codec = Codec::from_number(header.codec).ok_or_else(|| {
+        Error::new(ErrorKind::Corrupt, format!("the record has codec {}, which is not known", header.codec))
+    })?;
+    if codec == Codec::Stored {
+        return Ok(());
+    }
+    let frame = image.as_slice().get(PAGE_BYTES..PAGE_BYTES + header.stored_bytes as usize).unwrap_or_default();
+    match decoder.decode_each(codec, frame, header.raw_bytes, &mut |_| ())? {
+        checksum if checksum == raw_xxh3 => Ok(()),
+        checksum => {
+            let what = format!("the payload decodes to checksum {checksum:#x}, the record says {raw_xxh3:#x}");
+            Err(Error::new(ErrorKind::Corrupt, what))
+        }
     }
 }
 

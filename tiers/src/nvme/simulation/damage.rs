@@ -11,6 +11,7 @@ use super::{SimFailure, SimFailureKind};
 use crate::block::RecordKind;
 use crate::error::ErrorKind;
 use crate::index::Location;
+use crate::nvme::encryption::KEY_FILES;
 
 const PAGE_BYTES: usize = 4096;
 const SECTOR_BYTES: usize = 512;
@@ -55,11 +56,14 @@ impl Simulator {
     /// What was wrong; the seed is 0.
     pub fn flips(&self, stride: usize, payload_bytes: usize) -> Result<DamageTally, SimFailure> {
         self.guarded(0, |path, arena| {
-            let mut damage = Damage::new(History::new(path, 0, arena, false))?;
+            let mut damage = Damage::new(self.with_key(History::new(path, 0, arena, false)))?;
             damage.flip_record(stride, payload_bytes)?;
             damage.flip_region_headers(stride)?;
             damage.flip_superblocks(stride)?;
             damage.flip_namespace(stride)?;
+            if self.is_encrypted() {
+                damage.flip_keys(stride)?;
+            }
             Ok(damage.tally)
         })
     }
@@ -70,7 +74,7 @@ impl Simulator {
     /// What was wrong; the seed is 0.
     pub fn tears(&self, stride: usize) -> Result<DamageTally, SimFailure> {
         self.guarded(0, |path, arena| {
-            let mut history = History::new(path, 0, arena, false);
+            let mut history = self.with_key(History::new(path, 0, arena, false));
             history.world.config.region_bytes = TORN_REGION_BYTES;
             history.world.config.capacity_bytes = 4 * TORN_REGION_BYTES;
             let mut damage = Damage::new(history)?;
@@ -236,6 +240,30 @@ impl Damage {
                 let found = self.look()?;
                 let expected = if has_index { all } else { all.map(|all| all - 3) };
                 self.expect(&format!("byte {at} of a namespace, index {has_index}"), found, expected)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One damaged entry of a key costs nothing, as its twin is there. Both of a data key cost what it sealed; both of the
+    /// store's secret are told.
+    fn flip_keys(&mut self, stride: usize) -> Step {
+        self.reset();
+        let all = self.look()?;
+        for at in (0..SECTOR_BYTES).step_by(stride) {
+            // Entry 1 is of the objects, 2 of the blocks.
+            for (entry, left) in [(0, None), (1, Some(3)), (2, all.map(|all| all - 3))] {
+                for files in [&KEY_FILES[..1], &KEY_FILES[1..], &KEY_FILES[..]] {
+                    self.reset();
+                    let offset = entry * SECTOR_BYTES as u64;
+                    for name in files {
+                        self.history.world.change(name, offset, SECTOR_BYTES, |entry| flip(entry, at));
+                        self.tally.flips += 1;
+                    }
+                    let found = self.look()?;
+                    let expected = if files.len() == 1 { all } else { left };
+                    self.expect(&format!("byte {at} of key {entry} in {files:?}"), found, expected)?;
+                }
             }
         }
         Ok(())

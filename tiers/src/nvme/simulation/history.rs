@@ -17,6 +17,7 @@ use crate::block::{BlockKey, GroupGeometry, NamespaceDescriptor, NamespaceHandle
 use crate::dram::{Arena, ArenaConfig};
 use crate::error::{ErrorKind, Result};
 use crate::index::{Location, TwinIndex};
+use crate::nvme::encryption::EncryptionKey;
 use crate::nvme::io::{FaultAction, SimCrash};
 use crate::nvme::policy::RegionState;
 use crate::nvme::recovery::STORE_NAME;
@@ -27,6 +28,8 @@ use crate::nvme::switches::{Sabotage, with_sabotage};
 pub(super) const OBJECTS: u64 = 10;
 const BLOCKS: u64 = 6;
 pub(super) const BLOCK_BYTES: usize = 9008;
+/// The key of encrypted stores.
+const KEY: &[u8; 32] = b"a key of the simulation, 32 byte";
 /// Opens in a row that may be cut before one is let through.
 const CUT_OPENS_MAX: u32 = 3;
 
@@ -39,6 +42,8 @@ pub struct SimOptions {
     pub drives: Option<usize>,
     /// What there is more of.
     pub bias: SimBias,
+    /// Whether the stores are encrypted. Default: no.
+    pub is_encrypted: bool,
     /// A protection that is switched off.
     pub sabotage: Option<Sabotage>,
     /// Whether to say on standard error what is done.
@@ -69,6 +74,7 @@ impl SimOptions {
             directory: directory.into(),
             drives: None,
             bias: SimBias::None,
+            is_encrypted: false,
             sabotage: None,
             is_told: false,
             excuses_failed_opens: true,
@@ -176,10 +182,22 @@ impl Simulator {
         self.guarded(seed, |path, arena| {
             let bias = self.options.bias;
             let drives = self.options.drives.unwrap_or_else(|| drives_of(seed, bias));
-            let mut history = History::on_drives(drives, path, seed, arena, self.options.is_told).biased(bias);
+            let history = History::on_drives(drives, path, seed, arena, self.options.is_told).biased(bias);
+            let mut history = self.with_key(history);
             history.excuses_failed_opens = self.options.excuses_failed_opens;
             history.run()
         })
+    }
+
+    /// Whether stores are encrypted.
+    pub(super) fn is_encrypted(&self) -> bool {
+        self.options.is_encrypted
+    }
+
+    /// The same on encrypted stores, if that is wanted.
+    pub(super) fn with_key(&self, mut history: History) -> History {
+        history.world.config.encryption = self.options.is_encrypted.then(|| EncryptionKey::from_bytes(*KEY));
+        history
     }
 
     /// Runs a check in a directory of its own; a panic in it is a failure.

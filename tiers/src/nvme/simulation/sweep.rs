@@ -65,7 +65,7 @@ impl Simulator {
     /// What was wrong; the seed is the number of the operation that failed.
     pub fn sweep(&self, first: usize, stride: usize) -> Result<SweepTally, SimFailure> {
         let history = self.guarded(0, |path, arena| {
-            let mut history = History::new(path, 0, arena, false);
+            let mut history = self.with_key(History::new(path, 0, arena, false));
             history.script()?;
             Ok(history.world.disk().history())
         })?;
@@ -84,7 +84,7 @@ impl Simulator {
 
     fn sweep_one(&self, number: u64, action: FaultAction, demand: Demand) -> Result<u64, SimFailure> {
         self.guarded(number, |path, arena| {
-            let mut history = History::new(path, 0, arena, false);
+            let mut history = self.with_key(History::new(path, 0, arena, false));
             history.world.disk().inject(number, action);
             history.is_lied_to = demand == Demand::Bytes;
             history.script()?;

@@ -58,6 +58,23 @@ fn nothing_is_lost_and_nothing_is_wrong_whatever_the_power_does() {
     println!("{tally:?} in {:?}", started.elapsed());
 }
 
+#[test]
+fn an_encrypted_store_keeps_its_promises_too() {
+    let directory = directory();
+    let is_encrypted = true;
+    let options = || SimOptions { is_encrypted, bias: bias_from_environment(), ..SimOptions::new(directory.path()) };
+    let simulator = Simulator::new(options()).expect("memory");
+    let mut tally = SimTally::default();
+    for seed in seeds_from_environment(150) {
+        tally.add(&simulator.run(seed).unwrap_or_else(|failure| panic!("{failure}")));
+    }
+    assert!(tally.reclaimed > 0 && tally.rebuilt > 0 || tally.seeds < 100, "{tally:?}");
+    let flips = simulator.flips(16, 500).unwrap_or_else(|failure| panic!("{failure}"));
+    let tears = simulator.tears(64).unwrap_or_else(|failure| panic!("{failure}"));
+    let sweep = simulator.sweep(5, 23).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{tally:?} {flips:?} {tears:?} {sweep:?}");
+}
+
 /// Histories that failed once, because of the store or of the oracle.
 #[test]
 fn what_failed_once_does_not_fail_again() {

@@ -212,7 +212,9 @@ impl Writer {
                     let pages_bytes = location.bytes() - PAGE_BYTES as u64;
                     add(&self.shared.counts.appended_stored_bytes, pages_bytes.min(record.payload_bytes));
                 }
-                if matches!(record.form, Form::Sent(_)) {
+                // What is compressed has fewer pages, whole ones.
+                if matches!(record.form, Form::Sent(_)) && location.bytes() - (PAGE_BYTES as u64) < record.payload_bytes
+                {
                     add(&self.shared.counts.encoded_records, 1);
                 }
                 self.resolve(record, Ok(location));

@@ -251,6 +251,7 @@ impl Writer {
             after_sequence: info.first_sequence.saturating_sub(1),
             at_damage: AtDamage::Search,
             checks_payloads: false,
+            header_key: self.shared.header_key().cloned(),
         };
         let mut kept = Vec::new();
         scan(&self.shared.drive, &range, &mut |found| {

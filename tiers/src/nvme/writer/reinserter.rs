@@ -146,7 +146,9 @@ impl Work<'_> {
     /// A record to be queued; `None` if it is gone, bad, or worthless without its parent.
     fn prepare(&self, entry: &TableEntry, permit: Permit) -> Option<Box<QueuedRecord>> {
         let from = self.shared.regions.resolve(entry.location)?;
-        let resident = self.shared.policy.resident(entry.fingerprint);
+        // What is encrypted is copied as it lies there: the table does not know it under the name that the policy has.
+        let is_plain = self.shared.keyring.is_none();
+        let resident = is_plain.then(|| self.shared.policy.resident(entry.fingerprint)).flatten();
         let mut record = match resident.and_then(|block| self.take_resident(block, from)) {
             Some(record) => record,
             None => self.read_stored(entry, from)?,
@@ -178,6 +180,7 @@ impl Work<'_> {
             kind: row.kind.into(),
             hides: None,
             parent: row.parent,
+            sealing: None,
             depth: row.depth,
             slot: Some(slot),
             payload_bytes: row.payload_bytes,
@@ -219,6 +222,7 @@ impl Work<'_> {
             kind: header.kind,
             hides: None,
             parent: header.parent,
+            sealing: None,
             depth: header.depth,
             slot: None,
             payload_bytes: header.raw_bytes,
@@ -234,7 +238,7 @@ impl Work<'_> {
 
     /// Whose record it is, by its header, which must be the one that the table means.
     fn identify(&self, entry: &TableEntry, from: Location, image: &[u8]) -> Result<(RecordId, RecordHeader)> {
-        let header = RecordHeader::decode(image.get(..PAGE_BYTES).unwrap_or_default())?;
+        let header = RecordHeader::decode(image.get(..PAGE_BYTES).unwrap_or_default(), self.shared.header_key())?;
         header.check_place(self.shared.uuid, from.region, from.generation, from.page)?;
         let is_readable = header.kind.has_payload() && Codec::from_number(header.codec).is_some();
         if header.location.pages != from.pages || !is_readable {
@@ -244,6 +248,9 @@ impl Work<'_> {
         let namespace = self.shared.namespaces.handle_of(&identity.namespace);
         let namespace = namespace.ok_or_else(|| corrupt("is of a namespace that is not known"))?;
         let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
+        if let (Some(keyring), Some(seal)) = (&self.shared.keyring, &header.seal) {
+            keyring.numbered(seal.key)?;
+        }
         if id.fingerprint() == entry.fingerprint { Ok((id, header)) } else { Err(corrupt("is another one")) }
     }
 

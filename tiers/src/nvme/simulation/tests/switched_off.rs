@@ -18,6 +18,10 @@ enum By {
     StrictFrom(SimBias, u64),
     Flips,
     Scenario(Scenario),
+    /// Histories on encrypted stores.
+    EncryptedHistories,
+    /// A case on an encrypted store.
+    EncryptedScenario(Scenario),
 }
 
 fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
@@ -27,14 +31,16 @@ fn first_failure(sabotage: Option<Sabotage>, by: &By) -> Option<SimFailure> {
         _ => SimBias::None,
     };
     let excuses_failed_opens = !matches!(by, By::StrictFrom(..));
-    let options = SimOptions { sabotage, bias, excuses_failed_opens, ..SimOptions::new(directory.path()) };
+    let is_encrypted = matches!(by, By::EncryptedHistories | By::EncryptedScenario(_));
+    let options =
+        SimOptions { sabotage, bias, is_encrypted, excuses_failed_opens, ..SimOptions::new(directory.path()) };
     let simulator = Simulator::new(options).expect("memory");
     let from = |first: u64| (first..first + SEEDS_MAX).find_map(|seed| simulator.run(seed).err());
     match by {
-        By::Histories | By::Biased(_) => from(0),
+        By::Histories | By::Biased(_) | By::EncryptedHistories => from(0),
         By::BiasedFrom(_, first) | By::StrictFrom(_, first) => from(*first),
         By::Flips => simulator.flips(8, 50).err(),
-        By::Scenario(scenario) => scenarios::run(&simulator, *scenario).err(),
+        By::Scenario(scenario) | By::EncryptedScenario(scenario) => scenarios::run(&simulator, *scenario).err(),
     }
 }
 
@@ -70,6 +76,8 @@ noticed! {
     skip_payload_checksum: SkipPayloadChecksum by By::Flips;
     skip_identity_check: SkipIdentityCheck by By::Scenario(scenarios::swapped_entries);
     skip_place_check: SkipPlaceCheck by By::Scenario(scenarios::misdirected_version);
+    skip_header_code: SkipHeaderCode by By::EncryptedScenario(scenarios::forged_header);
+    skip_key_sync: SkipKeySync by By::EncryptedHistories;
     skip_region_header_checksum: SkipRegionHeaderChecksum by By::Flips;
     skip_superblock_checksum: SkipSuperblockChecksum by By::Flips;
     skip_namespace_checksum: SkipNamespaceChecksum by By::Flips;
