@@ -17,11 +17,12 @@ pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,
 };
+pub use crate::transfer::{ImportBlock, ImportReport, KnownNamespace};
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
-    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, EncryptionKey, Error, ErrorKind, Fence, Fragment, FsckFinding,
-    FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache,
-    LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment,
-    Result, Slot, StorePaths, fsck, fsck_with_key,
+    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, EncryptionKey, Error, ErrorKind, ExportReport, ExportedRecord,
+    Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState,
+    KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place,
+    PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck, fsck_with_key,
 };

@@ -15,6 +15,7 @@ mod drive_identity;
 mod drive_table;
 mod encoding;
 mod encryption;
+mod export;
 mod fill;
 mod fsck;
 mod inbox;
@@ -53,6 +54,7 @@ pub use append::{Append, AppendDone};
 pub use calibration::{DepthOrigin, DriveSpeed};
 pub use config::{DriveConfig, StoreConfig};
 pub use encryption::EncryptionKey;
+pub use export::{ExportReport, ExportedRecord};
 pub use fill::IndexFill;
 pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck, fsck_with_key};
 pub use io::{

@@ -335,6 +335,33 @@ fn check_in_place(
     Ok(checked.verified)
 }
 
+/// As [`check`], of a record whose name nobody asked for: `image` is header and stored bytes (decrypted in place), `payload`
+/// becomes what was saved. Without encryption the key is the one that the store knows it by.
+pub(super) fn read_whole(
+    shared: &Shared,
+    identity: &DiskIdentity,
+    location: &Location,
+    key: BlockKey,
+    image: &mut [u8],
+    payload: &mut Vec<u8>,
+) -> Result<(Names, Verified)> {
+    let (header, stored) = image.split_at(PAGE_BYTES);
+    let checked = Checked::new(shared, identity, location, header, stored)?;
+    let (mut names, mut raw_xxh3) = (Names { key, parent: checked.verified.parent }, checked.header.raw_xxh3);
+    if let Some(seal) = checked.header.seal {
+        (names, raw_xxh3) = checked.unseal(shared, &seal, None, image)?;
+    }
+    let frame = checked.stored(image.get(PAGE_BYTES..).unwrap_or_default())?;
+    payload.clear();
+    match checked.codec {
+        Codec::Stored => payload.extend_from_slice(frame),
+        codec => checked.decoded(shared, raw_xxh3, |decoder, raw_bytes| {
+            decoder.decode_each(codec, frame, raw_bytes, &mut |piece| payload.extend_from_slice(piece))
+        })?,
+    }
+    Ok((names, checked.verified))
+}
+
 /// A record whose header and stored bytes are what they should be.
 struct Checked {
     header: RecordHeader,

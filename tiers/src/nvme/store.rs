@@ -22,6 +22,7 @@ use super::drive_identity::{DriveIdentity, Membership};
 use super::drive_table::DriveTable;
 use super::encoding::Encoders;
 use super::encryption::Keyring;
+use super::export::{ExportReport, ExportedRecord, export};
 use super::fill::{self, FillPlan};
 use super::inbox::{Ending, Inbox};
 use super::io::{BlockIo, IoPriority, Metered, Meters, open_direct};
@@ -45,7 +46,7 @@ use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId
 use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::{IndexLog, Location};
+use crate::index::{IndexLog, Location, NamespaceRow};
 
 mod keys;
 
@@ -493,6 +494,25 @@ impl Store {
     pub fn verify(&self, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
         let (index, paths) = self.long_job()?;
         verify(&self.shared, &index, &paths, None, progress)
+    }
+
+    /// All namespaces that were ever registered.
+    pub fn namespaces(&self) -> Vec<NamespaceRow> {
+        self.shared.namespaces.rows()
+    }
+
+    /// Hands every record of a namespace to `each`, in the order of the drive: checked, decrypted and decoded. What is
+    /// damaged, or goes meanwhile, is left out. Runs beside everything else.
+    ///
+    /// # Errors
+    /// `Closed`, `Io` if a region file can not be opened again, and what `each` returns.
+    pub fn export(
+        &self,
+        namespace: NamespaceHandle,
+        each: &mut dyn FnMut(ExportedRecord<'_>) -> Result<()>,
+    ) -> Result<ExportReport> {
+        let (index, paths) = self.long_job()?;
+        export(&self.shared, &index, &paths, namespace, each)
     }
 
     /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces, from

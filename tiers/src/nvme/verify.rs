@@ -344,7 +344,7 @@ impl Job {
 
 /// Bytes of which a part starts at a multiple of a page in memory, as direct I/O wants it.
 #[derive(Default)]
-struct Aligned {
+pub(super) struct Aligned {
     bytes: Vec<u8>,
 }
 
@@ -357,7 +357,8 @@ impl Aligned {
         self.bytes.as_ptr().align_offset(PAGE_BYTES)
     }
 
-    fn first(&mut self, bytes: usize) -> &mut [u8] {
+    /// So many of them.
+    pub(super) fn first(&mut self, bytes: usize) -> &mut [u8] {
         let start = self.start(bytes);
         &mut self.bytes[start..start + bytes]
     }

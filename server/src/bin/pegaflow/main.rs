@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 mod doctor;
+mod pack;
 mod policy;
 mod prewarm;
 mod settings;
@@ -22,6 +23,7 @@ use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
 use serde_json::{Value, json};
 
+use pack::PackCommand;
 use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
@@ -126,6 +128,11 @@ enum Command {
         #[command(subcommand)]
         command: PolicyCommand,
     },
+    /// Carries blocks from one store to another in a signed file. The stores may not be open in a server.
+    Pack {
+        #[command(subcommand)]
+        command: PackCommand,
+    },
     /// Lets vLLM compute prompts offline, so that a vLLM that is started with the same model and options finds them on the
     /// drive. A run that was cut goes on where it was.
     ///
@@ -160,12 +167,21 @@ fn main() -> ExitCode {
             };
             key.and_then(|key| verify(paths, key.as_ref(), *repair, options.json))
         }
+        Command::Pack { command } => pack::without_store(command, options.json).unwrap_or(Ok(ExitStatus::Ok)),
         Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
     match outcome {
         Ok(status) => status.into(),
         Err(error) => failed(&error, options.json),
+    }
+}
+
+/// A file that was named on the command line can not be read: `NotFound` if there is none.
+fn cannot_read(path: &Path, error: std::io::Error) -> Error {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("there is no file {}", path.display())),
+        _ => Error::from_io(format!("cannot read {}", path.display()), error),
     }
 }
 
@@ -249,6 +265,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Serve { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
+        | Command::Pack { .. }
         | Command::Doctor { .. } => Value::Null,
     })
 }

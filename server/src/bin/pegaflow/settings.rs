@@ -9,6 +9,7 @@ use pegaflow_server::{ExitStatus, run_server};
 use serde_json::{Value, json};
 
 use crate::doctor;
+use crate::pack::{self, PackCommand};
 use crate::prewarm::{self, PrewarmOptions};
 
 /// What is to be done with settings.
@@ -27,7 +28,15 @@ pub(crate) enum ConfigCommand {
 }
 
 /// Commands with settings, which are read in a way of their own.
-const COMMANDS: [&[&str]; 5] = [&["serve"], &["config", "check"], &["config", "show"], &["doctor"], &["prewarm"]];
+const COMMANDS: [&[&str]; 7] = [
+    &["serve"],
+    &["config", "check"],
+    &["config", "show"],
+    &["doctor"],
+    &["prewarm"],
+    &["pack", "export"],
+    &["pack", "import"],
+];
 
 /// Which of the commands of this module was asked for.
 pub(crate) fn asked_for(command: &Command, arguments: &[OsString]) -> Option<&'static [&'static str]> {
@@ -72,6 +81,14 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
             let of_doctor = loaded.matches.subcommand_matches("doctor");
             let measures = !of_doctor.is_some_and(|matches| matches.get_flag("no_measure"));
             doctor::examine(&loaded.settings, measures, has_json)
+        }
+        (["pack", ..], Ok(loaded)) => {
+            match PackCommand::from_arg_matches(
+                loaded.matches.subcommand_matches("pack").unwrap_or(&ArgMatches::default()),
+            ) {
+                Ok(command) => pack::with_store(&loaded, &command, has_json),
+                Err(error) => error.exit(),
+            }
         }
         (["prewarm"], Ok(loaded)) => match options_of(&loaded) {
             Ok(options) => prewarm::prewarm(&loaded, &options, has_json),

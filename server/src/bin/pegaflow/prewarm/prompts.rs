@@ -74,7 +74,7 @@ impl PromptFile {
     /// # Errors
     /// `NotFound` or `Io` if the file cannot be read, `InvalidInput` that names the lines that are no prompts.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let io = |error| Error::from_io(format!("cannot read the prompts of {}", path.display()), error);
+        let io = |error| crate::cannot_read(path, error);
         let file = File::open(path).map_err(io)?;
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let (mut places, mut seen, mut problems) = (Vec::new(), HashSet::new(), Vec::new());
