@@ -162,7 +162,7 @@ bench-pairs: ## Cold requests with and without the connector, in turns on one GP
 bench-interference: ## What loads and saves at full speed cost a decode batch. PYTHON=
 	@$(call TTFT,interference) $(OPTIONS)
 
-check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, then serve: hits and tokens. PROMPTS=200
+check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, serve, pack, import, serve. PROMPTS=200
 	@$(VENV)/bin/python tests/e2e/prewarm.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
 	    --logs $(TARGET)/prewarm/logs --prompts $(PROMPTS)
 

@@ -153,10 +153,28 @@ def story(version: str) -> Count:
     return counted(code, Count(passed, len(claims) - passed))
 
 
+def prewarm(version: str) -> Count:
+    """Prompts computed offline by a real vLLM, killed and resumed, then served; packed and served elsewhere."""
+    code, output = shown(["make", "check-prewarm", f"VERSION={version}", "PROMPTS=48"], 1800)
+    try:
+        outcome = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
+        claims = [
+            outcome["resumed"] and outcome["repeated"] == 0 and outcome["failed"] == 0,
+            outcome["hit_ratio"] >= 0.95 and outcome["tokens_equal"],
+            outcome["pack_hit_ratio"] >= 0.95 and outcome["pack_tokens_equal"],
+            outcome["refuses_changed_pack"],
+        ]
+    except (ValueError, LookupError, TypeError):
+        return Count(failed=1)
+    passed = sum(claim is True for claim in claims)
+    return counted(code, Count(passed, len(claims) - passed))
+
+
 STAGES: Mapping[str, Callable[[str], Count]] = {
     "rust": rust,
     "python": python,
     "story": story,
+    "prewarm": prewarm,
 }
 
 

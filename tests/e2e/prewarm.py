@@ -4,6 +4,8 @@
 2. `pegaflow prewarm` computes them into an empty store. It gets SIGKILL when a part is done; the same command goes on
    and may not compute a finished prompt again.
 3. A fresh server and a fresh vLLM serve the same prompts: they must hit, and every token must be the reference's.
+4. The store is packed, and the pack imported into an empty store: the same as in 3, with that. A pack in which one byte
+   was changed is refused.
 
 Prompts are texts, token ids and chats, with shared prefixes and duplicates. Ends with one line of JSON. Exit code 0:
 everything held; 1: something did not; 2: it could not be run to its end.
@@ -170,6 +172,39 @@ class Prewarming:
         return report
 
 
+def carried(binary: Path, folder: Path, store: Path, other: Path) -> bool:
+    """Packs the store into an empty one; whether a changed pack was refused."""
+    sizes = ["--capacity", "1GiB", "--dram", "256MiB"]
+
+    def pack(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
+        command = [str(part) for part in (binary, "--json", "pack", *arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_PREWARM_SECONDS, check=False)
+        try:
+            return ended.returncode, json.loads(ended.stdout)
+        except ValueError:
+            raise StoryError(
+                f"pegaflow pack {arguments[0]}: {ended.returncode}, {ended.stdout}{ended.stderr}"
+            ) from None
+
+    def must(*arguments: str | Path) -> dict[str, Any]:
+        code, said = pack(*arguments)
+        if code != 0:
+            raise StoryError(f"pegaflow pack {arguments[0]}: exit code {code}, {said}")
+        return said
+
+    key, file, changed = folder / "signer.key", folder / "kv.pack", folder / "changed.pack"
+    public = must("key", key)["public"]
+    say(f"packed: {json.dumps(must('export', file, '--key', key, '--path', store, *sizes))}")
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 3] ^= 1
+    changed.write_bytes(whole)
+    refused, said = pack("import", changed, "--trust", public, "--path", folder / "refused", *sizes)
+    say(f"a changed pack: exit code {refused}, {said.get('error', {}).get('message')}")
+    imported = must("import", file, "--trust", public, "--path", other, *sizes)
+    say(f"imported: {json.dumps(imported)}")
+    return refused != 0
+
+
 def tell(options: argparse.Namespace, folder: Path, sockets: Path) -> dict[str, Any]:
     """The three parts; returns the outcome."""
     asked = prompts(options.prompts)
@@ -182,12 +217,15 @@ def tell(options: argparse.Namespace, folder: Path, sockets: Path) -> dict[str, 
     def vllm(connector: dict[str, Any] | None) -> VllmSettings:
         return VllmSettings(Path(sys.executable), model, logs, connector, serve_arguments=serving)
 
+    def answered(name: str, connector: dict[str, Any] | None) -> list[Said]:
+        engine = HttpEngine(name, vllm(connector))
+        try:
+            return ask_all(engine, model, asked)
+        finally:
+            engine.process.kill()
+
     say("plain vLLM, the reference")
-    engine = HttpEngine("prewarm reference", vllm(None))
-    try:
-        reference = ask_all(engine, model, asked)
-    finally:
-        engine.process.kill()
+    reference = answered("prewarm reference", None)
 
     lines = folder / "prompts.jsonl"
     # Every tenth twice; equal prompts are computed once.
@@ -211,19 +249,24 @@ def tell(options: argparse.Namespace, folder: Path, sockets: Path) -> dict[str, 
     report = prewarming.to_end()
     say(f"prewarmed: {json.dumps(report)}")
 
-    say("a fresh server and a fresh vLLM")
-    store = StoreServer("prewarmed", server)
-    try:
-        engine = HttpEngine("prewarmed", vllm(server.connector()))
+    def served(name: str, server: ServerSettings) -> tuple[float, bool, dict[str, int]]:
+        """Share of full blocks that hit, whether the tokens are the reference's, and what was loaded."""
+        say(f"a fresh server and a fresh vLLM, {name}")
+        store = StoreServer(name, server)
         try:
-            answers = ask_all(engine, model, asked)
+            answers = answered(name, server.connector())
+            loaded = store.loaded_blocks()
         finally:
-            engine.process.kill()
-        loaded = store.loaded_blocks()
-    finally:
-        store.process.kill()
-    could = sum(said.could_hit_tokens for said in answers)
-    hit = sum(min(said.cached_tokens, said.could_hit_tokens) for said in answers)
+            store.process.kill()
+        could = sum(said.could_hit_tokens for said in answers)
+        hit = sum(min(said.cached_tokens, said.could_hit_tokens) for said in answers)
+        is_equal = all(one.tokens == other.tokens for one, other in zip(answers, reference, strict=True))
+        return round(hit / could, 4), is_equal, loaded
+
+    hit_ratio, tokens_equal, loaded = served("prewarmed", server)
+    other = ServerSettings(server.binary, folder / "other", sockets / "other.sock", logs)
+    refuses_changed = carried(binary, folder, server.store, other.store)
+    pack_hit_ratio, pack_tokens_equal, _ = served("imported", other)
     return {
         "prompts": len(asked),
         "killed_at": killed_at,
@@ -232,9 +275,12 @@ def tell(options: argparse.Namespace, folder: Path, sockets: Path) -> dict[str, 
         "resumed": report["done_before"] >= killed_at > 0,
         "failed": report["failed"],
         "duplicates": report["duplicates"],
-        "hit_ratio": round(hit / could, 4),
+        "hit_ratio": hit_ratio,
         "loaded_blocks": loaded,
-        "tokens_equal": all(one.tokens == other.tokens for one, other in zip(answers, reference, strict=True)),
+        "tokens_equal": tokens_equal,
+        "pack_hit_ratio": pack_hit_ratio,
+        "pack_tokens_equal": pack_tokens_equal,
+        "refuses_changed_pack": refuses_changed,
         "tokens_per_s": report["tokens_per_s"],
     }
 
@@ -266,7 +312,9 @@ def main() -> int:
     outcome["seconds"] = round(time.monotonic() - started, 1)
     print(json.dumps(outcome), flush=True)
     held = outcome["tokens_equal"] and outcome["hit_ratio"] >= 0.95 and outcome["resumed"]
-    return 0 if held and outcome["repeated"] == 0 and outcome["failed"] == 0 else 1
+    held = held and outcome["pack_tokens_equal"] and outcome["pack_hit_ratio"] >= 0.95
+    held = held and outcome["refuses_changed_pack"] and outcome["repeated"] == 0 and outcome["failed"] == 0
+    return 0 if held else 1
 
 
 if __name__ == "__main__":
