@@ -294,12 +294,7 @@ impl Program {
             .stdout(std::process::Stdio::piped());
         let (server, ready) = Process::start(command);
         let address = |name: &str| ready[name].as_str().expect("listens").parse().expect("an address");
-        Self {
-            tcp: address("tcp"),
-            http: address("http"),
-            _server: server,
-            files,
-            socket }
+        Self { tcp: address("tcp"), http: address("http"), _server: server, files, socket }
     }
 
     /// Exit code and what was said of a command over TLS.

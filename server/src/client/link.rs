@@ -165,16 +165,21 @@ pub(super) async fn connect(config: ClientConfig) -> Result<Link> {
 
 fn no_server(endpoint: &Endpoint, error: &tonic::transport::Error) -> Error {
     let mut cause: &dyn std::error::Error = error;
+    let mut io = None;
     while let Some(source) = cause.source() {
         cause = source;
+        io = source.downcast_ref::<std::io::Error>().or(io);
     }
-    let io = cause.downcast_ref::<std::io::Error>();
-    if let Some(problem) = io.and_then(std::io::Error::get_ref).and_then(|inner| inner.downcast_ref::<Error>()) {
-        return problem.clone();
-    }
-    if let Some(problem) = cause.downcast_ref::<tokio_rustls::rustls::Error>() {
-        let message = format!("the server at {endpoint} can not be trusted, or does not trust this client: {problem}");
-        return Error::new(ErrorKind::PermissionDenied, message);
+    // What an I/O error was made of is not among its sources.
+    if let Some(inner) = io.and_then(std::io::Error::get_ref) {
+        if let Some(problem) = inner.downcast_ref::<Error>() {
+            return problem.clone();
+        }
+        if let Some(problem) = inner.downcast_ref::<tokio_rustls::rustls::Error>() {
+            let message =
+                format!("the server at {endpoint} cannot be trusted, or does not trust this client: {problem}");
+            return Error::new(ErrorKind::PermissionDenied, message);
+        }
     }
     if io.is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied) {
         return Error::new(

@@ -80,8 +80,14 @@ impl Encoding {
 
 /// Buffers for encoded records. What is in use is bounded by the writer's queue.
 pub(super) struct Spares {
-    kept: Mutex<Vec<Pages>>,
+    kept: Mutex<Kept>,
     is_sealing: bool,
+}
+
+#[derive(Default)]
+struct Kept {
+    pages: Vec<Pages>,
+    bytes: usize,
 }
 
 impl Spares {
@@ -91,23 +97,23 @@ impl Spares {
     }
 
     fn take(&self, bytes: usize) -> Pages {
-        let mut spares = self.kept.lock();
-        let fitting = spares.iter().position(|pages| (bytes..=2 * bytes).contains(&pages.allocated_bytes()));
-        let mut pages = fitting.map(|at| spares.swap_remove(at)).unwrap_or_else(|| {
-            drop(spares);
-            Pages::new(bytes)
-        });
+        let mut kept = self.kept.lock();
+        let fitting = kept.pages.iter().rposition(|pages| (bytes..=2 * bytes).contains(&pages.allocated_bytes()));
+        let spare = fitting.map(|at| kept.pages.swap_remove(at));
+        kept.bytes -= spare.as_ref().map_or(0, Pages::allocated_bytes);
+        drop(kept);
+        let mut pages = spare.unwrap_or_else(|| Pages::new(bytes));
         pages.set_bytes(bytes);
         pages
     }
 
     /// Gives a buffer back.
     pub(super) fn put(&self, pages: Pages) {
-        let mut spares = self.kept.lock();
+        let mut kept = self.kept.lock();
         let most = if self.is_sealing { SPARE_BYTES_SEALED_MAX } else { SPARE_BYTES_MAX };
-        let held: usize = spares.iter().map(Pages::allocated_bytes).sum();
-        if held + pages.allocated_bytes() <= most {
-            spares.push(pages);
+        if kept.bytes + pages.allocated_bytes() <= most {
+            kept.bytes += pages.allocated_bytes();
+            kept.pages.push(pages);
         }
     }
 }
