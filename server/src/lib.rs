@@ -7,6 +7,8 @@ mod access;
 pub mod client;
 mod daemon;
 mod exit;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod http;
 mod http_listener;
 pub mod limits;

@@ -88,7 +88,7 @@ impl Tokens {
         Self::parse(&owner_only::read("the file of tokens", path)?).map_err(|error| error.with("path", path.display()))
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
         let mut entries: Vec<([u8; DIGEST_BYTES], Arc<Client>)> = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
