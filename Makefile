@@ -69,7 +69,7 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
+.PHONY: help run test test-vllm lint fuzz torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
 .PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
@@ -109,6 +109,9 @@ server: toolchain
 torture: server ## Kills, simulated power losses, failing operations, flipped bits. KILLS=1000 SEEDS=100000 STRIDE=1, SEED=n again, OPTIONS=--encrypted
 	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS) --stride $(STRIDE) \
 	    $(if $(SEED),--seed $(SEED)) $(OPTIONS)
+
+fuzz: toolchain ## Any bytes at every structure on disk, every request, settings and tokens. SECONDS=60 for each target, TARGET=name
+	@cargo run --release --quiet -p pegaflow-tests --bin fuzz -- --seconds $(or $(SECONDS),60) $(if $(TARGET),--target $(TARGET))
 
 kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 DEVICE=host, or cuda:0
 	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 1000,$(KILLS)),18) --device $(DEVICE)

@@ -11,7 +11,10 @@ use tracing_subscriber::fmt::format::{DefaultFields, Format};
 use tracing_subscriber::{EnvFilter, reload};
 
 use crate::settings::{Loaded, Settings};
-use crate::{ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path};
+use crate::{
+    ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, TcpService, Tokens,
+    default_socket_path,
+};
 
 /// Reads the settings anew.
 type Reload<'a> = &'a (dyn Fn() -> std::result::Result<Loaded, Vec<String>> + Sync);
@@ -97,7 +100,13 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
     };
     tracing::info!(took = ?opening.elapsed(), "the cache is open");
     let socket = settings.socket.clone().unwrap_or_else(default_socket_path);
-    let listeners = match Listeners::bind(&socket, settings.tcp).await {
+    let tcp = settings.tcp_service();
+    let access = tcp.as_ref().ok().cloned().flatten();
+    let listening = match tcp {
+        Ok(tcp) => Listeners::bind_with(&socket, tcp).await,
+        Err(error) => Err(error),
+    };
+    let listeners = match listening {
         Ok(listeners) => listeners,
         Err(error) => {
             close(&engine, settings)?;
@@ -122,6 +131,7 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
             () = stop.asked() => break,
             _ = hang_up.recv() => match read() {
                 Ok(wanted) => {
+                    reload(access.as_ref(), &wanted.settings);
                     change(&current, &wanted, &server, log);
                     current = wanted;
                 }
@@ -135,6 +145,23 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
     tracing::info!(?timeout, "stopping: no new connections, operations end, the store is flushed");
     stop.exit_at_next();
     server.stop(timeout).await.inspect(|()| tracing::info!("stopped"))
+}
+
+/// Takes up a changed certificate and changed tokens. What can not be read changes nothing.
+fn reload(tcp: Option<&TcpService>, settings: &Settings) {
+    let Some(TcpService { tls: Some(tls), access, .. }) = tcp else { return };
+    match tls.reload() {
+        Ok(()) => tracing::info!("the TLS certificate was read again"),
+        Err(error) => tracing::error!(%error, "the TLS certificate stays as it is"),
+    }
+    match settings.tokens.as_deref().map(Tokens::read).transpose() {
+        Ok(Some(tokens)) => {
+            tracing::info!(tokens = tokens.len(), "the tokens were read again");
+            access.replace(tokens);
+        }
+        Ok(None) => {}
+        Err(error) => tracing::error!(%error, "the tokens stay as they are"),
+    }
 }
 
 /// Puts changed settings into effect, as far as that goes while the server runs.
@@ -155,7 +182,7 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
             "write_budget" => engine.set_write_budget(wanted.settings.write_budget).is_ok(),
             "scrub" => engine.set_scrub(wanted.settings.scrub).is_ok(),
             // Read when it is needed; and where the settings are is no setting of the server.
-            "shutdown_timeout" | "config" => true,
+            "shutdown_timeout" | "config" | "tokens" => true,
             _ => false,
         };
         match is_done {

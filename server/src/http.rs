@@ -12,6 +12,7 @@ use axum::{Json, Router};
 use pegaflow_engine::{Error, ErrorKind, Result};
 use tokio::net::TcpListener;
 
+use crate::http_listener::HttpListener;
 use crate::metrics::{Metrics, ServerGauges};
 use crate::session::Sessions;
 
@@ -86,7 +87,7 @@ impl HttpServer {
             .route("/status", get(status))
             .with_state(readiness);
         let task = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, routes).await {
+            if let Err(error) = axum::serve(HttpListener::new(listener), routes).await {
                 tracing::error!(%error, "HTTP stopped");
             }
         });

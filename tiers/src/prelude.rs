@@ -22,6 +22,6 @@ pub use crate::nvme::{
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{
-    DamageTally, Fault, FaultAction, FaultPlan, Faulty, Sabotage, SavedImages, SimBias, SimCrash, SimDisk, SimFailure,
-    SimFailureKind, SimIo, SimOperation, SimOptions, SimTally, Simulator, SweepTally,
+    DamageTally, Fault, FaultAction, FaultPlan, Faulty, FuzzTarget, Sabotage, SavedImages, SimBias, SimCrash, SimDisk,
+    SimFailure, SimFailureKind, SimIo, SimOperation, SimOptions, SimTally, Simulator, SweepTally,
 };

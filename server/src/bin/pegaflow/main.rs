@@ -5,6 +5,7 @@ mod doctor;
 mod pack;
 mod policy;
 mod prewarm;
+mod remote;
 mod settings;
 
 use std::ffi::OsString;
@@ -20,13 +21,14 @@ use pegaflow_engine::{
     ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck_with_key,
 };
 use pegaflow_server::ExitStatus;
-use pegaflow_server::client::{Client, ClientConfig, Endpoint};
+use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
 use serde_json::{Value, json};
 
 use pack::PackCommand;
 use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
+use remote::TokenCommand;
 use settings::ConfigCommand;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
@@ -43,6 +45,21 @@ struct Options {
     /// The server's loopback TCP address, instead of the socket.
     #[arg(long, value_name = "ADDRESS", global = true, conflicts_with = "socket")]
     tcp: Option<SocketAddr>,
+    /// The server at another place: https://HOST:PORT, with --ca and --token-file, or http://ADDRESS:PORT on loopback.
+    #[arg(long, env = "PEGAFLOW_SERVER", value_name = "URL", global = true, conflicts_with_all = ["socket", "tcp"])]
+    server: Option<String>,
+    /// The authorities that may vouch for that server, in PEM.
+    #[arg(long, env = "PEGAFLOW_CA", value_name = "FILE", global = true)]
+    ca: Option<PathBuf>,
+    /// A file with the token to show it.
+    #[arg(long, env = "PEGAFLOW_TOKEN_FILE", value_name = "FILE", global = true)]
+    token_file: Option<PathBuf>,
+    /// A certificate to show it, in PEM, where it asks for one; with --client-key.
+    #[arg(long, env = "PEGAFLOW_CLIENT_CERT", value_name = "FILE", global = true, requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// The key of that certificate.
+    #[arg(long, env = "PEGAFLOW_CLIENT_KEY", value_name = "FILE", global = true, requires = "client_cert")]
+    client_key: Option<PathBuf>,
     /// The longest wait for a connection, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, global = true,
           value_parser = clap::value_parser!(u64).range(1..=600))]
@@ -144,6 +161,11 @@ enum Command {
         #[command(flatten)]
         options: Box<PrewarmOptions>,
     },
+    /// Makes tokens for clients over TCP. Needs no server.
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
     /// Tries now to open a store again that went out of use, instead of at the server's next attempt.
     Reopen {
         /// The longest wait, in seconds.
@@ -169,6 +191,7 @@ fn main() -> ExitCode {
         }
         Command::Pack { command } => pack::without_store(command, options.json).unwrap_or(Ok(ExitStatus::Ok)),
         Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
+        Command::Token { command } => remote::token(command, options.json).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
     match outcome {
@@ -195,13 +218,11 @@ fn failed(error: &Error, is_json: bool) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let endpoint = match (&options.socket, options.tcp) {
-        (Some(path), _) => Endpoint::Unix(path.clone()),
-        (None, Some(address)) => Endpoint::Tcp(address),
-        (None, None) => Endpoint::default(),
-    };
+    let endpoint = remote::endpoint(options)?;
     check_there(&endpoint)?;
-    let client = Client::start(ClientConfig::new(endpoint, "pegaflow command line"))?;
+    let mut config = ClientConfig::new(endpoint, "pegaflow command line");
+    config.token = options.token_file.as_deref().map(Token::read).transpose()?;
+    let client = Client::start(config)?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
     let answer = ask(&client, &options.command, options.json)?;
     if options.json {
@@ -262,6 +283,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         // None of these asks a server; see `main`.
         Command::Verify { .. }
         | Command::Policy { .. }
+        | Command::Token { .. }
         | Command::Serve { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
@@ -353,6 +375,7 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
     let found = match endpoint {
         Endpoint::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(drop),
         Endpoint::Tcp(address) => std::net::TcpStream::connect_timeout(address, Duration::from_secs(5)).map(drop),
+        Endpoint::Tls { host, port, .. } => std::net::TcpStream::connect((host.as_str(), *port)).map(drop),
     };
     found.map_err(|error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => Error::from_io(format!("cannot connect to {endpoint}"), error),
