@@ -70,7 +70,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures ptx doc clean
+.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures metrics-doc ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -172,6 +172,9 @@ check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYT
 fixtures: toolchain ## Write the fixtures of the format that are missing in */fixtures; touches no other
 	@cargo test --quiet -p pegaflow-tiers --lib write_missing_fixtures -- --ignored --nocapture
 	@cargo test --quiet -p pegaflow-engine --lib write_missing_fixture -- --ignored --nocapture
+
+metrics-doc: toolchain ## Write docs/metrics.md anew, after a change of the table of metrics
+	@cargo test --quiet -p pegaflow-server --lib write_the_page -- --ignored
 
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc

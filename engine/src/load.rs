@@ -44,6 +44,8 @@ pub(crate) struct LoadJob {
     /// Whether a block that the lookup found on the drive was in DRAM: then the time that the load took says nothing of
     /// what was predicted.
     is_ahead: bool,
+    /// When it was queued; `None` for a job that could not be.
+    queued_at: Option<Instant>,
     done: Option<LoadDone>,
 }
 
@@ -95,6 +97,7 @@ impl LoadJob {
             arrived,
             outcome,
             is_ahead: false,
+            queued_at: Some(Instant::now()),
             done: Some(done),
         })
     }
@@ -273,7 +276,7 @@ impl LoadJob {
 
     /// Takes the callback back, for a job that could not be queued.
     pub(crate) fn forget(mut self) {
-        self.done = None;
+        (self.done, self.queued_at) = (None, None);
     }
 }
 
@@ -286,7 +289,14 @@ impl Drop for LoadJob {
         let counters = &self.inner.counters;
         counters.loaded_dram_blocks.add(self.outcome.loaded_dram.into());
         counters.loaded_nvme_blocks.add(self.outcome.loaded_nvme.into());
+        counters.loaded_dram_bytes.add(u64::from(self.outcome.loaded_dram) * self.block_bytes);
+        counters.loaded_nvme_bytes.add(u64::from(self.outcome.loaded_nvme) * self.block_bytes);
         counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
+        if let Some(queued_at) = self.queued_at {
+            let times = &counters.times;
+            let of_tier = if self.outcome.loaded_nvme > 0 { &times.load_nvme } else { &times.load_dram };
+            of_tier.record(queued_at.elapsed());
+        }
         if let Some(watch) = self.lease.watch.take() {
             let loaded = self.arrived.iter().filter(|arrived| **arrived).count();
             watch.shard_ended(if self.outcome.failed.is_empty() && !self.is_ahead { loaded } else { 0 });

@@ -73,7 +73,6 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
         signal(SignalKind::hangup()).map_err(|error| Error::from_io("cannot listen for signals", error))?;
     report_file_size_limit()?;
     let metrics = Metrics::new();
-    metrics.install();
     let readiness = Readiness::new(metrics);
     let http = match settings.http_address() {
         Some(address) => Some(HttpServer::start(address, readiness.clone()).await?),
