@@ -48,7 +48,7 @@ impl StatusJson {
                     _ if sessions.is_none() => "starting",
                     _ => "stopping",
                 };
-                (state, Some(error.message()))
+                (state, Some(error.message().to_owned()))
             }
         };
         let millis = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
