@@ -15,7 +15,7 @@ const PAGE: &str = include_str!("status.html");
 /// Where the page has the nonce of its style and its script.
 const NONCE: &str = "@nonce@";
 /// How many of the latest decisions are told.
-const DECISIONS: usize = 20;
+const DECISIONS: usize = 12;
 
 /// `/status.json`, see docs/operations.md.
 #[derive(Serialize)]

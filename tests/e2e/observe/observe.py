@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from browser import check_browser
 from processes import StoryError
+from prometheus import check_prometheus, prometheus_missing
+from top import check_top
 from watched import WatchedServer
 from webdriver import browser_missing
 
@@ -32,6 +34,8 @@ def main() -> int:
     options = parser.parse_args()
     checks: dict[str, tuple[str | None, Check]] = {
         "browser": (browser_missing(), lambda server, folder: check_browser(server, folder, options.pictures)),
+        "prometheus": (prometheus_missing(), check_prometheus),
+        "top": (None, lambda server, folder: check_top(server, folder, options.binaries)),
     }
     passed = failed = skipped = 0
     for name in (options.only.split(",") if options.only else checks):

@@ -6,6 +6,7 @@ mod pack;
 mod policy;
 mod prewarm;
 mod settings;
+mod top;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{
-    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck_with_key,
+    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, Latencies, LoadPolicy, Result, StorePaths, fsck_with_key,
 };
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint};
@@ -28,6 +29,7 @@ use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use settings::ConfigCommand;
+use top::TopOptions;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -80,6 +82,12 @@ enum Command {
     /// Prints the server's counters and gauges.
     #[command(alias = "stats")]
     Status,
+    /// Shows what the server does, every second: a screen on a terminal (q quits), a line for each moment elsewhere, a JSON
+    /// object for each with --json.
+    Top {
+        #[command(flatten)]
+        options: TopOptions,
+    },
     /// Makes everything saved so far durable.
     Flush {
         /// The longest wait, in seconds.
@@ -203,6 +211,11 @@ fn run(options: &Options) -> Result<()> {
     check_there(&endpoint)?;
     let client = Client::start(ClientConfig::new(endpoint, "pegaflow command line"))?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
+    if let Command::Top { options: top } = &options.command {
+        let shown = top::top(&client, top, options.json);
+        client.close(Duration::from_secs(1));
+        return shown;
+    }
     let answer = ask(&client, &options.command, options.json)?;
     if options.json {
         println!("{answer}");
@@ -263,6 +276,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         Command::Verify { .. }
         | Command::Policy { .. }
         | Command::Serve { .. }
+        | Command::Top { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }
@@ -363,6 +377,14 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
     })
 }
 
+/// A histogram of times in words.
+fn times(value: &Value) -> Option<String> {
+    let counts = value.get("counts")?.as_array()?.iter().map(|count| count.as_u64().unwrap_or(0)).collect();
+    let times = Latencies { counts, sum_ns: 0 };
+    let at_most = |share: f64| times.quantile(share).map_or_else(|| "-".into(), |time| format!("{:.3} ms", time * 1e3));
+    Some(format!("{} times; half of them at most {}, 99 % {}", times.count(), at_most(0.5), at_most(0.99)))
+}
+
 fn print_stats(stats: &Value) {
     let print = |name: &str, value: &Value| match value {
         Value::Number(number) if name.ends_with("_bytes") => {
@@ -379,6 +401,14 @@ fn print_stats(stats: &Value) {
             let (percent, bytes) = (number("percent_of_present"), ByteSize(number("capacity_bytes")));
             let ratio = number("hit_permille") as f64 / 1000.0;
             println!("{name:<26} {ratio:.3} of blocks with {percent} % of the size, {bytes}");
+        }
+    };
+    let print = |name: &str, value: &Value| match value.as_object() {
+        None => print(name, value),
+        Some(of_all) => {
+            for (of, value) in of_all {
+                println!("{:<26} {}", format!("{name}.{of}"), times(value).unwrap_or_else(|| value.to_string()));
+            }
         }
     };
     let Some(fields) = stats.as_object() else { return };
