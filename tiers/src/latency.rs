@@ -77,13 +77,18 @@ impl Latencies {
         })
     }
 
-    /// The bound below which that share of them lies, in seconds; infinite if it is beyond the last bound, `None` if there
-    /// are none.
+    /// The time in seconds below which that share of them lies, as Prometheus reckons it: evenly spread between bounds.
+    /// Infinite if it is beyond the last bound, `None` if there are none.
     pub fn quantile(&self, share: f64) -> Option<f64> {
-        let count = self.count();
-        let rank = (share * count as f64).ceil().max(1.0) as u64;
-        let found = self.cumulative().find(|(_, sum)| *sum >= rank);
-        (count > 0).then(|| found.map_or(f64::INFINITY, |(bound, _)| bound))
+        let rank = share * self.count() as f64;
+        let (mut low, mut before) = (0.0, 0);
+        for (bound, sum) in self.cumulative() {
+            if sum > before && sum as f64 >= rank {
+                return Some(low + (bound - low) * (rank - before as f64) / (sum - before) as f64);
+            }
+            (low, before) = (bound, sum);
+        }
+        (self.count() > 0).then_some(f64::INFINITY)
     }
 
     /// These and those.
@@ -117,7 +122,7 @@ mod tests {
         }
         let read = histogram.read();
         assert_eq!((read.counts.clone(), read.sum_ns), (vec![1, 0, 2, 0, 0, 0, 0, 1], 107_000));
-        assert_eq!((read.quantile(0.5), read.quantile(1.0)), (Some(4e-6), Some(128e-6)));
+        assert_eq!((read.quantile(0.5), read.quantile(1.0)), (Some(3e-6), Some(128e-6)));
         let last = read.cumulative().last();
         assert!(last.is_some_and(|(bound, count)| count == 4 && bound > 33.0));
         let mut both = Latencies { counts: vec![1], sum_ns: 5 };

@@ -381,8 +381,8 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
 fn times(value: &Value) -> Option<String> {
     let counts = value.get("counts")?.as_array()?.iter().map(|count| count.as_u64().unwrap_or(0)).collect();
     let times = Latencies { counts, sum_ns: 0 };
-    let at_most = |share: f64| times.quantile(share).map_or_else(|| "-".into(), |time| format!("{:.3} ms", time * 1e3));
-    Some(format!("{} times; half of them at most {}, 99 % {}", times.count(), at_most(0.5), at_most(0.99)))
+    let below = |share: f64| times.quantile(share).map_or_else(|| "-".into(), |time| format!("{:.3} ms", time * 1e3));
+    Some(format!("{} times; median {}, 99 % {}", times.count(), below(0.5), below(0.99)))
 }
 
 fn print_stats(stats: &Value) {
