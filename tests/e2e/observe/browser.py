@@ -11,6 +11,8 @@ from processes import StoryError, wait_until
 from watched import WatchedServer
 from webdriver import Browser
 
+# What stands where nothing is known.
+_NOTHING = "\u2013"
 _PICTURE_BYTES_MAX = 150_000
 _WIDE, _PHONE = (1180, 1390), (390, 1560)
 
@@ -28,7 +30,7 @@ def _quiet(browser: Browser, when: str) -> None:
 def _shrink(picture: Path) -> int:
     """Fewer colours, where pngquant is there to choose them; returns the bytes."""
     if shutil.which("pngquant") is not None:
-        command = ["pngquant", "--force", "--output", picture, "64", picture]
+        command: list[str | Path] = ["pngquant", "--force", "--output", picture, "64", picture]
         subprocess.run(command, check=True, timeout=60.0)
     return picture.stat().st_size
 
@@ -46,17 +48,26 @@ def check_browser(server: WatchedServer, folder: Path, pictures: Path | None) ->
         wait_until("the page is connected", 20.0, lambda: browser.text("state-text") == "ready")
         before = {name: browser.text(name) for name in ("loaded", "hit", "dram-blocks", "lookups")}
         server.traffic(75, pace=12)
-        wait_until("loads are shown", 30.0, lambda: browser.text("loaded") not in ("–", "0 B/s"))
-        wait_until("decisions are shown", 30.0, lambda: browser.run("return document.querySelectorAll('#requests tr').length") > 3)
+        wait_until("loads are shown", 30.0, lambda: browser.text("loaded") not in (_NOTHING, "0 B/s"))
+        wait_until(
+            "decisions are shown",
+            30.0,
+            lambda: browser.run("return document.querySelectorAll('#requests tr').length") > 3,
+        )
         # The charts show something after a while.
         time.sleep(40.0)
         after = {name: browser.text(name) for name in before}
         changed = [name for name in before if before[name] != after[name]]
         _require(f"numbers change with traffic: {before} -> {after}", len(changed) == len(before))
         latencies = browser.text("latencies")
-        _require(f"times of lookups, loads and drives are shown: {latencies}", latencies.count("–") <= 6)
-        _require("the hit ratio's chart has an area", "L" in str(browser.run("return document.querySelector('#hit-chart .fill-dram').getAttribute('d')")))
-        bars = browser.run("return [...document.querySelectorAll('.bar span')].filter(bar => parseFloat(bar.style.width) > 0).length")
+        _require(f"times of lookups, loads and drives are shown: {latencies}", latencies.count(_NOTHING) <= 6)
+        _require(
+            "the hit ratio's chart has an area",
+            "L" in str(browser.run("return document.querySelector('#hit-chart .fill-dram').getAttribute('d')")),
+        )
+        bars = browser.run(
+            "return [...document.querySelectorAll('.bar span')].filter(bar => parseFloat(bar.style.width) > 0).length"
+        )
         _require(f"{bars} bars are filled", bars >= 10)
         _quiet(browser, "on a wide screen")
         sizes = {}

@@ -38,7 +38,7 @@ def main() -> int:
         "top": (None, lambda server, folder: check_top(server, folder, options.binaries)),
     }
     passed = failed = skipped = 0
-    for name in (options.only.split(",") if options.only else checks):
+    for name in options.only.split(",") if options.only else checks:
         missing, check = checks[name]
         if missing is not None:
             print(f"{name}: skipped, {missing}", flush=True)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a busy server: every query of the dashboard returns data, every alert rule can be evaluated."""
+"""A real Prometheus scrapes a busy server: every query of the dashboard has data, every alert rule can be evaluated."""
 
 from __future__ import annotations
 
@@ -78,7 +78,11 @@ class Prometheus:
                 }
             )
         )
-        command: list[str | Path] = ["prometheus", f"--config.file={settings}", f"--storage.tsdb.path={folder / 'tsdb'}"]
+        command: list[str | Path] = [
+            "prometheus",
+            f"--config.file={settings}",
+            f"--storage.tsdb.path={folder / 'tsdb'}",
+        ]
         command += [f"--web.listen-address=127.0.0.1:{self._port}"]
         self.process = HttpProcess(
             "prometheus",

@@ -147,7 +147,7 @@ def _without_one(command: list[str], binary: str, folder: Path) -> None:
         frames = [json.loads(piped.stdout.readline()) for _ in range(3)]
         piped.stdout.close()
         _require("an object for each moment", all(frame["seconds"] > 0 for frame in frames))
-    _require("a closed pipe ends it", piped.wait(timeout=20.0) in (1, 5, -signal.SIGPIPE))
+    _require("a closed pipe ends it with 0", piped.wait(timeout=20.0) == 0)
     code, _ = run(binary, "--socket", str(folder / "nobody.sock"), "top", "--once")
     _require(f"no server: exit code {code}", code == 5)
     code, _ = run(*command, "--interval", "0")

@@ -1,4 +1,4 @@
-"""A server under real traffic, for whoever watches it: filled, restarted so that its drive is measured, then kept busy."""
+"""A server under real traffic, for who watches it: filled, restarted so that its drive is measured, then kept busy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class WatchedServer:
 
     def traffic(self, seconds: float, pace: int = 12) -> None:
         """Starts traffic."""
-        command = [self._binaries / "traffic", "--socket", self.socket, "--seconds", f"{seconds:.0f}"]
+        command: list[str | Path] = [self._binaries / "traffic", "--socket", self.socket, "--seconds", f"{seconds:.0f}"]
         command += ["--pace", str(pace), "--prompts", str(_PROMPTS), "--seed", "1"]
         log = (self._folder / "traffic.log").open("ab")
         self._traffic = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

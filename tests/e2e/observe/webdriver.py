@@ -1,4 +1,4 @@
-"""A real browser over the WebDriver protocol: chromedriver is told what to do by HTTP, with nothing but the standard library."""
+"""A real browser over the WebDriver protocol: HTTP to chromedriver, with nothing but the standard library."""
 
 from __future__ import annotations
 

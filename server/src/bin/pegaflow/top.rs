@@ -8,7 +8,7 @@ mod terminal;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use pegaflow_engine::{Error, ErrorKind, Result};
+use pegaflow_engine::{Error, Result};
 use pegaflow_server::client::Client;
 use serde_json::Value;
 
@@ -52,13 +52,15 @@ pub(crate) fn top(client: &Client, options: &TopOptions, is_json: bool) -> Resul
     let mut before = Look::take(client)?;
     if options.once {
         std::thread::sleep(interval);
-        return print(&frame_since(&before, &Look::take(client)?), is_json);
+        return print(&frame_since(&before, &Look::take(client)?), is_json).map(drop);
     }
     if is_json || !std::io::stdout().is_terminal() {
         loop {
             std::thread::sleep(interval);
             let now = Look::take(client)?;
-            print(&frame_since(&before, &now), is_json)?;
+            if !print(&frame_since(&before, &now), is_json)? {
+                return Ok(());
+            }
             before = now;
         }
     }
@@ -87,11 +89,13 @@ fn frame_since(before: &Look, now: &Look) -> Frame {
     Frame::new(&before.stats, &now.stats, now.at - before.at)
 }
 
-fn print(frame: &Frame, is_json: bool) -> Result<()> {
+/// False if nobody reads any more.
+fn print(frame: &Frame, is_json: bool) -> Result<bool> {
     let line = if is_json { frame.to_json().to_string() } else { screen::line(frame) };
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
-        std::io::ErrorKind::BrokenPipe => Error::new(ErrorKind::Closed, "nobody reads any more"),
-        _ => Error::from_io("standard output", error),
-    })
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Error::from_io("standard output", error)),
+    }
 }
