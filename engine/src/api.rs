@@ -548,6 +548,10 @@ pub struct Stats {
     pub codec_encode_ns: u64,
     /// Nanoseconds that threads have spent decoding.
     pub codec_decode_ns: u64,
+    /// Nanoseconds that threads have spent encrypting; 0 in a store that is not encrypted.
+    pub seal_ns: u64,
+    /// Nanoseconds that threads have spent decrypting.
+    pub unseal_ns: u64,
     /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
     pub codec_decode_bytes_per_second: u64,
     /// Blocks that were stored as they are because they, or those before them, hardly shrink.

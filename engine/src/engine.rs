@@ -641,6 +641,7 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.codec_encoded_records = totals.encoded_records;
     stats.codec_encode_ns = totals.encode_ns;
     stats.codec_decode_ns = totals.decode_ns;
+    (stats.seal_ns, stats.unseal_ns) = (totals.seal_ns, totals.unseal_ns);
     stats.codec_skipped_ratio = totals.codec_skipped_ratio;
     stats.codec_skipped_queue = totals.codec_skipped_queue;
     stats.codec_skipped_speed = totals.codec_skipped_speed;

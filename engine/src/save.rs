@@ -95,7 +95,18 @@ impl SaveJob {
     }
 
     /// Does it, on a save thread.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
+        let span = tracing::info_span!(
+            "save",
+            instance = %self.request.instance,
+            session = self.request.session.0,
+            operation = self.request.operation.0,
+            shard = self.request.shard,
+        );
+        span.in_scope(move || self.run_in_span());
+    }
+
+    fn run_in_span(mut self) {
         let blocks = std::mem::take(&mut self.request.blocks);
         let per_batch = (BATCH_BYTES / self.view.geometry.block_bytes).max(1) as usize;
         // Blocks that this save has room for but that are not visible yet: good enough as ancestors of the next ones.
@@ -210,7 +221,10 @@ impl Drop for SaveJob {
             true => counters.save_dropped_queue.add(rest),
             false => {
                 counters.save_dropped_cancelled.add(rest);
-                counters.times.save.record(self.queued.elapsed());
+                let took = self.queued.elapsed();
+                counters.times.save.record(took);
+                let SaveOutcome { saved, present, dropped } = self.outcome;
+                tracing::debug!(saved, present, dropped, took_ms = took.as_secs_f64() * 1e3, "save ended");
             }
         }
         self.inner.operations.end(&self.operation);

@@ -33,7 +33,7 @@ pub(crate) static GROUPS: &[Group] = &[
     Group { title: "Store", metrics: STORE },
     Group { title: "Drives", metrics: DRIVES },
     Group { title: "What is written to the drives, and their wear", metrics: WEAR },
-    Group { title: "Compression", metrics: CODEC },
+    Group { title: "Compression and encryption", metrics: CODEC },
     Group { title: "Fetches ahead of loads", metrics: FETCHES },
     Group { title: "Warm start", metrics: WARM_START },
     Group { title: "Policy", metrics: POLICY },
@@ -697,6 +697,24 @@ static CODEC: &[Metric] = &[
         "Time that threads have spent decoding.",
         |now, out| {
             out.one(now.stats.codec_decode_ns);
+        },
+    ),
+    counter(
+        "pegaflow_encrypt_nanoseconds_total",
+        Unit::Nanoseconds,
+        &[],
+        "Time that threads have spent encrypting; 0 in a store that is not encrypted.",
+        |now, out| {
+            out.one(now.stats.seal_ns);
+        },
+    ),
+    counter(
+        "pegaflow_decrypt_nanoseconds_total",
+        Unit::Nanoseconds,
+        &[],
+        "Time that threads have spent decrypting.",
+        |now, out| {
+            out.one(now.stats.unseal_ns);
         },
     ),
     gauge(
