@@ -6,11 +6,9 @@ use std::time::{Duration, Instant};
 
 use pegaflow_engine::{Engine, Error, ErrorKind, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::fmt::Formatter;
-use tracing_subscriber::fmt::format::{DefaultFields, Format};
-use tracing_subscriber::{EnvFilter, reload};
+use tracing_subscriber::EnvFilter;
 
-use crate::settings::{Loaded, Settings};
+use crate::settings::{Loaded, LogFormat, Settings};
 use crate::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, TcpService, Tokens,
     default_socket_path,
@@ -18,8 +16,8 @@ use crate::{
 
 /// Reads the settings anew.
 type Reload<'a> = &'a (dyn Fn() -> std::result::Result<Loaded, Vec<String>> + Sync);
-/// Changes what is logged.
-type LogHandle = reload::Handle<EnvFilter, Formatter<DefaultFields, Format, fn() -> Stderr>>;
+/// Changes what is logged; false if that failed.
+type LogHandle = Box<dyn Fn(EnvFilter) -> bool>;
 
 /// Runs the server until it is asked to stop. On SIGHUP `read` is asked for the settings: what can change while the
 /// server runs does, and what takes a restart is named in the log.
@@ -27,7 +25,7 @@ type LogHandle = reload::Handle<EnvFilter, Formatter<DefaultFields, Format, fn()
 /// # Errors
 /// What the store, the sockets or the runtime report; `Timeout` if it did not end in order.
 pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
-    let log = start_logging(&loaded.settings.log);
+    let log = start_logging(&loaded.settings.log, loaded.settings.log_format);
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)))
@@ -42,13 +40,24 @@ pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
     outcome
 }
 
-fn start_logging(filter: &str) -> LogHandle {
+fn start_logging(filter: &str, format: LogFormat) -> LogHandle {
     let filter = EnvFilter::try_new(filter).unwrap_or_default();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr as fn() -> Stderr);
-    let log = log.with_ansi(false).with_filter_reloading();
-    let handle = log.reload_handle();
-    log.init();
-    handle
+    let log = log.with_ansi(false);
+    match format {
+        LogFormat::Text => {
+            let log = log.with_filter_reloading();
+            let handle = log.reload_handle();
+            log.init();
+            Box::new(move |filter| handle.reload(filter).is_ok())
+        }
+        LogFormat::Json => {
+            let log = log.json().with_current_span(false).with_filter_reloading();
+            let handle = log.reload_handle();
+            log.init();
+            Box::new(move |filter| handle.reload(filter).is_ok())
+        }
+    }
 }
 
 /// Every client takes a few descriptors: as many as the system allows.
@@ -76,7 +85,6 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
         signal(SignalKind::hangup()).map_err(|error| Error::from_io("cannot listen for signals", error))?;
     report_file_size_limit()?;
     let metrics = Metrics::new();
-    metrics.install();
     let readiness = Readiness::new(metrics);
     let http = match settings.http_address() {
         Some(address) => Some(HttpServer::start(address, readiness.clone()).await?),
@@ -174,7 +182,7 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
         is_same = false;
         let (name, before, value) = (after.name.as_str(), before.values.join(","), after.values.join(","));
         let is_done = match name {
-            "log" => EnvFilter::try_new(&wanted.settings.log).is_ok_and(|filter| log.reload(filter).is_ok()),
+            "log" => EnvFilter::try_new(&wanted.settings.log).is_ok_and(log),
             "load_policy" => {
                 engine.set_load_policy(wanted.settings.load_policy);
                 true

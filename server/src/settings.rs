@@ -124,6 +124,18 @@ pub struct Settings {
     /// What to log on standard error: error, warn, info, debug, trace, or directives such as `pegaflow_engine=debug`.
     #[arg(long, env = "PEGAFLOW_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,
+    /// How: lines of text, or one JSON object for each.
+    #[arg(long, env = "PEGAFLOW_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// What a line of the log looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For collectors of logs: `timestamp`, `level`, `target`, `fields` with `message`, and `spans` with what it is about.
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -237,6 +237,16 @@ impl Process {
         (Self { child }, ready)
     }
 
+    /// As `start`, with what it logs.
+    pub(crate) fn start_with_log(mut command: Command) -> (Self, std::process::ChildStderr) {
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("starts");
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).expect("reads");
+        assert!(line.contains("ready"), "{line}");
+        (Self { child }, stderr)
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([name, &pid]).status().expect("kill").success());

@@ -53,7 +53,7 @@ fn cores() -> usize {
 }
 
 pub use append::{Append, AppendDone};
-pub use calibration::{DepthOrigin, DriveSpeed};
+pub use calibration::{DepthOrigin, DriveSpeed, DriveUse};
 pub use config::{DriveConfig, StoreConfig};
 pub use encryption::EncryptionKey;
 pub use export::{ExportReport, ExportedRecord};

@@ -7,6 +7,7 @@ mod policy;
 mod prewarm;
 mod remote;
 mod settings;
+mod top;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{
-    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck_with_key,
+    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, Latencies, LoadPolicy, Result, StorePaths, fsck_with_key,
 };
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
@@ -30,6 +31,7 @@ use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use remote::TokenCommand;
 use settings::ConfigCommand;
+use top::TopOptions;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -97,6 +99,12 @@ enum Command {
     /// Prints the server's counters and gauges.
     #[command(alias = "stats")]
     Status,
+    /// Shows what the server does, every second: a screen on a terminal (q quits), a line for each moment elsewhere, a JSON
+    /// object for each with --json.
+    Top {
+        #[command(flatten)]
+        options: TopOptions,
+    },
     /// Makes everything saved so far durable.
     Flush {
         /// The longest wait, in seconds.
@@ -224,6 +232,11 @@ fn run(options: &Options) -> Result<()> {
     config.token = options.token_file.as_deref().map(Token::read).transpose()?;
     let client = Client::start(config)?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
+    if let Command::Top { options: top } = &options.command {
+        let shown = top::top(&client, top, options.json);
+        client.close(Duration::from_secs(1));
+        return shown;
+    }
     let answer = ask(&client, &options.command, options.json)?;
     if options.json {
         println!("{answer}");
@@ -285,6 +298,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Policy { .. }
         | Command::Token { .. }
         | Command::Serve { .. }
+        | Command::Top { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }
@@ -386,6 +400,14 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
     })
 }
 
+/// A histogram of times in words.
+fn times(value: &Value) -> Option<String> {
+    let counts = value.get("counts")?.as_array()?.iter().map(|count| count.as_u64().unwrap_or(0)).collect();
+    let times = Latencies { counts, sum_ns: 0 };
+    let below = |share: f64| times.quantile(share).map_or_else(|| "-".into(), |time| format!("{:.3} ms", time * 1e3));
+    Some(format!("{} times; median {}, 99 % {}", times.count(), below(0.5), below(0.99)))
+}
+
 fn print_stats(stats: &Value) {
     let print = |name: &str, value: &Value| match value {
         Value::Number(number) if name.ends_with("_bytes") => {
@@ -402,6 +424,14 @@ fn print_stats(stats: &Value) {
             let (percent, bytes) = (number("percent_of_present"), ByteSize(number("capacity_bytes")));
             let ratio = number("hit_permille") as f64 / 1000.0;
             println!("{name:<26} {ratio:.3} of blocks with {percent} % of the size, {bytes}");
+        }
+    };
+    let print = |name: &str, value: &Value| match value.as_object() {
+        None => print(name, value),
+        Some(of_all) => {
+            for (of, value) in of_all {
+                println!("{:<26} {}", format!("{name}.{of}"), times(value).unwrap_or_else(|| value.to_string()));
+            }
         }
     };
     let Some(fields) = stats.as_object() else { return };
