@@ -47,6 +47,10 @@ BLOCKS ?= 10000000
 # An interpreter with vLLM for GPUs, for the benches that need one, and the systems that `bench-ttft` measures.
 PYTHON ?= python3
 ONLY ?=
+# Where `observe` keeps its pictures of the status page, and what it needs of the system: a browser has 300 MB.
+PICTURES ?=
+OBSERVERS = $(if $(or $(findstring browser,$(ONLY)),$(if $(ONLY),,all)),chromium:chromium chromedriver:chromium-driver) \
+    $(if $(or $(findstring prometheus,$(ONLY)),$(if $(ONLY),,all)),prometheus:prometheus)
 # More of those benches' own options, such as '--eager' or '--lengths 2048'.
 OPTIONS ?=
 
@@ -69,8 +73,8 @@ ifneq ($(shell command -v cargo-nextest),)
 export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
-.PHONY: help run test test-vllm lint torture stress soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures ptx doc clean
+.PHONY: help run test test-vllm lint fuzz torture stress observe soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
+.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures metrics-doc ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -110,11 +114,19 @@ torture: server ## Kills, simulated power losses, failing operations, flipped bi
 	@cargo run --release --quiet -p pegaflow-tests --bin torture -- --kills $(KILLS) --seeds $(SEEDS) --stride $(STRIDE) \
 	    $(if $(SEED),--seed $(SEED)) $(OPTIONS)
 
+fuzz: toolchain ## Any bytes at every structure on disk, every request, settings and tokens. SECONDS=60 for each target, TARGET=name
+	@cargo run --release --quiet -p pegaflow-tests --bin fuzz -- --seconds $(or $(SECONDS),60) $(if $(TARGET),--target $(TARGET))
+
 kill-workers: server ## Kill workers in the middle of loads and saves. KILLS=18 DEVICE=host, or cuda:0
 	@cargo run --release --quiet -p pegaflow-tests --bin kill_workers -- --kills $(or $(filter-out 1000,$(KILLS)),18) --device $(DEVICE)
 
 stress: server ## 64 clients for 60 s on one server: no leak, no wrong byte
 	@cargo run --release --quiet -p pegaflow-tests --bin stress
+
+observe: server ## What watches a server, under real traffic: the status page in Chromium, Prometheus, top. ONLY=browser,prometheus,top PICTURES=docs
+	@$(foreach pair,$(OBSERVERS),.ci/system-packages -o $(pair) || true;)
+	@cargo build --release --quiet --locked -p pegaflow-tests --bin traffic
+	@python3 tests/e2e/observe/observe.py --binaries $(CARGO_OUT)/release $(if $(ONLY),--only '$(ONLY)') $(if $(PICTURES),--pictures '$(PICTURES)')
 
 soak: server ## A server under full churn: memory, descriptors and bytes on disk stay flat. MINUTES=30
 	@cargo run --release --quiet -p pegaflow-tests --bin soak -- --minutes $(MINUTES)
@@ -172,6 +184,9 @@ check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYT
 fixtures: toolchain ## Write the fixtures of the format that are missing in */fixtures; touches no other
 	@cargo test --quiet -p pegaflow-tiers --lib write_missing_fixtures -- --ignored --nocapture
 	@cargo test --quiet -p pegaflow-engine --lib write_missing_fixture -- --ignored --nocapture
+
+metrics-doc: toolchain ## Write docs/metrics.md anew, after a change of the table of metrics
+	@cargo test --quiet -p pegaflow-server --lib write_the_page -- --ignored
 
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc

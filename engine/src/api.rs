@@ -4,7 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_tiers::{ArenaId, BlockKey, DriveSpeed, GroupGeometry, KvCache, NamespaceDescriptor, Place, PoisonReason};
+use pegaflow_tiers::{
+    ArenaId, BlockKey, DriveSpeed, DriveUse, GroupGeometry, KvCache, Latencies, NamespaceDescriptor, Place,
+    PoisonReason,
+};
 use serde::Serialize;
 
 use crate::arbiter::{Decision, LoadPolicy};
@@ -356,6 +359,43 @@ pub struct WarmProgress {
     pub kept_blocks: u64,
 }
 
+/// How long things took since open.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct LatencyStats {
+    /// Lookups, from the request to the answer.
+    pub lookup: Latencies,
+    /// Loads out of DRAM only, from when they were queued. Loads that workers copy themselves are not in it.
+    pub load_dram: Latencies,
+    /// Loads that read at least one block from the drive.
+    pub load_nvme: Latencies,
+    /// Saves until their blocks were visible, from when they were queued.
+    pub save: Latencies,
+    /// Blocks from when they were visible until they were durable.
+    pub durable: Latencies,
+    /// Reads of the drives, since the store was opened, from when they were asked for.
+    pub drive_read: Latencies,
+    /// Writes of the drives.
+    pub drive_write: Latencies,
+    /// Syncs of the drives.
+    pub drive_sync: Latencies,
+}
+
+impl LatencyStats {
+    /// All of them, with their names.
+    pub fn named(&self) -> [(&'static str, &Latencies); 8] {
+        [
+            ("lookup", &self.lookup),
+            ("load_dram", &self.load_dram),
+            ("load_nvme", &self.load_nvme),
+            ("save", &self.save),
+            ("durable", &self.durable),
+            ("drive_read", &self.drive_read),
+            ("drive_write", &self.drive_write),
+            ("drive_sync", &self.drive_sync),
+        ]
+    }
+}
+
 /// A snapshot of counters and gauges. Counters are since open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
@@ -409,6 +449,8 @@ pub struct Stats {
     pub lookup_blocks: u64,
     /// Blocks found in lookups.
     pub lookup_hit_blocks: u64,
+    /// Those of them that were in DRAM.
+    pub lookup_hit_dram_blocks: u64,
     /// Whether what lookups find is loaded.
     pub load_policy: LoadPolicy,
     /// Found prefixes that were to be loaded.
@@ -434,18 +476,46 @@ pub struct Stats {
     pub loaded_dram_blocks: u64,
     /// Blocks loaded from the drive.
     pub loaded_nvme_blocks: u64,
+    /// Bytes of the blocks loaded out of DRAM.
+    pub loaded_dram_bytes: u64,
+    /// Bytes of the blocks loaded from the drive.
+    pub loaded_nvme_bytes: u64,
     /// Blocks whose load failed.
     pub load_failed_blocks: u64,
     /// Blocks saved.
     pub saved_blocks: u64,
+    /// Bytes of these.
+    pub saved_bytes: u64,
     /// Blocks whose save found them present.
     pub save_present_blocks: u64,
-    /// Blocks whose save was dropped for want of DRAM or of queue.
+    /// Blocks whose save was dropped, but for those in `save_orphan_blocks`: the sum of the next four.
     pub save_dropped_blocks: u64,
+    /// Blocks whose save was dropped for want of DRAM.
+    pub save_dropped_room_blocks: u64,
+    /// Blocks whose save was dropped because too many saves waited.
+    pub save_dropped_queue_blocks: u64,
+    /// Blocks that could not be copied out of the device.
+    pub save_dropped_copy_blocks: u64,
+    /// Blocks whose save was cancelled, or cut short by the end of the engine.
+    pub save_dropped_cancelled_blocks: u64,
     /// Blocks whose save was dropped because an ancestor is missing.
     pub save_orphan_blocks: u64,
-    /// Blocks evicted from DRAM.
+    /// Blocks evicted from DRAM: the sum of the next three.
     pub dram_evicted_blocks: u64,
+    /// Blocks evicted for one of the same size that was saved or loaded.
+    pub dram_evicted_room_blocks: u64,
+    /// Blocks evicted with a whole chunk, for blocks of another size.
+    pub dram_evicted_other_size_blocks: u64,
+    /// Blocks evicted for one that was fetched and is worth more.
+    pub dram_evicted_colder_blocks: u64,
+    /// Loads that wait for a thread.
+    pub loads_waiting: u64,
+    /// Saves that wait for a thread.
+    pub saves_waiting: u64,
+    /// Bytes that wait to be written to the drive.
+    pub nvme_queued_bytes: u64,
+    /// Bytes that wait to be fetched from the drive ahead of loads, or are being fetched.
+    pub fetch_waiting_bytes: u64,
     /// Records made durable.
     pub durable_records: u64,
     /// Records whose write failed.
@@ -454,6 +524,8 @@ pub struct Stats {
     pub quarantined_records: u64,
     /// Regions reclaimed.
     pub reclaimed_regions: u64,
+    /// Records that went with them.
+    pub reclaimed_records: u64,
     /// Bytes that scrubs have read.
     pub scrubbed_bytes: u64,
     /// Records that scrubs have found damaged; they are among `quarantined_records`.
@@ -476,6 +548,10 @@ pub struct Stats {
     pub codec_encode_ns: u64,
     /// Nanoseconds that threads have spent decoding.
     pub codec_decode_ns: u64,
+    /// Nanoseconds that threads have spent encrypting; 0 in a store that is not encrypted.
+    pub seal_ns: u64,
+    /// Nanoseconds that threads have spent decrypting.
+    pub unseal_ns: u64,
     /// Bytes of payload per second that the store's threads decode together, measured at open; 0 without a codec.
     pub codec_decode_bytes_per_second: u64,
     /// Blocks that were stored as they are because they, or those before them, hardly shrink.
@@ -508,6 +584,10 @@ pub struct Stats {
     pub drives: Vec<DriveWear>,
     /// How fast the store's drives are and how they are used, the home first; empty without a store.
     pub drive_speeds: Vec<DriveSpeed>,
+    /// What each of them does, in the same order, since the store was opened.
+    pub drive_uses: Vec<DriveUse>,
+    /// How long things took.
+    pub latencies: LatencyStats,
     /// Who decides what stays in DRAM: `pegaflow`, `lru`, `fifo`, `s3fifo` or `arc`.
     pub policy: String,
     /// Requests that the policy was told of: a request that is looked up again while it waits counts once.

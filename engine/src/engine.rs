@@ -13,8 +13,8 @@ use pegaflow_tiers::{
 
 use crate::admission::{Admission, Admit, ByWorth, SeenBefore, SystemClock};
 use crate::api::{
-    DecisionRecord, InstanceId, InstanceSpec, LeaseId, LoadOutcome, LoadRequest, LookupReply, LookupRequest,
-    OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
+    DecisionRecord, InstanceId, InstanceSpec, LatencyStats, LeaseId, LoadOutcome, LoadRequest, LookupReply,
+    LookupRequest, OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
 };
 use crate::arbiter::LoadPolicy;
 use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
@@ -270,6 +270,11 @@ impl Engine {
         let inner = &self.shared.inner;
         if let Ok((_, taken)) = inner.leases.consume(lease, shard) {
             inner.counters.loaded_dram_blocks.add(taken.hits.len() as u64);
+            let bytes = |hit: &Hit| match hit {
+                Hit::Dram(resident) => resident.payload_bytes,
+                Hit::Nvme(..) => 0,
+            };
+            inner.counters.loaded_dram_bytes.add(taken.hits.iter().map(bytes).sum());
             inner.requests.push_served(taken.asker, &taken.hits);
             inner.fetches.cancel(taken.asker.0, taken.asker.1);
             let slot_bytes = |hit: &Hit| match hit {
@@ -371,7 +376,8 @@ impl Engine {
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
         let inner = &self.shared.inner;
-        let (dram_blocks, dram_dirty_bytes, dram_evicted_blocks) = inner.residency.gauges();
+        let (dram_blocks, dram_dirty_bytes, evicted) = inner.residency.gauges();
+        let (loads_waiting, saves_waiting) = self.shared.workers.read().waiting();
         let (sessions, instances) = inner.registry.counts();
         let counters = &inner.counters;
         let mut stats = Stats {
@@ -404,7 +410,29 @@ impl Engine {
             save_present_blocks: counters.save_present_blocks.get(),
             save_dropped_blocks: counters.save_dropped_blocks.get(),
             save_orphan_blocks: counters.save_orphan_blocks.get(),
-            dram_evicted_blocks,
+            dram_evicted_blocks: evicted.room + evicted.other_size + evicted.colder,
+            dram_evicted_room_blocks: evicted.room,
+            dram_evicted_other_size_blocks: evicted.other_size,
+            dram_evicted_colder_blocks: evicted.colder,
+            loads_waiting,
+            saves_waiting,
+            fetch_waiting_bytes: inner.fetches.waiting_bytes(),
+            lookup_hit_dram_blocks: counters.lookup_hit_dram_blocks.get(),
+            loaded_dram_bytes: counters.loaded_dram_bytes.get(),
+            loaded_nvme_bytes: counters.loaded_nvme_bytes.get(),
+            saved_bytes: counters.saved_bytes.get(),
+            save_dropped_room_blocks: counters.save_dropped_room.get(),
+            save_dropped_queue_blocks: counters.save_dropped_queue.get(),
+            save_dropped_copy_blocks: counters.save_dropped_copy.get(),
+            save_dropped_cancelled_blocks: counters.save_dropped_cancelled.get(),
+            latencies: LatencyStats {
+                lookup: counters.times.lookup.read(),
+                load_dram: counters.times.load_dram.read(),
+                load_nvme: counters.times.load_nvme.read(),
+                save: counters.times.save.read(),
+                durable: counters.times.durable.read(),
+                ..LatencyStats::default()
+            },
             write_failed_records: counters.write_failed_records.get(),
             recovered_records: inner.recovered_records,
             policy: inner.config.policy.name().into(),
@@ -602,6 +630,7 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.cut_reinsertions = totals.cut_reinsertions;
     stats.quarantined_records = totals.bad_reads;
     stats.reclaimed_regions = totals.reclaimed_regions;
+    stats.reclaimed_records = totals.reclaimed_records;
     stats.scrubbed_bytes = totals.scrubbed_bytes;
     stats.scrub_bad_records = totals.scrub_bad_records;
     stats.scrub_passes = totals.scrub_passes;
@@ -612,6 +641,7 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.codec_encoded_records = totals.encoded_records;
     stats.codec_encode_ns = totals.encode_ns;
     stats.codec_decode_ns = totals.decode_ns;
+    (stats.seal_ns, stats.unseal_ns) = (totals.seal_ns, totals.unseal_ns);
     stats.codec_skipped_ratio = totals.codec_skipped_ratio;
     stats.codec_skipped_queue = totals.codec_skipped_queue;
     stats.codec_skipped_speed = totals.codec_skipped_speed;
@@ -628,6 +658,11 @@ fn add_drive(stats: &mut Stats, drive: &DriveTier) {
     stats.codec_decode_bytes_per_second = of_store.decode_bytes_per_second;
     stats.io_engine = of_store.io_engine.into();
     stats.drive_speeds = store.drive_speeds();
+    stats.drive_uses = store.drive_uses();
+    stats.nvme_queued_bytes = of_store.queued_bytes;
+    let [read, write, sync] = store.drive_latencies();
+    let latencies = &mut stats.latencies;
+    (latencies.drive_read, latencies.drive_write, latencies.drive_sync) = (read, write, sync);
 }
 
 /// The bytes of an object, shared with the cache: no copy. Keeps its place in DRAM as long as it lives.

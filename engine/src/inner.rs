@@ -192,6 +192,12 @@ impl Workers {
         })
     }
 
+    /// Loads and saves that wait for a thread.
+    pub(crate) fn waiting(&self) -> (u64, u64) {
+        let saves: usize = self.saves.iter().map(Sender::len).sum();
+        (self.loads.as_ref().map_or(0, Sender::len) as u64, saves as u64)
+    }
+
     /// Lets the threads end; those of them.
     pub(crate) fn stop(&mut self) -> Vec<JoinHandle<()>> {
         self.loads = None;

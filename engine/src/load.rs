@@ -10,7 +10,7 @@ use pegaflow_tiers::{
     Arena, BlockCopy, CopyDirection, Error, ErrorKind, IoPriority, Location, RecordId, Result, Slot, Verified,
 };
 
-use crate::api::{LoadOutcome, LoadRequest};
+use crate::api::{InstanceId, LoadOutcome, LoadRequest};
 use crate::inner::{Inner, wait_copies};
 use crate::lease::{Hit, ShardLease};
 use crate::load_choice::QueuedReads;
@@ -44,6 +44,9 @@ pub(crate) struct LoadJob {
     /// Whether a block that the lookup found on the drive was in DRAM: then the time that the load took says nothing of
     /// what was predicted.
     is_ahead: bool,
+    /// When it was queued; `None` for a job that could not be.
+    queued_at: Option<Instant>,
+    instance: InstanceId,
     done: Option<LoadDone>,
 }
 
@@ -68,7 +71,7 @@ impl LoadJob {
         if let Some(outside) = request.blocks.iter().find(|block| block.block >= layout.blocks()) {
             return bad(format!("block {} is not below the memory's {}", outside.block, layout.blocks()));
         }
-        let (_, lease) = inner.leases.consume(request.lease, request.shard)?;
+        let (instance, lease) = inner.leases.consume(request.lease, request.shard)?;
         if let Some(outside) = request.blocks.iter().find(|block| block.index as usize >= lease.hits.len()) {
             return bad(format!("index {} is not below the lease's {} blocks", outside.index, lease.hits.len()));
         }
@@ -95,12 +98,26 @@ impl LoadJob {
             arrived,
             outcome,
             is_ahead: false,
+            queued_at: Some(Instant::now()),
+            instance,
             done: Some(done),
         })
     }
 
     /// Does it, on a load thread.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
+        let span = tracing::info_span!(
+            "load",
+            instance = %self.instance,
+            session = self.request.session.0,
+            operation = self.request.operation.0,
+            shard = self.request.shard,
+            decision = self.lease.watch.as_ref().map_or(0, |watch| watch.decision()),
+        );
+        span.in_scope(move || self.run_in_span());
+    }
+
+    fn run_in_span(mut self) {
         let deadline = Instant::now() + self.inner.config.load_timeout();
         let hits = std::mem::take(&mut self.lease.hits);
         let mut in_dram = Vec::new();
@@ -273,7 +290,7 @@ impl LoadJob {
 
     /// Takes the callback back, for a job that could not be queued.
     pub(crate) fn forget(mut self) {
-        self.done = None;
+        (self.done, self.queued_at) = (None, None);
     }
 }
 
@@ -286,7 +303,22 @@ impl Drop for LoadJob {
         let counters = &self.inner.counters;
         counters.loaded_dram_blocks.add(self.outcome.loaded_dram.into());
         counters.loaded_nvme_blocks.add(self.outcome.loaded_nvme.into());
+        counters.loaded_dram_bytes.add(u64::from(self.outcome.loaded_dram) * self.block_bytes);
+        counters.loaded_nvme_bytes.add(u64::from(self.outcome.loaded_nvme) * self.block_bytes);
         counters.load_failed_blocks.add(self.outcome.failed.len() as u64);
+        if let Some(queued_at) = self.queued_at {
+            let times = &counters.times;
+            let of_tier = if self.outcome.loaded_nvme > 0 { &times.load_nvme } else { &times.load_dram };
+            let took = queued_at.elapsed();
+            of_tier.record(took);
+            tracing::debug!(
+                dram_blocks = self.outcome.loaded_dram,
+                nvme_blocks = self.outcome.loaded_nvme,
+                failed_blocks = self.outcome.failed.len(),
+                took_ms = took.as_secs_f64() * 1e3,
+                "load ended"
+            );
+        }
         if let Some(watch) = self.lease.watch.take() {
             let loaded = self.arrived.iter().filter(|arrived| **arrived).count();
             watch.shard_ended(if self.outcome.failed.is_empty() && !self.is_ahead { loaded } else { 0 });

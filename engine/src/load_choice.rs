@@ -294,6 +294,11 @@ pub(crate) struct LoadWatch {
 }
 
 impl LoadWatch {
+    /// The number of the decision.
+    pub(crate) fn decision(&self) -> u64 {
+        self.id
+    }
+
     pub(crate) fn new(
         choice: &Arc<LoadChoice>,
         instance: &InstanceId,

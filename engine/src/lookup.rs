@@ -28,6 +28,13 @@ const COMPUTED_MAX: usize = 256;
 const LEASE_MAX: Duration = Duration::from_secs(600);
 
 pub(crate) fn lookup(inner: &Inner, session: SessionId, request: &LookupRequest) -> Result<LookupReply> {
+    let started = Instant::now();
+    let found = find(inner, session, request);
+    inner.counters.times.lookup.record(started.elapsed());
+    found
+}
+
+fn find(inner: &Inner, session: SessionId, request: &LookupRequest) -> Result<LookupReply> {
     if request.keys.len() > KEYS_MAX {
         return Err(Error::new(
             ErrorKind::InvalidInput,
@@ -113,7 +120,7 @@ fn attempt(
             let decision = inner.load_choice.decide(&request.instance, place.namespace, question, there, speeds);
             reply.decision = decision.id;
             if decision.choice == Choice::Recompute {
-                inner.counters.lookup_hit_blocks.add(found as u64);
+                count_found(inner, &reply);
                 if decision.read_bytes > 0 {
                     let hits =
                         shards.into_values().flat_map(|hits| hits.into_iter().skip(question.first_block as usize));
@@ -140,8 +147,13 @@ fn attempt(
                 ahead::fetch(inner, &request.instance, store, reads, geometry.block_bytes, (reason, asked), expires);
         }
     }
-    inner.counters.lookup_hit_blocks.add(found as u64);
+    count_found(inner, &reply);
     Ok(reply)
+}
+
+fn count_found(inner: &Inner, reply: &LookupReply) {
+    inner.counters.lookup_hit_blocks.add(reply.hit_blocks.into());
+    inner.counters.lookup_hit_dram_blocks.add(reply.dram_blocks.into());
 }
 
 /// How many of the blocks with these indices are in DRAM in all shards.

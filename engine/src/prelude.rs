@@ -1,9 +1,9 @@
 //! The whole public API of the crate, on one screen.
 
 pub use crate::api::{
-    BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LeaseId,
-    LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places, SaveOutcome,
-    SaveRequest, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
+    BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LatencyStats,
+    LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places,
+    SaveOutcome, SaveRequest, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
@@ -21,8 +21,8 @@ pub use crate::transfer::{ImportBlock, ImportReport, KnownNamespace};
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{
     ArenaId, ArenaView, BlockCopy, BlockKey, CodecChoice, CodecHint, CopyBatch, CopyDirection, CopyDone, CudaMemory,
-    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, EncryptionKey, Error, ErrorKind, ExportReport, ExportedRecord,
-    Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory, IndexState,
-    KEY_CHAIN_VERSION, KeyChain, KvCache, LocalKvCache, MemoryLayout, NamespaceDescriptor, NamespaceId, Place,
-    PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck, fsck_with_key,
+    CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, DriveUse, EncryptionKey, Error, ErrorKind, ExportReport,
+    ExportedRecord, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory,
+    IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, Latencies, LocalKvCache, MemoryLayout, NamespaceDescriptor,
+    NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck, fsck_with_key,
 };

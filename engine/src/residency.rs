@@ -165,8 +165,19 @@ struct State {
     /// Ticks from here on downwards are of blocks that nobody has used since they came back from an earlier run.
     coldest: u64,
     dirty_bytes: u64,
-    evicted: u64,
+    evicted: Evicted,
     fetched: Arc<CountersByReason>,
+}
+
+/// How many blocks have left, and for whom.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Evicted {
+    /// For a block of the same size that was saved or loaded.
+    pub(crate) room: u64,
+    /// With a whole chunk, for blocks of another size.
+    pub(crate) other_size: u64,
+    /// For a block that was fetched and is worth more.
+    pub(crate) colder: u64,
 }
 
 /// Where those wait who found no room, until there may be some.
@@ -493,7 +504,7 @@ impl Residency {
     }
 
     /// (blocks, dirty bytes, evicted so far)
-    pub(crate) fn gauges(&self) -> (u64, u64, u64) {
+    pub(crate) fn gauges(&self) -> (u64, u64, Evicted) {
         let state = self.state.lock();
         (state.blocks.len() as u64, state.dirty_bytes, state.evicted)
     }
@@ -624,10 +635,12 @@ impl State {
             && age < own
         {
             victims = self.take_chunk(bytes, policies);
+            self.evicted.other_size += victims.len() as u64;
         }
         if victims.is_empty() {
             let least = self.take_least(wanted, policies);
             victims.extend(least.or_else(|| self.take_oldest(wanted, policies)));
+            self.evicted.room += victims.len() as u64;
         }
         if victims.is_empty() {
             let sizes: Vec<usize> = self.order.keys().copied().filter(|bytes| *bytes != wanted).collect();
@@ -636,8 +649,8 @@ impl State {
                 .map(|bytes| self.take_chunk(bytes, policies))
                 .find(|taken| !taken.is_empty())
                 .unwrap_or_default();
+            self.evicted.other_size += victims.len() as u64;
         }
-        self.evicted += victims.len() as u64;
         victims
     }
 
@@ -702,7 +715,7 @@ impl State {
                 .evict_for(slot_bytes, newcomer, least, &mut |fingerprint| may_leave(self, fingerprint).is_some())?
         };
         let id = *self.by_fingerprint.get(&colder)?;
-        self.evicted += 1;
+        self.evicted.colder += 1;
         self.detach(&id, policies)
     }
 

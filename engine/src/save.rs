@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pegaflow_tiers::{BlockCopy, BlockKey, CopyDirection, Error, ErrorKind, RecordId, RecordKind, Result, Slot};
 
@@ -28,8 +29,18 @@ pub(crate) struct SaveJob {
     /// How many blocks were asked for; what is neither saved nor present at the end was dropped.
     asked: u32,
     outcome: SaveOutcome,
-    orphans: u32,
+    dropped: Dropped,
+    queued: Instant,
     done: Option<SaveDone>,
+}
+
+/// Blocks that were not saved, by the reason; what is in none of them was cancelled.
+#[derive(Default)]
+struct Dropped {
+    orphans: u32,
+    no_room: u32,
+    not_copied: u32,
+    is_refused: bool,
 }
 
 struct Prepared {
@@ -70,11 +81,32 @@ impl SaveJob {
         let operation = inner.operations.start(request.session, request.operation, true);
         let asked = request.blocks.len() as u32;
         let outcome = SaveOutcome::default();
-        Ok(Self { inner: Arc::clone(inner), request, view, operation, asked, outcome, orphans: 0, done: Some(done) })
+        Ok(Self {
+            inner: Arc::clone(inner),
+            request,
+            view,
+            operation,
+            asked,
+            outcome,
+            dropped: Dropped::default(),
+            queued: Instant::now(),
+            done: Some(done),
+        })
     }
 
     /// Does it, on a save thread.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
+        let span = tracing::info_span!(
+            "save",
+            instance = %self.request.instance,
+            session = self.request.session.0,
+            operation = self.request.operation.0,
+            shard = self.request.shard,
+        );
+        span.in_scope(move || self.run_in_span());
+    }
+
+    fn run_in_span(mut self) {
         let blocks = std::mem::take(&mut self.request.blocks);
         let per_batch = (BATCH_BYTES / self.view.geometry.block_bytes).max(1) as usize;
         // Blocks that this save has room for but that are not visible yet: good enough as ancestors of the next ones.
@@ -112,11 +144,14 @@ impl SaveJob {
             || on_their_way.contains(&block.parent)
             || self.inner.is_present(&self.id(block.parent));
         if !has_ancestor {
-            self.orphans += 1;
+            self.dropped.orphans += 1;
             return None;
         }
         let bytes = self.view.geometry.block_bytes as usize;
-        let mut slot = self.inner.residency.alloc_dirty(bytes)?;
+        let Some(mut slot) = self.inner.residency.alloc_dirty(bytes) else {
+            self.dropped.no_room += 1;
+            return None;
+        };
         // What an earlier block left behind the end must not reach the drive under this one's name.
         if let Some(padding) = slot.payload_mut().get_mut(bytes..) {
             padding.fill(0);
@@ -138,12 +173,14 @@ impl SaveJob {
         if batch.is_empty() {
             return;
         }
+        let batch_blocks = batch.len() as u32;
         let copies = batch.iter().map(|p| BlockCopy { block: p.block.block, slot: Arc::clone(&p.slot) }).collect();
         let copied = Arc::clone(&self.request.memory)
             .copy(CopyDirection::ToSlots, copies)
             .and_then(|mut running| wait_copies(running.as_mut()));
         if let Err(error) = copied {
             tracing::warn!(%error, blocks = batch.len(), "copying blocks out of the device failed; they are not saved");
+            self.dropped.not_copied += batch_blocks;
             return;
         }
         let has_store = self.inner.drive.is_configured();
@@ -173,8 +210,23 @@ impl Drop for SaveJob {
         let counters = &self.inner.counters;
         counters.saved_blocks.add(self.outcome.saved.into());
         counters.save_present_blocks.add(self.outcome.present.into());
-        counters.save_dropped_blocks.add(u64::from(self.outcome.dropped - self.orphans));
-        counters.save_orphan_blocks.add(self.orphans.into());
+        counters.saved_bytes.add(u64::from(self.outcome.saved) * self.view.geometry.block_bytes);
+        let Dropped { orphans, no_room, not_copied, is_refused } = self.dropped;
+        counters.save_dropped_blocks.add(u64::from(self.outcome.dropped - orphans));
+        counters.save_orphan_blocks.add(orphans.into());
+        counters.save_dropped_room.add(no_room.into());
+        counters.save_dropped_copy.add(not_copied.into());
+        let rest = u64::from(self.outcome.dropped.saturating_sub(orphans + no_room + not_copied));
+        match is_refused {
+            true => counters.save_dropped_queue.add(rest),
+            false => {
+                counters.save_dropped_cancelled.add(rest);
+                let took = self.queued.elapsed();
+                counters.times.save.record(took);
+                let SaveOutcome { saved, present, dropped } = self.outcome;
+                tracing::debug!(saved, present, dropped, took_ms = took.as_secs_f64() * 1e3, "save ended");
+            }
+        }
         self.inner.operations.end(&self.operation);
         if let Some(done) = self.done.take() {
             done(self.outcome);
@@ -185,6 +237,7 @@ impl Drop for SaveJob {
 impl SaveJob {
     /// Takes the callback back, for a job that could not be queued.
     pub(crate) fn forget(mut self) {
+        self.dropped.is_refused = true;
         self.done = None;
     }
 }

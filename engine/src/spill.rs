@@ -2,6 +2,7 @@
 //! admission first; what is refused is clean at once, and asked about again when it is used.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use pegaflow_tiers::{Append, RecordId, RecordKind, Store};
 
@@ -40,7 +41,7 @@ fn give(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind, may_be_refu
     }
     // Holding the slot, not the block: "held" blocks count the users of a block, and the store is none.
     let weak_inner = Arc::downgrade(inner);
-    let written = Arc::clone(block);
+    let (written, visible) = (Arc::clone(block), Instant::now());
     let append = Append {
         id: block.id,
         kind,
@@ -53,6 +54,7 @@ fn give(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind, may_be_refu
             if outcome.is_err() {
                 return failed(&inner, &written, kind);
             }
+            inner.counters.times.durable.record(visible.elapsed());
             if kind == RecordKind::Object {
                 inner.residency.end_hiding(&written);
             }

@@ -20,6 +20,6 @@ macro_rules! totals {
 totals! {
     appended_records, appended_bytes, reinserted_records, reinserted_bytes, cut_reinsertions,
     appended_payload_bytes, appended_stored_bytes, read_bytes, read_stored_bytes, bad_reads,
-    reclaimed_regions, scrubbed_bytes, scrub_bad_records, scrub_passes, encoded_records, encode_ns, decode_ns,
+    reclaimed_regions, reclaimed_records, scrubbed_bytes, scrub_bad_records, scrub_passes, encoded_records, encode_ns, decode_ns, seal_ns, unseal_ns,
     codec_skipped_ratio, codec_skipped_queue, codec_skipped_speed,
 }

@@ -30,6 +30,11 @@ fn what_was_saved_is_found_and_comes_back_bit_for_bit() {
     }
     let stats = worker.engine.stats();
     assert_eq!((stats.leases, stats.operations, stats.dram_dirty_bytes), (0, 0, 0));
+    assert_eq!((stats.lookup_hit_blocks, stats.lookup_hit_dram_blocks), (8, 8));
+    assert_eq!((stats.saved_bytes, stats.loaded_dram_bytes, stats.loaded_nvme_bytes), (8 * BLOCK, 8 * BLOCK, 0));
+    let times = &stats.latencies;
+    assert_eq!((times.lookup.count(), times.save.count(), times.load_dram.count()), (1, 2, 1));
+    assert_eq!((times.load_nvme.count(), times.drive_read.count()), (0, 0), "there is no drive");
 }
 
 #[test]
@@ -179,10 +184,10 @@ fn dram_that_is_full_of_leased_blocks_drops_saves_and_serves_again_afterwards() 
         leases.extend(worker.engine.lookup(worker.session, &request).expect("looked up").lease);
     }
     assert!(dropped > 0);
-    assert_eq!(
-        worker.engine.stats().save_dropped_blocks + worker.engine.stats().save_orphan_blocks,
-        u64::from(dropped)
-    );
+    let stats = worker.engine.stats();
+    assert_eq!(stats.save_dropped_blocks + stats.save_orphan_blocks, u64::from(dropped));
+    assert_eq!((stats.save_dropped_room_blocks, stats.save_dropped_copy_blocks), (stats.save_dropped_blocks, 0));
+    assert_eq!((stats.save_dropped_queue_blocks, stats.save_dropped_cancelled_blocks), (0, 0));
     leases.into_iter().for_each(|lease| worker.engine.release(lease));
     assert_eq!(worker.save(&keys(BLOCKS, 1000), BlockKey::ROOT).saved, BLOCKS);
 }

@@ -75,7 +75,12 @@ fn survives_a_restart(io_engine: IoEngineChoice) {
         assert_eq!(worker.save(chain, BlockKey::ROOT).saved, BLOCKS / 2);
     }
     worker.engine.flush(soon()).expect("durable");
-    assert_eq!(worker.engine.stats().dram_dirty_bytes, 0);
+    let stats = worker.engine.stats();
+    assert_eq!((stats.dram_dirty_bytes, stats.nvme_queued_bytes), (0, 0));
+    assert_eq!(stats.latencies.durable.count(), u64::from(8 * BLOCKS / 2), "one for each block");
+    assert!(stats.latencies.drive_write.count() > 0 && stats.latencies.drive_sync.count() > 0, "{:?}", stats.latencies);
+    let drive = &stats.drive_uses[0];
+    assert!(drive.write_bytes >= stats.appended_bytes && drive.failed_writes == 0, "{drive:?}");
     worker.engine.close(soon()).expect("closed");
     drop(worker);
     let mut worker = Worker::new(config(directory.path(), 64, io_engine));
@@ -85,6 +90,11 @@ fn survives_a_restart(io_engine: IoEngineChoice) {
     }
     let stats = worker.engine.stats();
     assert_eq!((stats.leases, stats.operations, stats.quarantined_records), (0, 0, 0));
+    let blocks = u64::from(8 * BLOCKS / 2);
+    assert_eq!((stats.lookup_hit_blocks, stats.lookup_hit_dram_blocks), (2 * blocks, blocks));
+    assert_eq!((stats.loaded_nvme_bytes, stats.loaded_dram_bytes), (blocks * BLOCK, blocks * BLOCK));
+    assert_eq!((stats.latencies.load_nvme.count(), stats.latencies.load_dram.count()), (8, 8));
+    assert!(stats.latencies.drive_read.count() > 0 && stats.drive_uses[0].read_bytes >= blocks * BLOCK);
 }
 
 #[test]

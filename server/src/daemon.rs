@@ -6,17 +6,18 @@ use std::time::{Duration, Instant};
 
 use pegaflow_engine::{Engine, Error, ErrorKind, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::fmt::Formatter;
-use tracing_subscriber::fmt::format::{DefaultFields, Format};
-use tracing_subscriber::{EnvFilter, reload};
+use tracing_subscriber::EnvFilter;
 
-use crate::settings::{Loaded, Settings};
-use crate::{ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, default_socket_path};
+use crate::settings::{Loaded, LogFormat, Settings};
+use crate::{
+    ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, TcpService, Tokens,
+    default_socket_path,
+};
 
 /// Reads the settings anew.
 type Reload<'a> = &'a (dyn Fn() -> std::result::Result<Loaded, Vec<String>> + Sync);
-/// Changes what is logged.
-type LogHandle = reload::Handle<EnvFilter, Formatter<DefaultFields, Format, fn() -> Stderr>>;
+/// Changes what is logged; false if that failed.
+type LogHandle = Box<dyn Fn(EnvFilter) -> bool>;
 
 /// Runs the server until it is asked to stop. On SIGHUP `read` is asked for the settings: what can change while the
 /// server runs does, and what takes a restart is named in the log.
@@ -24,7 +25,7 @@ type LogHandle = reload::Handle<EnvFilter, Formatter<DefaultFields, Format, fn()
 /// # Errors
 /// What the store, the sockets or the runtime report; `Timeout` if it did not end in order.
 pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
-    let log = start_logging(&loaded.settings.log);
+    let log = start_logging(&loaded.settings.log, loaded.settings.log_format);
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)))
@@ -39,13 +40,24 @@ pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
     outcome
 }
 
-fn start_logging(filter: &str) -> LogHandle {
+fn start_logging(filter: &str, format: LogFormat) -> LogHandle {
     let filter = EnvFilter::try_new(filter).unwrap_or_default();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr as fn() -> Stderr);
-    let log = log.with_ansi(false).with_filter_reloading();
-    let handle = log.reload_handle();
-    log.init();
-    handle
+    let log = log.with_ansi(false);
+    match format {
+        LogFormat::Text => {
+            let log = log.with_filter_reloading();
+            let handle = log.reload_handle();
+            log.init();
+            Box::new(move |filter| handle.reload(filter).is_ok())
+        }
+        LogFormat::Json => {
+            let log = log.json().with_current_span(false).with_filter_reloading();
+            let handle = log.reload_handle();
+            log.init();
+            Box::new(move |filter| handle.reload(filter).is_ok())
+        }
+    }
 }
 
 /// Every client takes a few descriptors: as many as the system allows.
@@ -73,7 +85,6 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
         signal(SignalKind::hangup()).map_err(|error| Error::from_io("cannot listen for signals", error))?;
     report_file_size_limit()?;
     let metrics = Metrics::new();
-    metrics.install();
     let readiness = Readiness::new(metrics);
     let http = match settings.http_address() {
         Some(address) => Some(HttpServer::start(address, readiness.clone()).await?),
@@ -97,7 +108,13 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
     };
     tracing::info!(took = ?opening.elapsed(), "the cache is open");
     let socket = settings.socket.clone().unwrap_or_else(default_socket_path);
-    let listeners = match Listeners::bind(&socket, settings.tcp).await {
+    let tcp = settings.tcp_service();
+    let access = tcp.as_ref().ok().cloned().flatten();
+    let listening = match tcp {
+        Ok(tcp) => Listeners::bind_with(&socket, tcp).await,
+        Err(error) => Err(error),
+    };
+    let listeners = match listening {
         Ok(listeners) => listeners,
         Err(error) => {
             close(&engine, settings)?;
@@ -122,6 +139,7 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
             () = stop.asked() => break,
             _ = hang_up.recv() => match read() {
                 Ok(wanted) => {
+                    reload(access.as_ref(), &wanted.settings);
                     change(&current, &wanted, &server, log);
                     current = wanted;
                 }
@@ -137,6 +155,23 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
     server.stop(timeout).await.inspect(|()| tracing::info!("stopped"))
 }
 
+/// Takes up a changed certificate and changed tokens. What can not be read changes nothing.
+fn reload(tcp: Option<&TcpService>, settings: &Settings) {
+    let Some(TcpService { tls: Some(tls), access, .. }) = tcp else { return };
+    match tls.reload() {
+        Ok(()) => tracing::info!("the TLS certificate was read again"),
+        Err(error) => tracing::error!(%error, "the TLS certificate stays as it is"),
+    }
+    match settings.tokens.as_deref().map(Tokens::read).transpose() {
+        Ok(Some(tokens)) => {
+            tracing::info!(tokens = tokens.len(), "the tokens were read again");
+            access.replace(tokens);
+        }
+        Ok(None) => {}
+        Err(error) => tracing::error!(%error, "the tokens stay as they are"),
+    }
+}
+
 /// Puts changed settings into effect, as far as that goes while the server runs.
 fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
     let (mut is_same, engine) = (true, server.engine());
@@ -147,7 +182,7 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
         is_same = false;
         let (name, before, value) = (after.name.as_str(), before.values.join(","), after.values.join(","));
         let is_done = match name {
-            "log" => EnvFilter::try_new(&wanted.settings.log).is_ok_and(|filter| log.reload(filter).is_ok()),
+            "log" => EnvFilter::try_new(&wanted.settings.log).is_ok_and(log),
             "load_policy" => {
                 engine.set_load_policy(wanted.settings.load_policy);
                 true
@@ -155,7 +190,7 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
             "write_budget" => engine.set_write_budget(wanted.settings.write_budget).is_ok(),
             "scrub" => engine.set_scrub(wanted.settings.scrub).is_ok(),
             // Read when it is needed; and where the settings are is no setting of the server.
-            "shutdown_timeout" | "config" => true,
+            "shutdown_timeout" | "config" | "tokens" => true,
             _ => false,
         };
         match is_done {

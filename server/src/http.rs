@@ -1,8 +1,12 @@
 //! HTTP for operators: `/health` (the process is alive), `/ready` (it is fit to serve, or 503 with the reason), `/metrics`
-//! (Prometheus text) and `/status` (the engine's counters and gauges as JSON). Up before the store is recovered, so that probes see progress. Reads only.
+//! (Prometheus text), `/status` (the engine's counters and gauges as JSON) and `/`, a page that shows `/status.json`. Up
+//! before the store is recovered, so that probes see progress. Reads only.
+
+mod page;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -12,6 +16,7 @@ use axum::{Json, Router};
 use pegaflow_engine::{Error, ErrorKind, Result};
 use tokio::net::TcpListener;
 
+use crate::http_listener::HttpListener;
 use crate::metrics::{Metrics, ServerGauges};
 use crate::session::Sessions;
 
@@ -20,12 +25,13 @@ use crate::session::Sessions;
 pub struct Readiness {
     sessions: Arc<OnceLock<Arc<Sessions>>>,
     metrics: Metrics,
+    started: Instant,
 }
 
 impl Readiness {
     /// Not ready until a server is started with it.
     pub fn new(metrics: Metrics) -> Self {
-        Self { sessions: Arc::default(), metrics }
+        Self { sessions: Arc::default(), metrics, started: Instant::now() }
     }
 
     pub(crate) fn serving(&self, sessions: &Arc<Sessions>) {
@@ -80,13 +86,15 @@ impl HttpServer {
             tracing::warn!(%address, "HTTP health and metrics can be reached from other hosts, without a password");
         }
         let routes = Router::new()
+            .route("/", get(page::page))
+            .route("/status.json", get(page::status_json))
             .route("/health", get(|| async { "ok\n" }))
             .route("/ready", get(ready))
             .route("/metrics", get(metrics_text))
             .route("/status", get(status))
             .with_state(readiness);
         let task = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, routes).await {
+            if let Err(error) = axum::serve(HttpListener::new(listener), routes).await {
                 tracing::error!(%error, "HTTP stopped");
             }
         });

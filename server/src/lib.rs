@@ -3,19 +3,26 @@
 //! Policy and block storage live in the engine. No byte of a block crosses gRPC.
 #![deny(unsafe_code)]
 
+mod access;
 pub mod client;
 mod daemon;
 mod exit;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod http;
+mod http_listener;
 pub mod limits;
 mod memory_socket;
 mod metrics;
+mod owner_only;
 mod peer;
 mod serve;
 mod service;
 mod session;
 pub mod settings;
 mod status;
+mod tcp;
+mod tls;
 mod transport;
 mod wire;
 
@@ -25,10 +32,12 @@ pub mod proto {
     tonic::include_proto!("pegaflow.v1");
 }
 
+pub use access::{Access, NewToken, Role, Tokens};
 pub use daemon::run_server;
 pub use exit::ExitStatus;
 pub use http::{HttpServer, Readiness};
 pub use metrics::Metrics;
 pub use serve::{Server, ServerConfig};
 pub use status::ERROR_KIND;
-pub use transport::{Listeners, default_socket_path, memory_socket_path};
+pub use tls::{ClientTls, ServerTls, TlsFiles};
+pub use transport::{Listeners, TcpService, default_socket_path, memory_socket_path};

@@ -22,6 +22,27 @@ pub const FLUSH_TIMEOUT_MAX: Duration = Duration::from_secs(600);
 pub const SESSIONS_MAX: usize = 1024;
 /// The most connections at once on each listening socket; more wait in the kernel's backlog.
 pub(crate) const CONNECTIONS_MAX: usize = 2048;
+/// The most TCP connections at once; what comes beyond is closed. Also at most a quarter of the files that the process may
+/// open.
+pub const TCP_CONNECTIONS_MAX: usize = 512;
+/// Of these, from one address.
+pub const CONNECTIONS_PER_ADDRESS_MAX: usize = 64;
+/// How long a TLS handshake may take.
+pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// How long a TCP connection may be without a request that is let in.
+pub const ADMISSION_MAX: Duration = Duration::from_secs(10);
+/// The most connections to the HTTP port at once; what comes beyond is closed.
+pub const HTTP_CONNECTIONS_MAX: usize = 128;
+/// How long a connection to the HTTP port may keep the server waiting: for a request, or for an answer to be taken.
+pub const HTTP_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The most sessions at once of one client over TCP.
+pub const SESSIONS_PER_CLIENT_MAX: usize = 64;
+/// Requests of one client over TCP in a second, on average, and at once.
+pub const REQUESTS_PER_SECOND_MAX: f64 = 2000.0;
+/// See [`REQUESTS_PER_SECOND_MAX`].
+pub const REQUESTS_BURST_MAX: f64 = 4000.0;
+/// The most tokens of a server.
+pub const TOKENS_MAX: usize = 1024;
 /// The most requests at once on one connection.
 pub(crate) const CONNECTION_REQUESTS_MAX: usize = 256;
 /// The most loads and saves in flight in one session.

@@ -10,13 +10,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::transport::Server as Transport;
 
+use crate::access::AccessLayer;
 use crate::http::Readiness;
 use crate::limits::{CONNECTION_REQUESTS_MAX, MESSAGE_BYTES_MAX};
 use crate::memory_socket;
 use crate::proto::pega_flow_server::PegaFlowServer;
 use crate::service::Service;
 use crate::session::Sessions;
-use crate::transport::{Listeners, SocketFiles, tcp_connections, unix_connections};
+use crate::tcp;
+use crate::transport::{Listeners, SocketFiles, Tcp, unix_connections};
 
 /// HTTP/2 windows: a full message goes out without waiting for the other side.
 const STREAM_WINDOW_BYTES: u32 = MESSAGE_BYTES_MAX as u32;
@@ -77,10 +79,7 @@ impl Server {
         let sessions = Sessions::new(engine);
         let service = Arc::new(Service::new(Arc::clone(&sessions)));
         let (stop, stopped) = watch::channel(false);
-        let router = || {
-            let service = PegaFlowServer::from_arc(Arc::clone(&service))
-                .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let transport = || {
             Transport::builder()
                 .concurrency_limit_per_connection(CONNECTION_REQUESTS_MAX)
                 .max_concurrent_streams(CONNECTION_REQUESTS_MAX as u32)
@@ -89,7 +88,11 @@ impl Server {
                 .max_frame_size(FRAME_BYTES)
                 .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
                 .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-                .add_service(service)
+        };
+        let served = || {
+            PegaFlowServer::from_arc(Arc::clone(&service))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX)
         };
         let stopped = || {
             let mut stopped = stopped.clone();
@@ -98,9 +101,14 @@ impl Server {
             }
         };
         let Listeners { rpc, memory, tcp, files } = listeners;
-        let mut tasks = vec![tokio::spawn(router().serve_with_incoming_shutdown(unix_connections(rpc), stopped()))];
-        if let Some(tcp) = tcp {
-            let serve = router().serve_with_incoming_shutdown(tcp_connections(tcp), stopped());
+        let mut tasks = vec![tokio::spawn(
+            transport().add_service(served()).serve_with_incoming_shutdown(unix_connections(rpc), stopped()),
+        )];
+        if let Some(Tcp { listener, tls, access }) = tcp {
+            let serve = transport()
+                .layer(AccessLayer::new(access))
+                .add_service(served())
+                .serve_with_incoming_shutdown(tcp::connections(listener, tls), stopped());
             tasks.push(tokio::spawn(serve));
         }
         let memory = tokio::spawn(memory_socket::serve(memory, sessions.tokens(), config.memory_socket_timeout));

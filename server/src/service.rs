@@ -5,11 +5,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
+use crate::access::Caller;
 use crate::limits::{BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
 use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
@@ -60,15 +61,20 @@ impl PegaFlow for Service {
         &self,
         request: Request<proto::OpenSessionRequest>,
     ) -> Result<Response<Self::OpenSessionStream>, Status> {
+        let caller = request.extensions().get::<Caller>().cloned();
         let request = request.into_inner();
         let open = || {
+            let place = caller.map(|caller| caller.0.session()).transpose()?;
             wire::check_name("the client's name", &request.client_name, NAME_BYTES_MAX)?;
             wire::check_name("the client's version", &request.client_version, 64)?;
             wire::check_name("the client's kind", &request.client_kind, 64)?;
             let name = format!("{} {} {}", request.client_kind, request.client_name, request.client_version);
-            self.sessions.open(name.trim())
+            let events = self.sessions.open(name.trim())?;
+            // The place goes with the stream.
+            let held = events.inspect(move |_| _ = &place);
+            Ok(Box::pin(held) as Self::OpenSessionStream)
         };
-        reply(open().map(|events| Box::pin(events) as Self::OpenSessionStream))
+        reply(open())
     }
 
     async fn register(

@@ -7,12 +7,16 @@ mod load;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, ValueEnum};
 use pegaflow_engine::{
-    ByteSize, CodecChoice, EngineConfig, IoEngineChoice, LoadPolicy, NvmeConfig, NvmeDrive, PolicyChoice, WriteBudget,
+    ByteSize, CodecChoice, EngineConfig, IoEngineChoice, LoadPolicy, NvmeConfig, NvmeDrive, PolicyChoice, Result,
+    WriteBudget,
 };
+
+use crate::{Access, Role, ServerTls, TcpService, TlsFiles, Tokens};
 
 pub use file::{Setting, Source};
 pub use load::{Loaded, load};
@@ -88,13 +92,28 @@ pub struct Settings {
     /// The Unix socket. Default: $XDG_RUNTIME_DIR/pegaflow/pegaflow.sock, or /tmp/pegaflow-UID/pegaflow.sock.
     #[arg(long, env = "PEGAFLOW_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Also listen on this loopback address, without encryption or password; needs --insecure-loopback.
+    /// Also listen on this TCP address; needs --tls-cert, --tls-key and --tokens, or --insecure-loopback.
     #[arg(long, env = "PEGAFLOW_TCP", value_name = "ADDRESS")]
     pub tcp: Option<SocketAddr>,
-    /// Accept that every user of this host can reach the TCP address.
+    /// The server's certificate for TCP, and those up to its authority, in PEM. SIGHUP reads it, its key and the tokens again.
+    #[arg(long, env = "PEGAFLOW_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The private key of the certificate, in PEM, nobody else's to read.
+    #[arg(long, env = "PEGAFLOW_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Authorities of clients, in PEM: then each client needs a certificate of theirs, too.
+    #[arg(long, env = "PEGAFLOW_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Who may do what over TCP: one token a line, as `pegaflow token new` prints it; nobody else's to read.
+    #[arg(long, env = "PEGAFLOW_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    /// Accept plain TCP on a loopback address, which every user of this host can reach.
     #[arg(long, env = "PEGAFLOW_INSECURE_LOOPBACK", value_name = "BOOL", value_parser = BoolishValueParser::new(), action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub insecure_loopback: bool,
+    /// What everybody may do who reaches that address: read-only, operator or engine.
+    #[arg(long, env = "PEGAFLOW_INSECURE_LOOPBACK_ROLE", value_name = "ROLE", default_value_t = Role::ReadOnly)]
+    pub insecure_loopback_role: Role,
     /// Address of /health, /ready and /metrics, or `off`.
     #[arg(long, env = "PEGAFLOW_HTTP", value_name = "ADDRESS|off", default_value = "127.0.0.1:9464")]
     http: HttpAddress,
@@ -105,6 +124,18 @@ pub struct Settings {
     /// What to log on standard error: error, warn, info, debug, trace, or directives such as `pegaflow_engine=debug`.
     #[arg(long, env = "PEGAFLOW_LOG", value_name = "FILTER", default_value = "info")]
     pub log: String,
+    /// How: lines of text, or one JSON object for each.
+    #[arg(long, env = "PEGAFLOW_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// What a line of the log looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For collectors of logs: `timestamp`, `level`, `target`, `fields` with `message`, and `spans` with what it is about.
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -199,21 +230,45 @@ impl Settings {
             }
         }
         if let Some(address) = self.tcp {
-            if !address.ip().is_loopback() {
-                problems.push(format!(
-                    "tcp is {address}, which is not loopback; give 127.0.0.1:PORT, or use the Unix socket"
-                ));
+            let given = [("tls_cert", &self.tls_cert), ("tls_key", &self.tls_key), ("tokens", &self.tokens)];
+            let missing: Vec<&str> = given.iter().filter(|(_, file)| file.is_none()).map(|(name, _)| *name).collect();
+            let wants_tls = missing.len() < given.len() || self.tls_client_ca.is_some();
+            match (wants_tls, self.insecure_loopback) {
+                (true, true) => problems.push("insecure_loopback and a certificate are both given; give one".into()),
+                (true, false) if !missing.is_empty() => {
+                    problems.push(format!("tcp is given without {}; it needs all three", missing.join(", ")));
+                }
+                (false, false) => problems.push(
+                    "tcp is given: anybody could connect; give tls_cert, tls_key and tokens, or accept plain loopback with insecure_loopback".into(),
+                ),
+                _ => {}
             }
-            if !self.insecure_loopback {
-                problems.push(
-                    "tcp is given: every user of this host could connect; accept that with insecure_loopback".into(),
-                );
+            if !wants_tls && !address.ip().is_loopback() {
+                problems.push(format!(
+                    "tcp is {address}, which is not loopback; give it tls_cert, tls_key and tokens, or 127.0.0.1:PORT"
+                ));
             }
         }
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log) {
             problems.push(format!("log '{}' can not be read: {error}", self.log));
         }
         problems
+    }
+
+    /// The TCP side of the server, with its files read.
+    ///
+    /// # Errors
+    /// As [`ServerTls::read`] and [`Tokens::read`].
+    pub fn tcp_service(&self) -> Result<Option<TcpService>> {
+        let Some(address) = self.tcp else { return Ok(None) };
+        let (Some(certificate), Some(key), Some(tokens)) = (&self.tls_cert, &self.tls_key, &self.tokens) else {
+            let access = Arc::new(Access::everybody(self.insecure_loopback_role));
+            return Ok(Some(TcpService { address, tls: None, access }));
+        };
+        let (certificate, key, client_authorities) = (certificate.clone(), key.clone(), self.tls_client_ca.clone());
+        let tls = Some(Arc::new(ServerTls::read(TlsFiles { certificate, key, client_authorities })?));
+        let access = Arc::new(Access::tokens(Tokens::read(tokens)?));
+        Ok(Some(TcpService { address, tls, access }))
     }
 
     /// The directories of the store with the bytes that it takes of each, its home first; none without a store.

@@ -15,16 +15,18 @@ use futures::Stream;
 use pegaflow_engine::{Error, ErrorKind, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::transport::server::Connected;
 
+use crate::access::{Access, Role};
 use crate::limits::CONNECTIONS_MAX;
+use crate::tls::ServerTls;
 
 /// The longest path of a socket that leaves room for the suffix of the second one; the kernel's limit is 107.
 const SOCKET_PATH_BYTES_MAX: usize = 103;
 /// How long to wait after an accept failed, for example for want of descriptors.
-const ACCEPT_RETRY: Duration = Duration::from_millis(200);
+pub(crate) const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
 /// The default socket: `$XDG_RUNTIME_DIR/pegaflow/pegaflow.sock`, or `/tmp/pegaflow-<uid>/pegaflow.sock`.
 pub fn default_socket_path() -> PathBuf {
@@ -71,30 +73,31 @@ pub(crate) async fn accept_unix(listener: &UnixListener) -> UnixStream {
     }
 }
 
-async fn accept_tcp(listener: &TcpListener) -> TcpStream {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(%error, "TCP_NODELAY refused");
-                }
-                return stream;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection; trying again");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
-}
-
 /// The open listening sockets; the socket files are removed when dropped.
 #[derive(Debug)]
 pub struct Listeners {
     pub(crate) rpc: UnixListener,
     pub(crate) memory: UnixListener,
-    pub(crate) tcp: Option<TcpListener>,
+    pub(crate) tcp: Option<Tcp>,
     pub(crate) files: SocketFiles,
+}
+
+/// The TCP side of a server.
+#[derive(Debug, Clone)]
+pub struct TcpService {
+    /// Where to listen. Without TLS a loopback address.
+    pub address: SocketAddr,
+    /// Without it, whoever can reach the address can read along.
+    pub tls: Option<Arc<ServerTls>>,
+    /// Who may do what there.
+    pub access: Arc<Access>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Tcp {
+    pub(crate) listener: TcpListener,
+    pub(crate) tls: Option<Arc<ServerTls>>,
+    pub(crate) access: Arc<Access>,
 }
 
 /// The socket files and the lock that makes them ours.
@@ -133,6 +136,19 @@ impl Listeners {
     /// # Cancel safety
     /// Dropping it may leave socket files behind; the next start replaces them.
     pub async fn bind(socket: &Path, tcp: Option<SocketAddr>) -> Result<Self> {
+        let access = || Arc::new(Access::everybody(Role::ReadOnly));
+        let tcp = tcp.map(|address| TcpService { address, tls: None, access: access() });
+        Self::bind_with(socket, tcp).await
+    }
+
+    /// As [`Listeners::bind`], where everybody is read-only over TCP, with all that there is to say of that.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Cancel safety
+    /// As there.
+    pub async fn bind_with(socket: &Path, tcp: Option<TcpService>) -> Result<Self> {
         if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -143,11 +159,12 @@ impl Listeners {
                 ),
             ));
         }
-        if let Some(address) = tcp.filter(|address| !address.ip().is_loopback()) {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("TCP address {address} is not loopback; give 127.0.0.1:PORT, or use the Unix socket"),
-            ));
+        if let Some(tcp) = tcp.as_ref().filter(|tcp| tcp.tls.is_none() && !tcp.address.ip().is_loopback()) {
+            let message = format!(
+                "TCP address {} is not loopback; give it a certificate and a key, or 127.0.0.1:PORT, or use the Unix socket",
+                tcp.address
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         prepare_directory(socket)?;
         let lock = lock(socket)?;
@@ -159,11 +176,11 @@ impl Listeners {
         let rpc = bind_owner_only(socket, socket)?;
         let files = SocketFiles { path: socket.to_owned(), _lock: lock };
         let tcp = match tcp {
-            Some(address) => Some(
-                TcpListener::bind(address)
-                    .await
-                    .map_err(|error| Error::from_io(format!("cannot listen on {address}"), error))?,
-            ),
+            Some(TcpService { address, tls, access }) => {
+                let bound = TcpListener::bind(address).await;
+                let listener = bound.map_err(|error| Error::from_io(format!("cannot listen on {address}"), error))?;
+                Some(Tcp { listener, tls, access })
+            }
             None => None,
         };
         Ok(Self { rpc, memory, tcp, files })
@@ -171,7 +188,7 @@ impl Listeners {
 
     /// The TCP address in use, if any.
     pub fn tcp_address(&self) -> Option<SocketAddr> {
-        self.tcp.as_ref().and_then(|listener| listener.local_addr().ok())
+        self.tcp.as_ref().and_then(|tcp| tcp.listener.local_addr().ok())
     }
 }
 
@@ -306,45 +323,14 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Bounded<T> {
     }
 }
 
-trait Accept: Send + Sync + 'static {
-    type Io: Send + 'static;
-
-    fn accept(&self) -> impl Future<Output = Self::Io> + Send;
-}
-
-impl Accept for UnixListener {
-    type Io = UnixStream;
-
-    async fn accept(&self) -> UnixStream {
-        accept_unix(self).await
-    }
-}
-
-impl Accept for TcpListener {
-    type Io = TcpStream;
-
-    async fn accept(&self) -> TcpStream {
-        accept_tcp(self).await
-    }
-}
-
-fn bounded<L: Accept>(listener: L) -> impl Stream<Item = io::Result<Bounded<L::Io>>> + Send {
+/// The connections of a Unix socket, of trusted users only, bounded.
+pub(crate) fn unix_connections(listener: UnixListener) -> impl Stream<Item = io::Result<Bounded<UnixStream>>> + Send {
     let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     futures::stream::unfold((listener, permits), |(listener, permits)| async move {
         let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
-        let io = Accept::accept(&listener).await;
+        let io = accept_unix(&listener).await;
         Some((Ok(Bounded { io, _permit: permit }), (listener, permits)))
     })
-}
-
-/// The connections of a Unix socket, of trusted users only, bounded.
-pub(crate) fn unix_connections(listener: UnixListener) -> impl Stream<Item = io::Result<Bounded<UnixStream>>> + Send {
-    bounded(listener)
-}
-
-/// The connections of a TCP socket, bounded.
-pub(crate) fn tcp_connections(listener: TcpListener) -> impl Stream<Item = io::Result<Bounded<TcpStream>>> + Send {
-    bounded(listener)
 }
 
 #[cfg(test)]

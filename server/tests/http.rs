@@ -10,6 +10,12 @@ use pegaflow_server::{HttpServer, Metrics, Readiness};
 use support::{Local, PATIENCE};
 
 fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let (status, _, body) = get_all(address, path);
+    (status, body)
+}
+
+/// Status, head and body.
+fn get_all(address: SocketAddr, path: &str) -> (u16, String, String) {
     let mut stream = TcpStream::connect(address).expect("connects");
     stream.set_read_timeout(Some(PATIENCE)).expect("set");
     write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("writes");
@@ -17,7 +23,7 @@ fn get(address: SocketAddr, path: &str) -> (u16, String) {
     stream.read_to_string(&mut text).expect("reads");
     let (head, body) = text.split_once("\r\n\r\n").expect("an answer");
     let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-    (status, body.to_owned())
+    (status, head.to_owned(), body.to_owned())
 }
 
 fn serve(runtime: &tokio::runtime::Runtime, readiness: &Readiness) -> HttpServer {
@@ -58,4 +64,42 @@ fn a_server_that_is_still_starting_is_alive_and_not_ready() {
     assert!(status == 503 && why.contains("starting"), "{status} {why}");
     assert_eq!(get(http.address(), "/status").0, 503);
     assert!(get(http.address(), "/metrics").1.contains("pegaflow_ready 0"));
+}
+
+#[test]
+fn the_page_allows_itself_and_nothing_else_and_reads_one_json() {
+    let mut local = Local::start();
+    let http = serve(&local.runtime, &local.readiness);
+    let (status, head, page) = get_all(http.address(), "/");
+    let policy = head.lines().find_map(|line| line.strip_prefix("content-security-policy: ")).expect("a policy");
+    assert!(status == 200 && policy.starts_with("default-src 'none';"), "{status} {policy}");
+    assert!(
+        !policy.contains("unsafe") && !policy.contains('*') && policy.contains("frame-ancestors 'none'"),
+        "{policy}"
+    );
+    let nonce = policy.split("script-src 'nonce-").nth(1).and_then(|rest| rest.split('\'').next()).expect("a nonce");
+    assert_eq!((nonce.len(), page.matches(&format!("nonce=\"{nonce}\"")).count()), (32, 2), "style and script");
+    assert!(!get(http.address(), "/").1.contains(nonce), "another one each time");
+    // Nothing from elsewhere: the only address is that of the SVG namespace.
+    let addresses = page.match_indices("http").filter(|(at, _)| !page[*at..].starts_with("http://www.w3.org/2000/svg"));
+    assert_eq!(addresses.count(), 0);
+    assert!(!page.contains("innerHTML") && !page.contains("style=\""), "what comes from clients is text");
+
+    let worker = local.worker();
+    let operation = worker.start_save(5).expect("accepted");
+    worker.wait(operation);
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+    let (status, head, text) = get_all(http.address(), "/status.json");
+    let told = json(&text);
+    assert!(status == 200 && head.contains("cache-control: no-store"), "{head}");
+    assert_eq!((&told["state"], &told["reason"], &told["namespaces"]), (&"ready".into(), &().into(), &().into()));
+    assert_eq!((&told["stats"]["saved_blocks"], &told["sessions"]), (&5.into(), &1.into()));
+    assert!(told["decisions"].as_array().is_some_and(Vec::is_empty), "{text}");
+    local.stop().expect("stops");
+    assert_eq!(json(&get(http.address(), "/status.json").1)["state"], "stopping");
+
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let starting = serve(&runtime, &Readiness::new(Metrics::new()));
+    let told = json(&get(starting.address(), "/status.json").1);
+    assert_eq!((&told["state"], &told["stats"]), (&"starting".into(), &().into()));
 }

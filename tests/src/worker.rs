@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use pegaflow_engine::{
     BlockSave, CudaMemory, CudaScratch, DeviceMemory, ErrorKind, Fragment, GroupGeometry, HostMemory, InstanceId,
-    InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
-    RangeFragment, SaveOutcome,
+    InstanceSpec, LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor,
+    OperationId, RangeFragment, SaveOutcome,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
@@ -292,13 +292,36 @@ impl TestWorker {
         }
     }
 
+    /// As [`TestWorker::check`], for a request with a name, of which the server decides whether it is loaded.
+    ///
+    /// # Errors
+    /// If the server does not answer.
+    pub fn ask_and_check(&mut self, chain: &Chain, request: &str) -> Result<Missing> {
+        let question = LoadQuestion { request: request.to_owned(), block_tokens: 16, ..LoadQuestion::default() };
+        let reply = self.client.lookup(&LookupRequest {
+            instance: self.instance(),
+            group: 0,
+            keys: chain.keys.clone(),
+            lease: Some(Duration::from_secs(60)),
+            tag: chain.seed,
+            with_places: false,
+            question: Some(question),
+            prefetch: false,
+        })?;
+        self.load_and_compare(chain, &reply)
+    }
+
     /// Looks a chain up, loads what is found and compares every byte.
     ///
     /// # Errors
     /// If the server does not answer.
     pub fn check(&mut self, chain: &Chain) -> Result<Missing> {
-        let mut result = Missing { blocks: chain.keys.len(), ..Missing::default() };
         let reply = self.lookup(chain, Some(Duration::from_secs(60)))?;
+        self.load_and_compare(chain, &reply)
+    }
+
+    fn load_and_compare(&mut self, chain: &Chain, reply: &LookupReply) -> Result<Missing> {
+        let mut result = Missing { blocks: chain.keys.len(), ..Missing::default() };
         let Some(lease) = reply.lease else { return Ok(result) };
         let count = reply.hit_blocks.min(self.options.blocks);
         let operation = self.start_load(lease, count)?;

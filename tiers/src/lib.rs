@@ -10,6 +10,7 @@ mod dram;
 mod error;
 mod gpu;
 mod index;
+mod latency;
 mod nvme;
 mod prelude;
 

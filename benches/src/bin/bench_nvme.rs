@@ -359,6 +359,11 @@ fn encryption(arguments: &Arguments, directory: &Path) -> Result<Value> {
         }
         writes.print("writes");
         reads.print("reads, in order");
+        let stats = encrypted.stats();
+        let speed = |bytes: u64, nanoseconds: u64| bytes as f64 / nanoseconds.max(1) as f64;
+        let seal_gbps = speed(stats.appended_payload_bytes, stats.seal_ns);
+        let unseal_gbps = speed(stats.read_bytes, stats.unseal_ns);
+        progress(&format!("a thread encrypts {seal_gbps:.2} GB/s with checksum, decrypts {unseal_gbps:.2}"));
         plain.close()?;
         encrypted.close()?;
         paths.iter().try_for_each(std::fs::remove_dir_all)?;
@@ -367,6 +372,7 @@ fn encryption(arguments: &Arguments, directory: &Path) -> Result<Value> {
         rows.push(json!({
             "block_bytes": block_bytes,
             "read_ratio": round(reads.ratio()), "write_ratio": round(writes.ratio()),
+            "thread_encrypts_gbps": round(seal_gbps), "thread_decrypts_gbps": round(unseal_gbps),
             "plain_read_gbps": round(reads.median(|(plain, _)| plain.gbps)),
             "plain_write_gbps": round(writes.median(|(plain, _)| plain.gbps)),
             "cpu_cores_per_gbps": round(reads.cores()), "plain_cpu_cores_per_gbps": round(plain_cores(&reads)),

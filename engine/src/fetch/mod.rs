@@ -235,6 +235,11 @@ impl Fetches {
         self.shared.state.lock().queue.left_bytes(reason)
     }
 
+    /// Bytes that wait to be read or are being read.
+    pub(crate) fn waiting_bytes(&self) -> u64 {
+        self.shared.state.lock().queue.waiting_bytes()
+    }
+
     /// The blocks that are being read at this moment.
     pub(crate) fn reading(&self) -> Reading {
         self.shared.state.lock().queue.reading().clone()

@@ -291,6 +291,11 @@ impl Queue {
         None
     }
 
+    /// Bytes that wait to be read or are being read.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        self.reading_bytes + self.live.iter().flatten().map(|live| live.left_bytes).sum::<u64>()
+    }
+
     /// What is being read.
     pub(super) fn reading(&self) -> &Reading {
         &self.reading

@@ -276,7 +276,7 @@ fn a_fetched_block_takes_the_place_of_one_that_is_worth_less() {
     ask(&asked, 60);
     ask(&here, 120);
     assert!(fetch(&asked, 0).is_none(), "those that are here were asked for since");
-    assert_eq!(residency.gauges(), (64, 0, 0));
+    assert_eq!(residency.gauges(), (64, 0, Evicted::default()));
     ask(&asked, 240);
     let fetched = (0..80).take_while(|at| fetch(&asked, *at).is_some()).count();
     assert_eq!(fetched, 64, "all of the older ones, and none of its own");

@@ -1,13 +1,15 @@
 //! How a client finds its server and how long it waits.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use pegaflow_engine::{DeviceMemory, Error, ErrorKind, InstanceSpec, Result};
 
 use crate::limits::{GROUPS_MAX, NAME_BYTES_MAX};
+use crate::owner_only;
+use crate::tls::ClientTls;
 
 /// Where the server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +18,54 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// A loopback TCP address: lookups and counters only, no loads and saves.
     Tcp(SocketAddr),
+    /// A server with a certificate, at a name and a port; no loads and saves.
+    Tls {
+        /// The name that the certificate is for, or an address.
+        host: String,
+        /// The port.
+        port: u16,
+        /// What the client needs to trust the server.
+        tls: ClientTls,
+    },
+}
+
+/// What a client shows a server to be let in over TCP. `Debug` shows nothing of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    /// A token as `pegaflow token new` has printed it; white space around it does not count.
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything that cannot be one.
+    pub fn new(text: &str) -> Result<Self> {
+        let text = text.trim();
+        if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "this is no token; give what pegaflow token new has printed",
+            ));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// Reads one from a file that nobody but its owner may read.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for a file that others have rights to, `InvalidInput`, and what the file system reports.
+    pub fn read(path: &Path) -> Result<Self> {
+        Self::new(&owner_only::read("the file of the token", path)?).map_err(|error| error.with("path", path.display()))
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(..)")
+    }
 }
 
 impl Default for Endpoint {
@@ -29,6 +79,7 @@ impl std::fmt::Display for Endpoint {
         match self {
             Self::Unix(path) => path.display().fmt(f),
             Self::Tcp(address) => address.fmt(f),
+            Self::Tls { host, port, .. } => write!(f, "https://{host}:{port}"),
         }
     }
 }
@@ -38,6 +89,8 @@ impl std::fmt::Display for Endpoint {
 pub struct ClientConfig {
     /// The server. Default: the default Unix socket.
     pub endpoint: Endpoint,
+    /// What the server is shown over TCP. Default: none.
+    pub token: Option<Token>,
     /// The client's name in the server's log. At most 256 bytes.
     pub name: String,
     /// The longest wait for a lookup; it stands in the way of the model. Default: 50 ms.
@@ -53,6 +106,7 @@ impl ClientConfig {
     pub fn new(endpoint: Endpoint, name: impl Into<String>) -> Self {
         Self {
             endpoint,
+            token: None,
             name: name.into(),
             lookup_timeout: Duration::from_millis(50),
             rpc_timeout: Duration::from_secs(5),

@@ -11,11 +11,16 @@ use hyper_util::rt::TokioIo;
 use pegaflow_engine::{Error, ErrorKind, Result};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint as Transport, Uri};
 use tonic::{Status, Streaming};
 
 use super::arena::{self, MappedArena, SessionArena};
-use super::config::{ClientConfig, Endpoint, Registration};
+use super::config::{ClientConfig, Endpoint, Registration, Token};
 use crate::limits::{MESSAGE_BYTES_MAX, TOKEN_BYTES};
 use crate::proto::pega_flow_client::PegaFlowClient;
 use crate::proto::session_event::Event;
@@ -24,7 +29,31 @@ use crate::status::from_status;
 use crate::transport::is_trusted_peer;
 use crate::{memory_socket, memory_socket_path, wire};
 
-pub(super) type Rpc = PegaFlowClient<Channel>;
+pub(super) type Rpc = PegaFlowClient<InterceptedService<Channel, Bearer>>;
+
+/// Shows the token with every request, if there is one.
+#[derive(Clone)]
+pub(super) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Bearer {
+    fn new(token: Option<&Token>) -> Result<Self> {
+        let value = token.map(|token| format!("Bearer {}", token.as_str()).parse::<MetadataValue<Ascii>>()).transpose();
+        let mut value = value.map_err(|_| Error::new(ErrorKind::InvalidInput, "this is no token"))?;
+        if let Some(value) = &mut value {
+            value.set_sensitive(true);
+        }
+        Ok(Self(value))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// HTTP/2 windows, as on the server.
 const STREAM_WINDOW_BYTES: u32 = MESSAGE_BYTES_MAX as u32;
@@ -52,6 +81,7 @@ trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl Socket for UnixStream {}
 impl Socket for TcpStream {}
+impl Socket for TlsStream<TcpStream> {}
 
 impl tower::Service<Uri> for ConnectOnce {
     type Response = TokioIo<Box<dyn Socket>>;
@@ -76,6 +106,14 @@ impl tower::Service<Uri> for ConnectOnce {
                 Some(Endpoint::Tcp(address)) => {
                     let stream = TcpStream::connect(address).await?;
                     stream.set_nodelay(true)?;
+                    Ok(TokioIo::new(Box::new(stream) as Box<dyn Socket>))
+                }
+                Some(Endpoint::Tls { host, port, tls }) => {
+                    let connector = tls.connector().map_err(std::io::Error::other)?;
+                    let name = ServerName::try_from(host.clone()).map_err(std::io::Error::other)?;
+                    let stream = TcpStream::connect((host.as_str(), port)).await?;
+                    stream.set_nodelay(true)?;
+                    let stream = connector.connect(name, stream).await?;
                     Ok(TokioIo::new(Box::new(stream) as Box<dyn Socket>))
                 }
                 None => Err(std::io::Error::from(std::io::ErrorKind::NotConnected)),
@@ -103,8 +141,9 @@ pub(super) async fn connect(config: ClientConfig) -> Result<Link> {
             .connect_with_connector(ConnectOnce(Some(config.endpoint.clone())))
             .await
             .map_err(|error| no_server(&config.endpoint, &error))?;
-        let mut rpc =
-            Rpc::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let mut rpc = Rpc::new(InterceptedService::new(channel, Bearer::new(config.token.as_ref())?))
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let request = OpenSessionRequest {
             client_name: config.name.clone(),
             client_version: env!("CARGO_PKG_VERSION").into(),
@@ -126,10 +165,22 @@ pub(super) async fn connect(config: ClientConfig) -> Result<Link> {
 
 fn no_server(endpoint: &Endpoint, error: &tonic::transport::Error) -> Error {
     let mut cause: &dyn std::error::Error = error;
+    let mut io = None;
     while let Some(source) = cause.source() {
         cause = source;
+        io = source.downcast_ref::<std::io::Error>().or(io);
     }
-    let io = cause.downcast_ref::<std::io::Error>();
+    // What an I/O error was made of is not among its sources.
+    if let Some(inner) = io.and_then(std::io::Error::get_ref) {
+        if let Some(problem) = inner.downcast_ref::<Error>() {
+            return problem.clone();
+        }
+        if let Some(problem) = inner.downcast_ref::<tokio_rustls::rustls::Error>() {
+            let message =
+                format!("the server at {endpoint} cannot be trusted, or does not trust this client: {problem}");
+            return Error::new(ErrorKind::PermissionDenied, message);
+        }
+    }
     if io.is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied) {
         return Error::new(
             ErrorKind::PermissionDenied,

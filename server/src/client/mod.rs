@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
-pub use config::{ClientConfig, Endpoint};
+pub use config::{ClientConfig, Endpoint, Token};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
 use crate::proto::{ExplainRequest, FlushRequest, LoadPolicyRequest, ReopenStoreRequest, StatsReply, StatsRequest};

@@ -92,7 +92,11 @@ impl Shared {
             }
             if self.changed.wait_until(&mut state, deadline).timed_out() && !state.is_connected() {
                 let why = state.why_not();
-                return Err(Error::new(ErrorKind::Timeout, format!("not connected within {timeout:?}: {why}")));
+                // That will not be better with more time.
+                let is_denied =
+                    state.failure.as_ref().is_some_and(|failure| failure.kind() == ErrorKind::PermissionDenied);
+                let kind = if is_denied { ErrorKind::PermissionDenied } else { ErrorKind::Timeout };
+                return Err(Error::new(kind, format!("not connected within {timeout:?}: {why}")));
             }
         }
     }

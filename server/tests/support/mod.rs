@@ -14,7 +14,7 @@ use pegaflow_engine::{
     LoadBlock, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
-use pegaflow_server::{Listeners, Metrics, Readiness, Server, ServerConfig};
+use pegaflow_server::{Access, Listeners, Metrics, Readiness, Role, Server, ServerConfig, TcpService};
 
 /// Long enough for anything that is to happen; a test that waits this long has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,6 +39,11 @@ impl Local {
     }
 
     pub(crate) fn with(config: &ServerConfig, tcp: Option<std::net::SocketAddr>) -> Self {
+        let access = Arc::new(Access::everybody(Role::Engine));
+        Self::with_tcp(config, tcp.map(|address| TcpService { address, tls: None, access }))
+    }
+
+    pub(crate) fn with_tcp(config: &ServerConfig, tcp: Option<TcpService>) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let socket = directory.path().join("p.sock");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
@@ -47,7 +52,7 @@ impl Local {
                 .expect("opens");
         let readiness = Readiness::new(Metrics::new());
         let (server, tcp) = runtime.block_on(async {
-            let listeners = Listeners::bind(&socket, tcp).await.expect("binds");
+            let listeners = Listeners::bind_with(&socket, tcp).await.expect("binds");
             let tcp = listeners.tcp_address();
             (Server::start(engine.clone(), listeners, config, &readiness), tcp)
         });
@@ -230,6 +235,16 @@ impl Process {
         BufReader::new(stdout).read_line(&mut line).expect("reads");
         let ready = serde_json::from_str(&line).unwrap_or_else(|error| panic!("'{line}' is no JSON: {error}"));
         (Self { child }, ready)
+    }
+
+    /// As `start`, with what it logs.
+    pub(crate) fn start_with_log(mut command: Command) -> (Self, std::process::ChildStderr) {
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("starts");
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).expect("reads");
+        assert!(line.contains("ready"), "{line}");
+        (Self { child }, stderr)
     }
 
     pub(crate) fn signal(&self, name: &str) {

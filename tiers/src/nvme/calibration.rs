@@ -20,9 +20,10 @@ use serde::Serialize;
 use self::cache::{CachedDrive, now_unix_ms};
 use self::measure::{Measured, Memory, Outcome, measure};
 use super::drive::Drive;
-use super::io::{BlockIo, Meters, READ_DEPTH_DEFAULT, ReadDepth};
+use super::io::{BlockIo, DirectionUse, Meters, READ_DEPTH_DEFAULT, ReadDepth};
 use super::shared::Shared;
 use crate::dram::Arena;
+use crate::latency::Latencies;
 
 /// The part of the arena that all measurements together may use.
 const ARENA_PART: u64 = 8;
@@ -102,6 +103,65 @@ pub struct DriveSpeed {
     pub queue_depth: u64,
     /// Where the depth is known from.
     pub depth_origin: DepthOrigin,
+}
+
+/// What has gone to a drive and come from it since the store was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct DriveUse {
+    /// The directory on it.
+    pub path: PathBuf,
+    /// Reads that ended well.
+    pub reads: u64,
+    /// Bytes of these.
+    pub read_bytes: u64,
+    /// Reads that failed or were refused.
+    pub failed_reads: u64,
+    /// Time in which a read waited, in nanoseconds.
+    pub read_busy_ns: u64,
+    /// Reads that wait or are in flight.
+    pub reads_waiting: u64,
+    /// Bytes of these.
+    pub read_bytes_waiting: u64,
+    /// What was read in the last 10 to 20 seconds, per thousand of what the drive is read with at its best in that time; 0
+    /// while that is not known.
+    pub read_ceiling_permille: u64,
+    /// Writes that ended well, syncs included.
+    pub writes: u64,
+    /// Bytes of these.
+    pub write_bytes: u64,
+    /// Writes and syncs that failed or were refused.
+    pub failed_writes: u64,
+    /// Time in which a write or sync waited, in nanoseconds.
+    pub write_busy_ns: u64,
+    /// Writes and syncs that wait or are in flight.
+    pub writes_waiting: u64,
+    /// Bytes of these.
+    pub write_bytes_waiting: u64,
+    /// As `read_ceiling_permille`, of writes.
+    pub write_ceiling_permille: u64,
+}
+
+impl DriveUse {
+    fn new(path: PathBuf, (read, write): (DirectionUse, DirectionUse), (reads_at, writes_at): (u64, u64)) -> Self {
+        let permille = |of: DirectionUse, best: u64| (of.recent_bytes_per_second * 1000).checked_div(best).unwrap_or(0);
+        Self {
+            path,
+            reads: read.requests,
+            read_bytes: read.bytes,
+            failed_reads: read.failed,
+            read_busy_ns: read.busy_ns,
+            reads_waiting: read.waiting,
+            read_bytes_waiting: read.waiting_bytes,
+            read_ceiling_permille: permille(read, reads_at),
+            writes: write.requests,
+            write_bytes: write.bytes,
+            failed_writes: write.failed,
+            write_busy_ns: write.busy_ns,
+            writes_waiting: write.waiting,
+            write_bytes_waiting: write.waiting_bytes,
+            write_ceiling_permille: permille(write, writes_at),
+        }
+    }
 }
 
 /// What is known of the drives of an open store.
@@ -263,6 +323,21 @@ impl Calibration {
             }
         };
         self.drives.iter().enumerate().map(speed).collect()
+    }
+
+    /// How each drive is used.
+    pub(super) fn uses(&self) -> Vec<DriveUse> {
+        let of = |(number, known): (usize, &Mutex<Known>)| {
+            let file = Drive::file(number);
+            let best = (self.meters.read(file), self.meters.write(file));
+            DriveUse::new(known.lock().path.clone(), self.meters.uses(file), best)
+        };
+        self.drives.iter().enumerate().map(of).collect()
+    }
+
+    /// How long reads, writes and syncs of all drives took.
+    pub(super) fn latencies(&self) -> [Latencies; 3] {
+        self.meters.latencies()
     }
 
     /// Keeps what is known for the next open.

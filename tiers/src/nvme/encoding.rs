@@ -25,7 +25,7 @@ use crate::codec::{Codec, CodecChoice, CodecHint, Encoder, Lane, Skip};
 use crate::dram::Slot;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Threads that encode: a quarter of the machine, which has other things to do.
+/// Threads that encode: a quarter of the machine, which has other things to do; half of it where all is encrypted.
 const ENCODERS_MAX: usize = 4;
 /// Bytes of records that are encoded and not yet written; the encoders wait beyond it (but one record always goes).
 const IMAGE_BYTES_MAX: u64 = if cfg!(test) { 256 << 10 } else { 256 << 20 };
@@ -33,8 +33,10 @@ const IMAGE_BYTES_MAX: u64 = if cfg!(test) { 256 << 10 } else { 256 << 20 };
 /// queue holds, but not less than the second. While it is the drive that is behind there is time to encode all of them.
 const WAITING_SHARE: u64 = 4;
 const WAITING_BYTES_MIN: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
-/// Bytes of buffers that are kept for the next records.
+/// Bytes of buffers that are kept for the next records. Where all records go through buffers, as many as are ever in use:
+/// memory that is new to the process costs as much as encrypting what is put there.
 const SPARE_BYTES_MAX: usize = 64 << 20;
+const SPARE_BYTES_SEALED_MAX: usize = IMAGE_BYTES_MAX as usize;
 
 /// A record as it goes to the drive, but for its header: the first page of `pages` is left for that.
 pub(super) struct Image {
@@ -77,27 +79,41 @@ impl Encoding {
 }
 
 /// Buffers for encoded records. What is in use is bounded by the writer's queue.
+pub(super) struct Spares {
+    kept: Mutex<Kept>,
+    is_sealing: bool,
+}
+
 #[derive(Default)]
-pub(super) struct Spares(Mutex<Vec<Pages>>);
+struct Kept {
+    pages: Vec<Pages>,
+    bytes: usize,
+}
 
 impl Spares {
+    /// For a store that is encrypted, or is not.
+    pub(super) fn new(is_sealing: bool) -> Self {
+        Self { kept: Mutex::default(), is_sealing }
+    }
+
     fn take(&self, bytes: usize) -> Pages {
-        let mut spares = self.0.lock();
-        let fitting = spares.iter().position(|pages| (bytes..=2 * bytes).contains(&pages.allocated_bytes()));
-        let mut pages = fitting.map(|at| spares.swap_remove(at)).unwrap_or_else(|| {
-            drop(spares);
-            Pages::new(bytes)
-        });
+        let mut kept = self.kept.lock();
+        let fitting = kept.pages.iter().rposition(|pages| (bytes..=2 * bytes).contains(&pages.allocated_bytes()));
+        let spare = fitting.map(|at| kept.pages.swap_remove(at));
+        kept.bytes -= spare.as_ref().map_or(0, Pages::allocated_bytes);
+        drop(kept);
+        let mut pages = spare.unwrap_or_else(|| Pages::new(bytes));
         pages.set_bytes(bytes);
         pages
     }
 
     /// Gives a buffer back.
     pub(super) fn put(&self, pages: Pages) {
-        let mut spares = self.0.lock();
-        let held: usize = spares.iter().map(Pages::allocated_bytes).sum();
-        if held + pages.allocated_bytes() <= SPARE_BYTES_MAX {
-            spares.push(pages);
+        let mut kept = self.kept.lock();
+        let most = if self.is_sealing { SPARE_BYTES_SEALED_MAX } else { SPARE_BYTES_MAX };
+        if kept.bytes + pages.allocated_bytes() <= most {
+            kept.bytes += pages.allocated_bytes();
+            kept.pages.push(pages);
         }
     }
 }
@@ -195,6 +211,8 @@ impl Encoders {
         let is_sealing = shared.keyring.is_some() && !is_simulated();
         let threads = match choice {
             CodecChoice::None if !is_sealing => 0,
+            // Whatever goes to the drive goes through them.
+            _ if is_sealing => super::cores().div_ceil(2).min(ENCODERS_MAX),
             _ => super::cores().div_ceil(4).min(ENCODERS_MAX),
         };
         let encoders = Self {

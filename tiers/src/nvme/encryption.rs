@@ -14,6 +14,8 @@ mod keyring;
 pub(super) use data_key::{DataKey, Names, SEALED_AT, Seal, SealedAs, SealedNames, Subject};
 pub use key::EncryptionKey;
 pub(super) use key_file::KEY_FILES;
+#[cfg(any(test, feature = "fault-injection"))]
+pub(super) use key_file::fuzz_key_entry;
 pub(super) use keyring::{HeaderKey, Keyring};
 
 use ring::aead::{AES_256_GCM, LessSafeKey, UnboundKey};

@@ -18,6 +18,8 @@ mod encryption;
 mod export;
 mod fill;
 mod fsck;
+#[cfg(any(test, feature = "fault-injection"))]
+mod fuzzing;
 mod inbox;
 mod io;
 mod membership;
@@ -51,12 +53,14 @@ fn cores() -> usize {
 }
 
 pub use append::{Append, AppendDone};
-pub use calibration::{DepthOrigin, DriveSpeed};
+pub use calibration::{DepthOrigin, DriveSpeed, DriveUse};
 pub use config::{DriveConfig, StoreConfig};
 pub use encryption::EncryptionKey;
 pub use export::{ExportReport, ExportedRecord};
 pub use fill::IndexFill;
 pub use fsck::{FsckFinding, FsckProblem, FsckProgress, FsckReport, IndexState, StorePaths, fsck, fsck_with_key};
+#[cfg(any(test, feature = "fault-injection"))]
+pub use fuzzing::FuzzTarget;
 pub use io::{
     BlockIo, FileId, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, ReadDepth,
     open_direct, open_engine,

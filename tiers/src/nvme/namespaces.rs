@@ -251,6 +251,19 @@ fn decode(bytes: &[u8], store: StoreUuid) -> Option<(NamespaceRow, usize)> {
     (row.id == row.descriptor.id()).then_some((row, length))
 }
 
+/// Reads any bytes as an entry, with its checksum made right; its length, if there was one.
+#[cfg(any(test, feature = "fault-injection"))]
+pub(super) fn fuzz_entry(bytes: &[u8]) -> Option<usize> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(bytes.len().next_multiple_of(UNIT).max(UNIT), 0);
+    let store = StoreUuid::from_bytes(get(&bytes, 24));
+    let length = (get_u32(&bytes, 72) as usize).clamp(UNIT, bytes.len());
+    seal(&mut bytes[..length]);
+    let (row, length) = decode(&bytes, store)?;
+    // What was read can be written.
+    encode(&row, store).ok().map(|_| length)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::backing::{Backing, System};

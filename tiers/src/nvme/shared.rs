@@ -56,6 +56,7 @@ impl Shared {
         plan: FillPlan,
         calibration: Calibration,
     ) -> Self {
+        let is_sealing = keyring.is_some();
         Self {
             uuid,
             drive,
@@ -66,7 +67,7 @@ impl Shared {
             keyring,
             inbox,
             counts: Counts::default(),
-            spares: Spares::default(),
+            spares: Spares::new(is_sealing),
             decode_speed: AtomicU64::new(0),
             calibration,
             policy,

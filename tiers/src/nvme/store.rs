@@ -13,7 +13,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::append::{Append, Done, Form, QueuedRecord};
 use super::backing::{Backing, System};
-use super::calibration::{self, CalibratedDrive, Calibration, DriveSpeed};
+use super::calibration::{self, CalibratedDrive, Calibration, DriveSpeed, DriveUse};
 use super::config::StoreConfig;
 use super::directory::{Directory, check_writable, preallocate, truncate};
 use super::drive::Drive;
@@ -47,6 +47,7 @@ use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexLog, Location, NamespaceRow};
+use crate::latency::Latencies;
 
 mod keys;
 
@@ -555,6 +556,16 @@ impl Store {
     /// open, at most once a week, and then as reads and writes show. Empty where nothing has a speed, in a simulation.
     pub fn drive_speeds(&self) -> Vec<DriveSpeed> {
         self.shared.calibration.speeds()
+    }
+
+    /// What each drive does, in the order of the configuration. Empty where nothing has a speed, in a simulation.
+    pub fn drive_uses(&self) -> Vec<DriveUse> {
+        self.shared.calibration.uses()
+    }
+
+    /// How long reads, writes and syncs of the drives took that ended well, from when they were asked for.
+    pub fn drive_latencies(&self) -> [Latencies; 3] {
+        self.shared.calibration.latencies()
     }
 
     /// Makes the codec believe that each drive reads so many bytes per second.

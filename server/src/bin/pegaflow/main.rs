@@ -5,7 +5,9 @@ mod doctor;
 mod pack;
 mod policy;
 mod prewarm;
+mod remote;
 mod settings;
+mod top;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -17,17 +19,19 @@ use std::time::{Duration, Instant};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{
-    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, LoadPolicy, Result, StorePaths, fsck_with_key,
+    ByteSize, EncryptionKey, Error, ErrorKind, FsckReport, Latencies, LoadPolicy, Result, StorePaths, fsck_with_key,
 };
 use pegaflow_server::ExitStatus;
-use pegaflow_server::client::{Client, ClientConfig, Endpoint};
+use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
 use serde_json::{Value, json};
 
 use pack::PackCommand;
 use pegaflow_server::settings::Settings;
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
+use remote::TokenCommand;
 use settings::ConfigCommand;
+use top::TopOptions;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -43,6 +47,21 @@ struct Options {
     /// The server's loopback TCP address, instead of the socket.
     #[arg(long, value_name = "ADDRESS", global = true, conflicts_with = "socket")]
     tcp: Option<SocketAddr>,
+    /// The server at another place: https://HOST:PORT, with --ca and --token-file, or http://ADDRESS:PORT on loopback.
+    #[arg(long, env = "PEGAFLOW_SERVER", value_name = "URL", global = true, conflicts_with_all = ["socket", "tcp"])]
+    server: Option<String>,
+    /// The authorities that may vouch for that server, in PEM.
+    #[arg(long, env = "PEGAFLOW_CA", value_name = "FILE", global = true)]
+    ca: Option<PathBuf>,
+    /// A file with the token to show it.
+    #[arg(long, env = "PEGAFLOW_TOKEN_FILE", value_name = "FILE", global = true)]
+    token_file: Option<PathBuf>,
+    /// A certificate to show it, in PEM, where it asks for one; with --client-key.
+    #[arg(long, env = "PEGAFLOW_CLIENT_CERT", value_name = "FILE", global = true, requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// The key of that certificate.
+    #[arg(long, env = "PEGAFLOW_CLIENT_KEY", value_name = "FILE", global = true, requires = "client_cert")]
+    client_key: Option<PathBuf>,
     /// The longest wait for a connection, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, global = true,
           value_parser = clap::value_parser!(u64).range(1..=600))]
@@ -80,6 +99,12 @@ enum Command {
     /// Prints the server's counters and gauges.
     #[command(alias = "stats")]
     Status,
+    /// Shows what the server does, every second: a screen on a terminal (q quits), a line for each moment elsewhere, a JSON
+    /// object for each with --json.
+    Top {
+        #[command(flatten)]
+        options: TopOptions,
+    },
     /// Makes everything saved so far durable.
     Flush {
         /// The longest wait, in seconds.
@@ -144,6 +169,11 @@ enum Command {
         #[command(flatten)]
         options: Box<PrewarmOptions>,
     },
+    /// Makes tokens for clients over TCP. Needs no server.
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
     /// Tries now to open a store again that went out of use, instead of at the server's next attempt.
     Reopen {
         /// The longest wait, in seconds.
@@ -169,6 +199,7 @@ fn main() -> ExitCode {
         }
         Command::Pack { command } => pack::without_store(command, options.json).unwrap_or(Ok(ExitStatus::Ok)),
         Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
+        Command::Token { command } => remote::token(command, options.json).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
     match outcome {
@@ -195,14 +226,17 @@ fn failed(error: &Error, is_json: bool) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let endpoint = match (&options.socket, options.tcp) {
-        (Some(path), _) => Endpoint::Unix(path.clone()),
-        (None, Some(address)) => Endpoint::Tcp(address),
-        (None, None) => Endpoint::default(),
-    };
+    let endpoint = remote::endpoint(options)?;
     check_there(&endpoint)?;
-    let client = Client::start(ClientConfig::new(endpoint, "pegaflow command line"))?;
+    let mut config = ClientConfig::new(endpoint, "pegaflow command line");
+    config.token = options.token_file.as_deref().map(Token::read).transpose()?;
+    let client = Client::start(config)?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
+    if let Command::Top { options: top } = &options.command {
+        let shown = top::top(&client, top, options.json);
+        client.close(Duration::from_secs(1));
+        return shown;
+    }
     let answer = ask(&client, &options.command, options.json)?;
     if options.json {
         println!("{answer}");
@@ -262,7 +296,9 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         // None of these asks a server; see `main`.
         Command::Verify { .. }
         | Command::Policy { .. }
+        | Command::Token { .. }
         | Command::Serve { .. }
+        | Command::Top { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }
@@ -353,6 +389,7 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
     let found = match endpoint {
         Endpoint::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(drop),
         Endpoint::Tcp(address) => std::net::TcpStream::connect_timeout(address, Duration::from_secs(5)).map(drop),
+        Endpoint::Tls { host, port, .. } => std::net::TcpStream::connect((host.as_str(), *port)).map(drop),
     };
     found.map_err(|error| match error.kind() {
         std::io::ErrorKind::PermissionDenied => Error::from_io(format!("cannot connect to {endpoint}"), error),
@@ -361,6 +398,14 @@ fn check_there(endpoint: &Endpoint) -> Result<()> {
             format!("no server at {endpoint} ({error}); start one with: pegaflow-server --path DIR"),
         ),
     })
+}
+
+/// A histogram of times in words.
+fn times(value: &Value) -> Option<String> {
+    let counts = value.get("counts")?.as_array()?.iter().map(|count| count.as_u64().unwrap_or(0)).collect();
+    let times = Latencies { counts, sum_ns: 0 };
+    let below = |share: f64| times.quantile(share).map_or_else(|| "-".into(), |time| format!("{:.3} ms", time * 1e3));
+    Some(format!("{} times; median {}, 99 % {}", times.count(), below(0.5), below(0.99)))
 }
 
 fn print_stats(stats: &Value) {
@@ -379,6 +424,14 @@ fn print_stats(stats: &Value) {
             let (percent, bytes) = (number("percent_of_present"), ByteSize(number("capacity_bytes")));
             let ratio = number("hit_permille") as f64 / 1000.0;
             println!("{name:<26} {ratio:.3} of blocks with {percent} % of the size, {bytes}");
+        }
+    };
+    let print = |name: &str, value: &Value| match value.as_object() {
+        None => print(name, value),
+        Some(of_all) => {
+            for (of, value) in of_all {
+                println!("{:<26} {}", format!("{name}.{of}"), times(value).unwrap_or_else(|| value.to_string()));
+            }
         }
     };
     let Some(fields) = stats.as_object() else { return };

@@ -84,6 +84,18 @@ impl Entry {
     }
 }
 
+/// Reads any bytes as an entry, with its checksum made right; whether there was one.
+#[cfg(any(test, feature = "fault-injection"))]
+pub(in crate::nvme) fn fuzz_key_entry(bytes: &[u8]) -> bool {
+    let mut entry = [0; ENTRY_BYTES];
+    let length = bytes.len().min(ENTRY_BYTES);
+    entry[..length].copy_from_slice(&bytes[..length]);
+    seal(&mut entry);
+    let store = StoreUuid::from_bytes(get(&entry, 24));
+    let found = Entry::decode(&entry, get_u32(&entry, 20), store);
+    found.map(|found| found.encode(store)).is_some()
+}
+
 /// The two files, and the cipher that wraps.
 pub(super) struct KeyFile {
     copies: [Box<dyn SmallFile>; 2],

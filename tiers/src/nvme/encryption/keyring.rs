@@ -28,7 +28,8 @@ const NOTE_CONTEXT: &str = "pegaflow 2026-11-23 notes v1";
 pub(in crate::nvme) struct HeaderKey(Arc<Zeroizing<[u8; KEY_BYTES]>>);
 
 impl HeaderKey {
-    fn new(secret: &[u8; KEY_BYTES]) -> Self {
+    /// The key that follows from the secret of a store.
+    pub(in crate::nvme) fn from_secret(secret: &[u8; KEY_BYTES]) -> Self {
         Self(Arc::new(Zeroizing::new(blake3::derive_key(HEADER_CONTEXT, secret))))
     }
 
@@ -144,7 +145,7 @@ impl Keyring {
             }
         }
         Ok(Self {
-            header: HeaderKey::new(&secret),
+            header: HeaderKey::from_secret(&secret),
             notes: cipher(&Zeroizing::new(blake3::derive_key(NOTE_CONTEXT, &*secret)))?,
             objects: NamespaceDescriptor::objects().id(),
             salt,

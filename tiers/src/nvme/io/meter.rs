@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::{BlockIo, FileId, IoBuffer, IoCompletion, IoKind, IoRequest, ReadDepth};
 use crate::error::{Error, Result};
+use crate::latency::{Latencies, LatencyHistogram};
 
 /// What a value is learned from: so much time in which something waited, and so many requests.
 const WINDOW: Duration = Duration::from_millis(100);
@@ -19,8 +20,16 @@ const DECAY: u64 = 8;
 /// How many bytes have to wait on average for a value that is believed though it is low, while nothing else is known.
 const DEEP_BYTES: u64 = 8 << 20;
 
+/// The share of a ceiling that is in use is that of this time, up to twice of it.
+const RECENT: Duration = Duration::from_secs(10);
+
 /// What is known of all files of an engine.
-pub(crate) struct Meters(Vec<Meter>);
+pub(crate) struct Meters {
+    files: Vec<Meter>,
+    reads: LatencyHistogram,
+    writes: LatencyHistogram,
+    syncs: LatencyHistogram,
+}
 
 struct Meter {
     tracks: Mutex<Tracks>,
@@ -73,6 +82,49 @@ struct Track {
     requests: u32,
     bytes: u64,
     window: Window,
+    ended: DirectionUse,
+    recent: Recent,
+}
+
+/// What has gone in one direction since the start, and what is on its way.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct DirectionUse {
+    /// Requests that ended well; syncs are writes.
+    pub(crate) requests: u64,
+    /// Bytes of these.
+    pub(crate) bytes: u64,
+    /// Requests that failed or were refused.
+    pub(crate) failed: u64,
+    /// Time in which something waited, in nanoseconds.
+    pub(crate) busy_ns: u64,
+    /// Requests that wait or are in flight.
+    pub(crate) waiting: u64,
+    /// Bytes of these.
+    pub(crate) waiting_bytes: u64,
+    /// Bytes per second in the last 10 to 20 seconds.
+    pub(crate) recent_bytes_per_second: u64,
+}
+
+/// Two moments in the past and the bytes until then; the older one is at least [`RECENT`] ago.
+#[derive(Debug, Clone, Copy, Default)]
+struct Recent {
+    older: Option<(Instant, u64)>,
+    newer: Option<(Instant, u64)>,
+}
+
+impl Recent {
+    fn advance(&mut self, now: Instant, bytes: u64) {
+        match self.newer {
+            Some((then, _)) if now.saturating_duration_since(then) < RECENT => {}
+            newer => (self.older, self.newer) = (newer.or(Some((now, bytes))), Some((now, bytes))),
+        }
+    }
+
+    fn rate(&self, now: Instant, bytes: u64) -> u64 {
+        let Some((then, before)) = self.older else { return 0 };
+        let ns = now.saturating_duration_since(then).as_nanos().max(1);
+        u64::try_from(u128::from(bytes.saturating_sub(before)) * 1_000_000_000 / ns).unwrap_or(u64::MAX)
+    }
 }
 
 /// What happened while something waited.
@@ -109,7 +161,9 @@ impl Tracks {
         self.seen = Some(now);
         let is_mixed = self.reads.requests > 0 && self.writes.requests > 0;
         for track in [&mut self.reads, &mut self.writes] {
+            track.recent.advance(now, track.ended.bytes);
             if track.requests > 0 {
+                track.ended.busy_ns += u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
                 track.window.busy += passed;
                 track.window.byte_ns += passed.as_nanos() * u128::from(track.bytes);
                 track.window.is_mixed |= is_mixed;
@@ -141,7 +195,11 @@ impl Meter {
         let track = tracks.of(kind);
         track.requests -= 1;
         track.bytes -= bytes;
-        let window = &mut track.window;
+        let (window, ended) = (&mut track.window, &mut track.ended);
+        match is_ok {
+            true => (ended.requests, ended.bytes) = (ended.requests + 1, ended.bytes + bytes),
+            false => ended.failed += 1,
+        }
         if is_ok {
             window.done_bytes += bytes;
             window.done_requests += 1;
@@ -154,28 +212,61 @@ impl Meter {
             *window = Window::default();
         }
     }
+
+    /// Of reads and of writes.
+    fn uses(&self, now: Instant) -> (DirectionUse, DirectionUse) {
+        let mut tracks = self.tracks.lock();
+        tracks.advance(now);
+        let of = |track: &Track| DirectionUse {
+            waiting: track.requests.into(),
+            waiting_bytes: track.bytes,
+            recent_bytes_per_second: track.recent.rate(now, track.ended.bytes),
+            ..track.ended
+        };
+        (of(&tracks.reads), of(&tracks.writes))
+    }
 }
 
 impl Meters {
     /// Of `files` files of which nothing is known.
     pub(crate) fn new(files: usize) -> Arc<Self> {
         let meter = |_| Meter { tracks: Mutex::default(), read: Best::new(), write: Best::new() };
-        Arc::new(Self((0..files).map(meter).collect()))
+        let histogram = LatencyHistogram::default;
+        let files = (0..files).map(meter).collect();
+        Arc::new(Self { files, reads: histogram(), writes: histogram(), syncs: histogram() })
+    }
+
+    /// How long reads, writes and syncs of all files took that ended well, from when they were asked for.
+    pub(crate) fn latencies(&self) -> [Latencies; 3] {
+        [self.reads.read(), self.writes.read(), self.syncs.read()]
+    }
+
+    /// How a file is used: reads, then writes.
+    pub(crate) fn uses(&self, file: FileId) -> (DirectionUse, DirectionUse) {
+        self.files.get(file.0 as usize).map(|meter| meter.uses(Instant::now())).unwrap_or_default()
+    }
+
+    fn latency(&self, kind: IoKind) -> &LatencyHistogram {
+        match kind {
+            IoKind::Read => &self.reads,
+            IoKind::Write => &self.writes,
+            IoKind::Sync => &self.syncs,
+        }
     }
 
     /// Bytes per second that a file is read with at its best; 0 while not known.
     pub(crate) fn read(&self, file: FileId) -> u64 {
-        self.0.get(file.0 as usize).map_or(0, |meter| meter.read.get())
+        self.files.get(file.0 as usize).map_or(0, |meter| meter.read.get())
     }
 
     /// Bytes per second that a file is written with at its best, syncs included; 0 while not known.
     pub(crate) fn write(&self, file: FileId) -> u64 {
-        self.0.get(file.0 as usize).map_or(0, |meter| meter.write.get())
+        self.files.get(file.0 as usize).map_or(0, |meter| meter.write.get())
     }
 
     /// What is known of reads from elsewhere, and how many bytes have to be in flight for it.
     pub(crate) fn know_read(&self, file: FileId, bytes_per_second: u64, depth_bytes: u64) {
-        if let Some(meter) = self.0.get(file.0 as usize) {
+        if let Some(meter) = self.files.get(file.0 as usize) {
             meter.read.set(bytes_per_second);
             if depth_bytes > 0 {
                 meter.read.deep_bytes.store(depth_bytes, Ordering::Relaxed);
@@ -185,7 +276,7 @@ impl Meters {
 
     /// What is known of writes from elsewhere.
     pub(crate) fn know_write(&self, file: FileId, bytes_per_second: u64) {
-        if let Some(meter) = self.0.get(file.0 as usize) {
+        if let Some(meter) = self.files.get(file.0 as usize) {
             meter.write.set(bytes_per_second);
         }
     }
@@ -214,17 +305,22 @@ impl BlockIo for Metered {
 
     fn submit(&self, mut request: IoRequest) -> Result<(), (IoRequest, Error)> {
         let (file, kind) = (request.file.0 as usize, request.kind);
-        let Some(meter) = self.meters.0.get(file) else { return self.inner.submit(request) };
+        let Some(meter) = self.meters.files.get(file) else { return self.inner.submit(request) };
         let bytes = request.buffer.as_ref().map_or(0, |buffer| IoBuffer::bytes(buffer) as u64);
-        meter.started(kind, bytes, Instant::now());
+        let begun = Instant::now();
+        meter.started(kind, bytes, begun);
         let done = std::mem::replace(&mut request.done, Box::new(drop));
         // A request that is refused comes back with its own callback.
         let done = Arc::new(Mutex::new(Some(done)));
         request.done = Box::new({
             let (done, meters) = (Arc::clone(&done), Arc::clone(&self.meters));
             move |completion: IoCompletion| {
-                if let Some(meter) = meters.0.get(file) {
-                    meter.ended(kind, bytes, completion.result.is_ok(), Instant::now());
+                let (now, is_ok) = (Instant::now(), completion.result.is_ok());
+                if let Some(meter) = meters.files.get(file) {
+                    meter.ended(kind, bytes, is_ok, now);
+                }
+                if is_ok {
+                    meters.latency(kind).record(now.saturating_duration_since(begun));
                 }
                 if let Some(done) = { done.lock().take() } {
                     done(completion);
@@ -268,7 +364,7 @@ mod tests {
 
         /// `count` requests of 1 MiB of which always `waiting` wait; one ends every `ms` milliseconds.
         fn run(&mut self, kind: IoKind, waiting: u64, count: u64, ms: u64) {
-            let meter = &self.meters.0[0];
+            let meter = &self.meters.files[0];
             (0..waiting).for_each(|_| meter.started(kind, MIB, self.now));
             for _ in 0..count {
                 self.now += Duration::from_millis(ms);
@@ -293,6 +389,23 @@ mod tests {
         assert_eq!((rig.read(), rig.meters.write(FileId(0))), (500, 0));
         rig.run(IoKind::Write, 16, 100, 4);
         assert_eq!((rig.read(), rig.meters.write(FileId(0)) / MIB), (500, 250));
+    }
+
+    #[test]
+    fn what_was_moved_is_counted_and_what_was_moved_lately() {
+        let mut rig = Rig::new();
+        rig.run(IoKind::Read, 2, 1000, 20);
+        let uses = |rig: &Rig| rig.meters.files[0].uses(rig.now);
+        let (read, write) = uses(&rig);
+        assert_eq!((read.requests, read.bytes, read.failed), (1000, 1000 * MIB, 2));
+        assert_eq!((read.waiting, read.waiting_bytes, write.requests), (0, 0, 0));
+        assert_eq!((read.busy_ns, read.recent_bytes_per_second / MIB), (20_000_000_000, 50));
+        rig.now += Duration::from_secs(15);
+        assert!(uses(&rig).0.recent_bytes_per_second / MIB <= 30, "the end of the work and a pause");
+        rig.now += Duration::from_secs(15);
+        assert_eq!(uses(&rig).0.recent_bytes_per_second, 0, "a pause only");
+        rig.meters.files[0].started(IoKind::Write, MIB, rig.now);
+        assert_eq!((uses(&rig).1.waiting, uses(&rig).1.waiting_bytes), (1, MIB));
     }
 
     #[test]
@@ -322,7 +435,7 @@ mod tests {
     fn reads_beside_writes_do_not_make_a_drive_slower() {
         let mut rig = Rig::new();
         rig.meters.know_read(FileId(0), 1000 * MIB, MIB);
-        rig.meters.0[0].started(IoKind::Sync, 0, rig.now);
+        rig.meters.files[0].started(IoKind::Sync, 0, rig.now);
         rig.run(IoKind::Read, 8, 1000, 10);
         assert_eq!(rig.read(), 1000);
     }

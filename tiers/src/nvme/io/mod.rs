@@ -27,7 +27,7 @@ pub use buffer::{IoBuffer, Pages};
 pub use direct::open_direct;
 #[cfg(any(test, feature = "fault-injection"))]
 pub use faulty::{Fault, FaultAction, FaultPlan, Faulty};
-pub(crate) use meter::{Metered, Meters};
+pub(crate) use meter::{DirectionUse, Metered, Meters};
 pub use probe::{IoChoice, open_engine};
 #[cfg(any(test, feature = "fault-injection"))]
 pub use sim::{SavedImages, SimCrash, SimDisk, SimIo, SimOperation};

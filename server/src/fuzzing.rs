@@ -1,0 +1,40 @@
+//! What `make fuzz` throws bytes at: requests and files of settings and tokens. Nothing may panic.
+
+use prost::Message;
+
+use crate::access::Tokens;
+use crate::limits::{NAME_BYTES_MAX, NAMESPACE_BYTES_MAX};
+use crate::{proto, wire};
+
+/// Reads the bytes as one of the requests, which the first byte names, and checks it as the service does. What came of it,
+/// in words.
+pub fn request(bytes: &[u8]) -> String {
+    let Some((which, bytes)) = bytes.split_first() else { return String::new() };
+    let label = match which % 9 {
+        0 => proto::RegisterRequest::decode(bytes).map(|request| outcome(wire::instance_spec(request))),
+        1 => proto::LookupRequest::decode(bytes).map(|request| outcome(wire::lookup_request(&request))),
+        2 => proto::LoadRequest::decode(bytes).map(|request| outcome(wire::load_blocks(&request))),
+        3 => proto::SaveRequest::decode(bytes).map(|request| outcome(wire::save_blocks(&request))),
+        4 => proto::FlushRequest::decode(bytes).map(|request| outcome(wire::flush_timeout(request.timeout_ms))),
+        5 => proto::ConsumeRequest::decode(bytes)
+            .map(|request| outcome(wire::leases(&request.leases).and_then(|_| wire::shard(request.shard)))),
+        6 => proto::OpenSessionRequest::decode(bytes)
+            .map(|request| outcome(wire::check_name("the name", &request.client_name, NAME_BYTES_MAX))),
+        7 => proto::LookupReply::decode(bytes).map(|reply| outcome(wire::lookup_reply(&reply))),
+        _ => proto::SessionEvent::decode(bytes).map(|event| format!("{}", event.event.is_some())),
+    };
+    label.unwrap_or_else(|_| "no message".into())
+}
+
+/// Reads the text of a file of tokens. What came of it, in words.
+pub fn tokens(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(NAMESPACE_BYTES_MAX)]);
+    outcome(Tokens::parse(&text))
+}
+
+fn outcome<T>(result: pegaflow_engine::Result<T>) -> String {
+    match result {
+        Ok(_) => "good".into(),
+        Err(error) => error.message().chars().filter(|c| c.is_alphabetic()).take(60).collect(),
+    }
+}
