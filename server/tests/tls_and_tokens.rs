@@ -14,9 +14,7 @@ use std::time::Duration;
 
 use pegaflow_engine::{ErrorKind, LoadPolicy, Result};
 use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
-use pegaflow_server::limits::{
-    ADMISSION_MAX, CONNECTIONS_PER_ADDRESS_MAX, HTTP_CONNECTIONS_MAX, SESSIONS_PER_CLIENT_MAX,
-};
+use pegaflow_server::limits::{CONNECTIONS_PER_ADDRESS_MAX, HTTP_CONNECTIONS_MAX, SESSIONS_PER_CLIENT_MAX};
 use pegaflow_server::{Access, ClientTls, NewToken, Role, ServerConfig, ServerTls, TcpService, TlsFiles, Tokens};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use support::{Local, PATIENCE, Process, Worker};
@@ -409,30 +407,28 @@ fn ten_thousand_half_open_clients_leave_the_server_unharmed() {
 #[test]
 fn a_client_that_does_not_come_to_the_point_is_cut_off() {
     let program = Program::start();
-    let served = Served::new(VALID, false);
-    // One byte of a handshake now and then; a handshake, and then nothing.
+    let plain = Local::with(&ServerConfig::default(), Some("127.0.0.1:0".parse().expect("an address")));
+    // One that says nothing at all, where no handshake is asked for.
+    let mut silent = TcpStream::connect(plain.tcp.expect("listens")).expect("connects");
+    silent.set_read_timeout(Some(PATIENCE)).expect("set");
+    // And a good handshake, byte by byte, now and then.
     let mut slow = TcpStream::connect(program.tcp).expect("connects");
-    let silent = served.local.runtime.block_on(async {
-        let config = served.config(None, &served.authority.pem, None);
-        let client = Client::start(config).expect("starts");
-        // It gets as far as the handshake, and has no token.
-        assert!(client.wait_connected(Duration::from_secs(1)).is_err());
-        client
-    });
-    let began = std::time::Instant::now();
     slow.set_read_timeout(Some(Duration::from_millis(300))).expect("set");
-    let is_closed = |slow: &mut TcpStream| {
-        let _closed = slow.write_all(&[22]);
+    let mut hello = [22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3].into_iter().chain(std::iter::repeat(0));
+    support::until("the handshake is cut off", || {
+        let _closed = slow.write_all(&[hello.next().expect("endless")]);
         match slow.read(&mut [0; 64]) {
-            Ok(0) => true,
-            Ok(_) => false,
+            Ok(read) => read == 0,
             Err(error) => !matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut),
         }
-    };
-    support::until("it is cut off", || is_closed(&mut slow));
-    assert!(began.elapsed() < ADMISSION_MAX + PATIENCE);
-    assert_eq!(program.ask("status").0, Some(0));
-    drop(silent);
+    });
+    assert_eq!(program.ask("status").0, Some(0), "others are served");
+    assert!(program.log().contains("a TLS handshake failed"), "{}", program.log());
+    // The server's first frame comes at once, then nothing, then the end.
+    let ended = silent.read_to_end(&mut Vec::new());
+    let is_late = |error: &std::io::Error| error.kind() == std::io::ErrorKind::WouldBlock;
+    assert!(!ended.as_ref().is_err_and(is_late), "still open after {PATIENCE:?}: {ended:?}");
+    assert_eq!(kind(plain.worker().lookup(1)), Ok(()));
 }
 
 /// The socket's mode keeps others out; this looks at what stands behind it.

@@ -43,10 +43,13 @@ struct Arguments {
     seed: Option<u64>,
 }
 
-/// Something that reads bytes, and what is known of its kind. It says what came of them, in words.
+/// Reads bytes, and says what came of them, in words.
+type Run = Box<dyn Fn(&[u8]) -> String>;
+
+/// Something that reads bytes, and what is known of its kind.
 struct Target {
     name: String,
-    run: Box<dyn Fn(&[u8]) -> String>,
+    run: Run,
     corpus: Vec<Vec<u8>>,
 }
 
@@ -304,7 +307,7 @@ fn requests() -> Vec<Vec<u8>> {
             }
             .encode_to_vec(),
         ),
-        (4, proto::FlushRequest { timeout_ms: 5, ..Default::default() }.encode_to_vec()),
+        (4, proto::FlushRequest { timeout_ms: 5 }.encode_to_vec()),
         (5, proto::ConsumeRequest { session: 1, leases: lease.into(), shard: 0 }.encode_to_vec()),
         (6, proto::OpenSessionRequest { client_name: "name".into(), ..Default::default() }.encode_to_vec()),
     ];

@@ -391,6 +391,8 @@ fn what_a_key_sealed_goes_with_the_key(io: IoChoice) {
         }
         let (store, report) = place.open();
         assert_eq!(report.index_rebuilt, wipes_index);
+        // Theirs with the new key, ours, and the object; not what nobody can read.
+        assert!(!wipes_index || report.recovered_records == 4 + 6 + 1, "{report:?}");
         is_gone(&store, &place);
         assert_blocks(&place, &store, theirs, 20..24);
         let report = store.verify(&mut drop).expect("verified");
