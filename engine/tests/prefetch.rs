@@ -16,7 +16,12 @@ use support::{BLOCKS, Worker, keys};
 type Drive = Arc<Mutex<Option<Arc<Faulty<Arc<dyn BlockIo>>>>>>;
 
 fn open(path: &Path, drive: &Drive) -> Worker {
-    let nvme = NvmeConfig { region: Some(ByteSize::mib(4)), ..NvmeConfig::new(path.join("store"), ByteSize::mib(64)) };
+    // The warm start would fetch the same blocks at the same time.
+    let nvme = NvmeConfig {
+        region: Some(ByteSize::mib(4)),
+        warm_start: false,
+        ..NvmeConfig::new(path.join("store"), ByteSize::mib(64))
+    };
     let config = EngineConfig { dram: ByteSize::mib(16), nvme: Some(nvme), ..EngineConfig::default() };
     let drive = Arc::clone(drive);
     let wrap = move |io| -> Arc<dyn BlockIo> {
