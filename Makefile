@@ -31,6 +31,8 @@ ZERO_HIT ?=
 REQUESTS ?= 30
 # Where the killed workers of `kill-workers` have their KV cache.
 DEVICE ?= host
+# How many chats `check-router` has.
+CHATS ?= 100
 # MiB of a turn of `bench-nvme`, which works in DIR.
 MIB ?= 512
 # Keys in the index of `bench-index`; REAL=1 writes their blocks too.
@@ -74,7 +76,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint fuzz torture stress observe soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-interference check-bytes check-prewarm kill-workers fixtures metrics-doc ptx doc clean
+.PHONY: bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -106,6 +108,10 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	@cd python && $(TOOLS)/bin/mypy
 	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh; fi
 	@echo "lint: clean" >&2
+
+check-router: story ## Prefill and decode apart behind pegaflow-router, real vLLMs, engines killed. CHATS=100
+	@$(VENV)/bin/python tests/e2e/router.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	    --dir $(or $(DIR),$(TARGET)/run) --chats $(CHATS) $(OPTIONS)
 
 server: toolchain
 	@cargo build --release --quiet --locked -p pegaflow-server --bins

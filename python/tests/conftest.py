@@ -221,6 +221,7 @@ class FakeRequest(SimpleNamespace):
             "mm_features": [],
             "cache_salt": None,
             "prompt_embeds": None,
+            "kv_transfer_params": None,
             "_prompt_embeds_per_block_hashes": {},
             "block_hashes": [],
         }

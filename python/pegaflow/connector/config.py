@@ -53,6 +53,10 @@ class ConnectorConfig:
     prefetch_wait_ms: int = 50
     """How long in all a request may be held back in vLLM's queue for such a read that is about to end, in milliseconds.
     0: never. 0 to 1,000."""
+    handoff_wait_ms: int = 2_000
+    """How long a request may be held back in vLLM's queue until the blocks are in the cache that another engine has
+    computed for it, in milliseconds; what is missing then is computed. `pegaflow-router` tells how many there are.
+    0: never. 0 to 60,000."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     sync_loads: bool = True
@@ -117,6 +121,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _RANGES: dict[str, tuple[int, int]] = {
     "min_blocks": (1, 65_536),
     "prefetch_wait_ms": (0, 1_000),
+    "handoff_wait_ms": (0, 60_000),
     "lookup_timeout_ms": (1, 10_000),
     "lease_ms": (1_000, 600_000),
 }

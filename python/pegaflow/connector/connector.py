@@ -200,8 +200,8 @@ class PegaKVConnector(KVConnectorBase_V1):
         self._on_scheduler.update(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request is over; whether its blocks are still needed."""
-        return self._on_scheduler.finished(request, block_ids), None
+        """A request is over; whether its blocks are still needed, and what is told to its asker."""
+        return self._on_scheduler.ended(request, block_ids)
 
     def reset_cache(self) -> bool | None:
         """vLLM forgets its prefix cache, for example because the weights were changed."""

@@ -18,6 +18,10 @@ _COUNTERS: dict[str, tuple[str | None, str]] = {
     "hit_blocks": (None, "Full blocks of prompts that were found."),
     "ahead_lookups": (None, "Requests that were looked up while they waited in the engine's queue."),
     "held_back_requests": (None, "Requests that waited a moment longer for blocks that were about to be in DRAM."),
+    "handoffs": (
+        "result",
+        "Requests that waited for blocks of another engine (waited), and those that waited in vain (late).",
+    ),
     "loads": ("way", "Loads, by way: sync (within the step that needs them), direct (by the worker itself) or cache."),
     "loaded_blocks": ("tier", "Blocks loaded into the engine, by the tier that they came from."),
     "load_failed_blocks": (None, "Blocks whose load failed; the engine computed them."),

@@ -47,6 +47,11 @@ _AHEAD_MAX = 8
 _AHEAD_PER_STEP = 2
 # A request is held back only if its blocks are expected in DRAM so soon: about a step, which a load out of DRAM saves.
 _HOLD_BACK_S = 0.02
+# What one engine has computed for another: asked for, and told, in a request's parameters for KV transfer.
+_HANDOFF = "pegaflow_handoff"
+_HANDOFF_TOKENS = "pegaflow_tokens"
+# Who waits for such blocks looks again so often. Each look is one of vLLM's steps.
+_HANDOFF_LOOK_S = 0.005
 # Workers copy from the arena only while the lease holds, with a margin; this leaves room for the slowest step.
 _PLACED_LEASE_S = 60.0
 
@@ -73,6 +78,8 @@ class Found:
     ready_at: float | None = None
     """When what is being fetched from the drive is expected to be in DRAM."""
     reuse_until: float = 0.0
+    is_error: bool = False
+    """The cache could not be asked."""
 
 
 @dataclass
@@ -96,6 +103,8 @@ class Tracked:
     has_failed_load: bool = False
     held_back_since: float | None = None
     """When vLLM was first told to ask again."""
+    handoff_since: float | None = None
+    """When it was first held back for blocks of another engine."""
     decision: int = 0
     """The last decision whether to load what was found."""
     load_share: float = 0.0
@@ -201,7 +210,7 @@ class PegaScheduler:
         # Also where nothing may be loaded: what is there need not be saved again.
         found = self._look_up(tracked, blocks, local, with_lease=may_load)
         found.local_blocks = local
-        if self._is_held_back(tracked, found):
+        if self._is_held_back(tracked, found) or (may_load and self._awaits_handoff(tracked, found, blocks)):
             return None, False
         # At least one token is left for the model to compute: it has to answer with the next one. A block that would
         # be loaded for that token's sake only is not worth a load, but after others it saves computing a block.
@@ -311,6 +320,26 @@ class PegaScheduler:
             self.stats.count("held_back_requests")
         return now - tracked.held_back_since < self._config.prefetch_wait_ms / 1000
 
+    def _awaits_handoff(self, tracked: Tracked, found: Found, blocks: int) -> bool:
+        """Whether another engine has computed blocks of the request that are not in the cache yet.
+
+        Its answer comes before its last copies have ended. For a bounded time only.
+        """
+        tokens = _transfer_parameter(tracked.request, _HANDOFF_TOKENS)
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or found.is_error:
+            return False
+        if found.hit_blocks >= min(tokens // self._block_size, blocks):
+            return False
+        now = self._clock()
+        if tracked.handoff_since is None:
+            tracked.handoff_since = now
+            self.stats.count("handoffs:waited")
+        if now - tracked.handoff_since >= self._config.handoff_wait_ms / 1000:
+            self.stats.count("handoffs:late")
+            return False
+        found.reuse_until = min(found.reuse_until, now + _HANDOFF_LOOK_S)
+        return True
+
     # --- a step is planned --------------------------------------------------------------------------------------------
 
     def build_meta(self, output: SchedulerOutput) -> PegaMetadata:
@@ -342,6 +371,19 @@ class PegaScheduler:
         self._sync_bytes = 0
         meta, self._meta = self._meta, PegaMetadata(self._instance)
         return meta
+
+    def ended(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over. Whether its blocks must be kept, and, where that was asked for, how many tokens of its
+        prompt another engine finds in the cache, now or in a moment.
+        """
+        tracked = self._tracked.get(request.request_id)
+        keeps_blocks = self.finished(request, block_ids)
+        if tracked is None or _transfer_parameter(request, _HANDOFF) is not True:
+            return keeps_blocks, None
+        if tracked.has_dropped_save or tracked.loading is not None or not tracked.is_cacheable:
+            return keeps_blocks, None
+        blocks = min(tracked.stored_blocks, int(request.num_prompt_tokens) // self._block_size)
+        return keeps_blocks, {_HANDOFF_TOKENS: blocks * self._block_size}
 
     def finished(self, request: Request, block_ids: list[int]) -> bool:
         """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""
@@ -548,6 +590,7 @@ class PegaScheduler:
         except PegaError as error:
             # A cache that cannot be asked is a miss; vLLM goes on without it.
             logger.debug("PegaFlow: lookup for %s: %s", tracked.request_id, error)
+            found.is_error = True
         if before is not None and with_lease and found.lease is None:
             self._release(before.lease)
         found.reuse_until = now + min(_LOOKUP_REUSE_S, self._config.lease_ms / 2000)
@@ -644,6 +687,11 @@ class PegaScheduler:
         self._saver.pop(order.operation, None)
         if tracked := self._tracked.get(order.request_id):
             tracked.saving.discard(order.operation)
+
+
+def _transfer_parameter(request: Request, name: str) -> Any:
+    parameters = request.kv_transfer_params
+    return parameters.get(name) if isinstance(parameters, dict) else None
 
 
 def _has_embeddings(request: Request) -> bool:
