@@ -19,7 +19,7 @@ use pegaflow_engine::{
 use crate::{Access, Role, ServerTls, TcpService, TlsFiles, Tokens};
 
 pub use file::{Setting, Source};
-pub use load::{Loaded, load};
+pub use load::{Loaded, load, told};
 
 /// Everything that can be set. A file has the long names of the options with `_` for `-`; environment variables begin with
 /// `PEGAFLOW_`.

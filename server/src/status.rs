@@ -6,25 +6,6 @@ use tonic::{Code, Status};
 /// The metadata entry that names the kind of an error.
 pub const ERROR_KIND: &str = "pegaflow-error-kind";
 
-const KINDS: [ErrorKind; 16] = [
-    ErrorKind::InvalidInput,
-    ErrorKind::Unsupported,
-    ErrorKind::Locked,
-    ErrorKind::ForeignFormat,
-    ErrorKind::NewerFormat,
-    ErrorKind::GeometryMismatch,
-    ErrorKind::Corrupt,
-    ErrorKind::PermissionDenied,
-    ErrorKind::NoSpace,
-    ErrorKind::Io,
-    ErrorKind::Busy,
-    ErrorKind::NotFound,
-    ErrorKind::Timeout,
-    ErrorKind::Cancelled,
-    ErrorKind::Closed,
-    ErrorKind::Poisoned,
-];
-
 /// The status for an error.
 pub(crate) fn to_status(error: &Error) -> Status {
     let code = match error.kind() {
@@ -54,7 +35,7 @@ pub(crate) fn to_status(error: &Error) -> Status {
 /// The kind that a peer of ours gave; `None` if the status comes from the transport instead.
 pub(crate) fn kind_of(status: &Status) -> Option<ErrorKind> {
     let name = status.metadata().get(ERROR_KIND)?.to_str().ok()?;
-    KINDS.into_iter().find(|kind| kind.as_str() == name)
+    ErrorKind::ALL.into_iter().find(|kind| kind.as_str() == name)
 }
 
 /// The error for a status. One without our metadata comes from the transport: its code decides.
@@ -82,7 +63,7 @@ mod tests {
 
     #[test]
     fn every_kind_comes_back_as_it_was() {
-        for kind in KINDS {
+        for kind in ErrorKind::ALL {
             let status = to_status(&Error::new(kind, "what").with("file", "x"));
             assert_ne!(status.code(), Code::Ok);
             let back = from_status(&status);

@@ -46,3 +46,31 @@ fn every_line_is_json_and_loads_and_saves_name_what_they_are_about() {
         assert!(span["session"].as_u64().is_some_and(|session| session > 0), "{line}");
     }
 }
+
+/// What a server with this store logs from its start to its end.
+fn log_of(store: &std::path::Path) -> String {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut command = Process::command(&directory.path().join("p.sock"));
+    command.args(["--capacity", "64MiB", "--region", "4MiB", "--path"]).arg(store);
+    let (mut server, mut log) = Process::start_with_log(command);
+    server.signal("-TERM");
+    assert_eq!(server.wait_exit(), Some(0));
+    let mut text = String::new();
+    log.read_to_string(&mut text).expect("reads");
+    text
+}
+
+/// A warning at the first start of a store would teach people to overlook warnings.
+#[test]
+fn a_new_store_is_no_reason_to_warn_and_one_without_its_index_is() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let store = directory.path().join("store");
+    for start in ["first", "second"] {
+        let log = log_of(&store);
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{start}: {log}");
+        assert_eq!(log.contains("the store is new"), start == "first", "{start}: {log}");
+    }
+    std::fs::remove_dir_all(store.join("index")).expect("there");
+    let log = log_of(&store);
+    assert!(log.contains("WARN") && log.contains("the index is made anew"), "{log}");
+}

@@ -46,6 +46,26 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All of them.
+    pub const ALL: [Self; 16] = [
+        Self::InvalidInput,
+        Self::Unsupported,
+        Self::Locked,
+        Self::ForeignFormat,
+        Self::NewerFormat,
+        Self::GeometryMismatch,
+        Self::Corrupt,
+        Self::PermissionDenied,
+        Self::NoSpace,
+        Self::Io,
+        Self::Busy,
+        Self::NotFound,
+        Self::Timeout,
+        Self::Cancelled,
+        Self::Closed,
+        Self::Poisoned,
+    ];
+
     /// The stable machine-readable name, in snake case, as it stands in replies and metrics.
     pub fn as_str(self) -> &'static str {
         match self {

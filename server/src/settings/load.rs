@@ -78,8 +78,8 @@ fn change_at(command: Command, path: &[&str], change: &dyn Fn(Command) -> Comman
     }
 }
 
-/// Without the usage, which does not help to find the place.
-fn told(error: &clap::Error) -> String {
+/// What is wrong with a command line, without the usage, which does not help to find the place.
+pub fn told(error: &clap::Error) -> String {
     let text = error.to_string();
     let lines = text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
     let told: Vec<&str> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();

@@ -108,8 +108,13 @@ pub(super) fn recover(
         Ok(Some(begun)) => begun,
         Err(error) if error.kind() != ErrorKind::Corrupt => return Err(error),
         damaged => {
-            let why = damaged.err().map_or("it can not be used".to_owned(), |error| error.to_string());
-            tracing::warn!(why, "the index is made anew from the regions");
+            let is_new = damaged.is_ok() && superblock.opens <= 1 && headers.hold_nothing();
+            if is_new {
+                tracing::info!("the store is new");
+            } else {
+                let why = damaged.err().map_or("it can not be used".to_owned(), |error| error.to_string());
+                tracing::warn!(why, "the index is made anew from the regions");
+            }
             shared.table.retain(|_| false);
             if !plan.lost_regions.is_empty() {
                 // Only the index could tell what the drives that are gone hid.
@@ -167,6 +172,11 @@ struct Headers {
 }
 
 impl Headers {
+    /// Whether no region has records, as in a store that was just made.
+    fn hold_nothing(&self) -> bool {
+        self.unreadable.is_empty() && self.found.iter().flatten().all(|header| header.purpose == RegionPurpose::Free)
+    }
+
     /// Forgets the regions with records whose generation is below `floor`, and says which those are.
     fn take_below(&mut self, floor: u64) -> Vec<u32> {
         let is_below =

@@ -2,11 +2,13 @@
 #![deny(unsafe_code)]
 
 mod doctor;
+mod manual;
 mod pack;
 mod policy;
 mod prewarm;
 mod remote;
 mod settings;
+mod size;
 mod top;
 
 use std::ffi::OsString;
@@ -26,11 +28,12 @@ use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
 use serde_json::{Value, json};
 
 use pack::PackCommand;
-use pegaflow_server::settings::Settings;
+use pegaflow_server::settings::{Settings, told};
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use remote::TokenCommand;
 use settings::ConfigCommand;
+use size::SizeOptions;
 use top::TopOptions;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
@@ -169,6 +172,27 @@ enum Command {
         #[command(flatten)]
         options: Box<PrewarmOptions>,
     },
+    /// Prints the script that has a shell complete commands and options. Needs no server.
+    ///
+    /// bash: pegaflow completions bash > ~/.local/share/bash-completion/completions/pegaflow
+    Completions {
+        /// bash, zsh, fish, elvish or powershell.
+        shell: clap_complete::Shell,
+    },
+    /// Writes the manual, a page for each command, into a directory. Needs no server.
+    Man {
+        /// Made if missing; such as ~/.local/share/man/man1.
+        #[arg(value_name = "DIRECTORY")]
+        folder: PathBuf,
+    },
+    /// Says what a model needs: bytes of a token, tokens that fit into DRAM and drives, the speed of a drive from which on
+    /// loading beats computing, memory for the index. Needs no server and no GPU.
+    ///
+    /// Example: pegaflow size --model config.json --gpu h200 --dram 256GiB --nvme 7TB --drive-read 6.5GB
+    Size {
+        #[command(flatten)]
+        options: Box<SizeOptions>,
+    },
     /// Makes tokens for clients over TCP. Needs no server.
     Token {
         #[command(subcommand)]
@@ -187,7 +211,15 @@ fn main() -> ExitCode {
     if let Some(path) = settings::asked_for(&Options::command(), &arguments) {
         return settings::command(&Options::command(), path, &arguments);
     }
-    let options = Options::parse();
+    let options = match Options::try_parse_from(&arguments) {
+        Ok(options) => options,
+        Err(error) => {
+            if error.use_stderr() && arguments.iter().any(|argument| argument == "--json") {
+                print_error(ErrorKind::InvalidInput, &told(&error));
+            }
+            error.exit()
+        }
+    };
     let outcome = match &options.command {
         Command::Verify { paths, repair, encryption_key_file, encryption_key_command } => {
             let key = match (encryption_key_file, encryption_key_command) {
@@ -198,7 +230,12 @@ fn main() -> ExitCode {
             key.and_then(|key| verify(paths, key.as_ref(), *repair, options.json))
         }
         Command::Pack { command } => pack::without_store(command, options.json).unwrap_or(Ok(ExitStatus::Ok)),
-        Command::Policy { command } => policy::policy(command).map(|()| ExitStatus::Ok),
+        Command::Policy { command } => policy::policy(command, options.json).map(|()| ExitStatus::Ok),
+        Command::Completions { shell } => {
+            manual::completions(Options::command(), *shell, options.json).map(|()| ExitStatus::Ok)
+        }
+        Command::Man { folder } => manual::man(Options::command(), folder, options.json).map(|()| ExitStatus::Ok),
+        Command::Size { options: of_model } => size::size(of_model, options.json).map(|()| ExitStatus::Ok),
         Command::Token { command } => remote::token(command, options.json).map(|()| ExitStatus::Ok),
         _ => run(&options).map(|()| ExitStatus::Ok),
     };
@@ -216,10 +253,15 @@ fn cannot_read(path: &Path, error: std::io::Error) -> Error {
     }
 }
 
+/// What `--json` prints of a failure.
+fn print_error(kind: ErrorKind, message: &str) {
+    println!("{}", json!({ "error": { "kind": format!("{kind:?}"), "message": message } }));
+}
+
 /// Tells why it failed.
 fn failed(error: &Error, is_json: bool) -> ExitCode {
     if is_json {
-        println!("{}", json!({ "error": { "kind": format!("{:?}", error.kind()), "message": format!("{error:#}") } }));
+        print_error(error.kind(), &format!("{error:#}"));
     }
     eprintln!("pegaflow: {error:#}");
     ExitStatus::from(error.kind()).into()
@@ -297,6 +339,9 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         Command::Verify { .. }
         | Command::Policy { .. }
         | Command::Token { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. }
+        | Command::Size { .. }
         | Command::Serve { .. }
         | Command::Top { .. }
         | Command::Config { .. }
@@ -442,3 +487,6 @@ fn print_stats(stats: &Value) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,18 +74,19 @@ pub(crate) struct ReplayOptions {
     plot: Option<PathBuf>,
 }
 
-pub(crate) fn policy(command: &PolicyCommand) -> Result<()> {
+/// Prints tables, and a JSON object as the last line; with `is_json` that object only.
+pub(crate) fn policy(command: &PolicyCommand, is_json: bool) -> Result<()> {
     match command {
-        PolicyCommand::Replay(options) => replay(options),
-        PolicyCommand::Prefetch(options) => prefetch::prefetch(options),
+        PolicyCommand::Replay(options) => replay(options, is_json),
+        PolicyCommand::Prefetch(options) => prefetch::prefetch(options, is_json),
         PolicyCommand::Cost { blocks, policies } => {
-            cost::measure(*blocks, policies);
+            cost::measure(*blocks, policies, is_json);
             Ok(())
         }
     }
 }
 
-fn replay(options: &ReplayOptions) -> Result<()> {
+fn replay(options: &ReplayOptions, is_json: bool) -> Result<()> {
     if options.block_bytes.0 == 0 {
         return Err(wrong("--block-bytes: a block has at least one byte"));
     }
@@ -111,11 +112,10 @@ fn replay(options: &ReplayOptions) -> Result<()> {
         seed: options.seed,
     };
     let results = run::all(&trace, &setup);
-    report::print(&results, dram.is_some());
-    if let Some(path) = &options.plot {
-        for file in plot::write(path, &name, &results)? {
-            println!("drawn: {}", file.display());
-        }
+    let drawn = options.plot.as_deref().map(|path| plot::write(path, &name, &results)).transpose()?.unwrap_or_default();
+    if !is_json {
+        report::print(&results, dram.is_some());
+        drawn.iter().for_each(|file| println!("drawn: {}", file.display()));
     }
     println!("{}", report::json(&name, &results));
     Ok(())

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{ArgMatches, Command, FromArgMatches, Subcommand};
+use pegaflow_engine::ErrorKind;
 use pegaflow_server::settings::{Loaded, Setting, Settings, Source, load};
 use pegaflow_server::{ExitStatus, run_server};
 use serde_json::{Value, json};
@@ -64,7 +65,7 @@ pub(crate) fn command(command: &Command, path: &[&str], arguments: &[OsString]) 
         }
         (_, Err(problems)) => {
             if has_json {
-                println!("{}", json!({ "error": { "kind": "InvalidInput", "message": problems.join("; ") } }));
+                super::print_error(ErrorKind::InvalidInput, &problems.join("; "));
             }
             problems.iter().for_each(|problem| eprintln!("pegaflow: {problem}"));
             ExitStatus::Usage.into()

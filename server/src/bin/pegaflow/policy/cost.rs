@@ -12,9 +12,11 @@ const TURN_BLOCKS: u32 = 4;
 const TOUCHES: usize = 4_000_000;
 const REQUESTS_PER_S: u64 = 1000;
 
-/// Prints a table, and a JSON object as the last line.
-pub(super) fn measure(blocks: u64, policies: &[PolicyChoice]) {
-    println!("{:<10} {:>16} {:>16}", "policy", "ns per touch", "bytes per block");
+/// Prints a table, and a JSON object as the last line; with `is_json` that object only.
+pub(super) fn measure(blocks: u64, policies: &[PolicyChoice], is_json: bool) {
+    if !is_json {
+        println!("{:<10} {:>16} {:>16}", "policy", "ns per touch", "bytes per block");
+    }
     let mut report = Map::new();
     for choice in policies {
         let before = resident_bytes();
@@ -29,11 +31,15 @@ pub(super) fn measure(blocks: u64, policies: &[PolicyChoice]) {
         let started = cpu_ns();
         let touches = load.run(TOUCHES);
         let ns = cpu_ns().saturating_sub(started) as f64 / touches as f64;
-        println!("{:<10} {ns:>16.0} {bytes:>16.0}", choice.name());
+        if !is_json {
+            println!("{:<10} {ns:>16.0} {bytes:>16.0}", choice.name());
+        }
         report.insert(choice.name().into(), json!({ "ns_per_touch": ns, "bytes_per_block": bytes }));
     }
     let curve_ns = measure_curve(blocks);
-    println!("{:<10} {curve_ns:>16.0}", "curve");
+    if !is_json {
+        println!("{:<10} {curve_ns:>16.0}", "curve");
+    }
     println!("{}", json!({ "blocks": blocks, "policies": report, "curve_ns_per_touch": curve_ns }));
 }
 

@@ -48,7 +48,7 @@ pub(crate) struct PrefetchOptions {
     policies: Vec<PolicyChoice>,
 }
 
-pub(super) fn prefetch(options: &PrefetchOptions) -> Result<()> {
+pub(super) fn prefetch(options: &PrefetchOptions, is_json: bool) -> Result<()> {
     let block_bytes = options.block_bytes;
     if block_bytes.0 == 0 || options.drive_speeds.iter().any(|speed| speed.0 == 0) {
         return Err(wrong("--block-bytes and --drive-speeds: at least one byte"));
@@ -61,10 +61,21 @@ pub(super) fn prefetch(options: &PrefetchOptions) -> Result<()> {
     let (mut policies, mut speeds) = (Vec::new(), Vec::new());
     options.policies.iter().for_each(|policy| once(&mut policies, *policy));
     options.drive_speeds.iter().for_each(|speed| once(&mut speeds, *speed));
-    println!(
-        "{:>10}  {:<9} {:>7} {:>8} {:>11} {:>7} {:>14} {:>8} {:>8} {:>8}",
-        "drive", "policy", "hits", "waited", "drive hits", "ready", "ready, waited", "fetched", "in vain", "no room"
-    );
+    if !is_json {
+        println!(
+            "{:>10}  {:<9} {:>7} {:>8} {:>11} {:>7} {:>14} {:>8} {:>8} {:>8}",
+            "drive",
+            "policy",
+            "hits",
+            "waited",
+            "drive hits",
+            "ready",
+            "ready, waited",
+            "fetched",
+            "in vain",
+            "no room"
+        );
+    }
     let mut json = Map::new();
     for policy in policies {
         let mut of_policy = Map::new();
@@ -84,7 +95,9 @@ pub(super) fn prefetch(options: &PrefetchOptions) -> Result<()> {
                 },
             });
             let outcome = replay_prefetch(&trace, tiers, model, &mut |_| ());
-            row(*speed, policy, &outcome);
+            if !is_json {
+                row(*speed, policy, &outcome);
+            }
             of_policy.insert(speed.to_string(), figures(&outcome));
         }
         json.insert(policy.name().into(), Value::Object(of_policy));

@@ -18,7 +18,7 @@ enum Outer {
 fn answer(words: &[&str]) -> std::result::Result<(), String> {
     let line = Line::try_parse_from(["pegaflow", "policy", "replay"].iter().chain(words)).map_err(|e| e.to_string())?;
     let Outer::Policy(command) = line.command;
-    policy(&command).map_err(|error| error.to_string())
+    policy(&command, false).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn what_is_wrong_is_said_before_anything_is_replayed() {
     let trace = trace.to_str().expect("text");
     for (words, expected) in [
         (&["--capacities", "5"][..], "Give a TRACE"),
-        (&["nowhere.jsonl", "--capacities", "5"], "cannot read nowhere.jsonl"),
+        (&["nowhere.jsonl", "--capacities", "5"], "there is no file nowhere.jsonl"),
         (&[trace, "--capacities", "5"], "trace.jsonl, line 2: not JSON"),
         (&[trace, "--capacities", "5,x"], "--capacities: 'x'"),
         (&[trace, "--capacities", "5", "--dram", "0"], "--dram: '0'"),

@@ -13,7 +13,7 @@ const LINE_BYTES_MAX: u64 = 64 << 20;
 
 pub(super) fn read(path: &Path) -> Result<Trace> {
     let failed = |error| Error::from_io(format!("cannot read {}", path.display()), error);
-    let mut file = BufReader::new(File::open(path).map_err(failed)?);
+    let mut file = BufReader::new(File::open(path).map_err(|error| crate::cannot_read(path, error))?);
     let is_compressed = file.fill_buf().map_err(failed)?.starts_with(&ZSTD_MAGIC);
     let mut lines: Box<dyn BufRead> = if is_compressed {
         Box::new(BufReader::new(zstd::Decoder::with_buffer(file).map_err(failed)?))
