@@ -109,7 +109,7 @@ impl Model {
         let numbers = match self.attention {
             Attention::Latent { numbers } => numbers,
             Attention::Heads { kv_heads, head_dim } => {
-                if kv_heads % workers != 0 && workers % kv_heads != 0 {
+                if !kv_heads.is_multiple_of(workers) && !workers.is_multiple_of(kv_heads) {
                     let message = format!("{workers} GPUs can not share {kv_heads} KV heads evenly");
                     return Err(Error::new(ErrorKind::InvalidInput, message));
                 }
