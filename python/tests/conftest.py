@@ -28,6 +28,22 @@ def store_path() -> Iterator[Path]:
         yield Path(folder) / "store"
 
 
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """See `Clock`."""
+    return Clock()
+
+
 @dataclass
 class Done:
     """A completion, as the native module gives it."""

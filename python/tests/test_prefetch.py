@@ -25,16 +25,6 @@ BLOCK = 4
 ARENA = b"arena of sixteen"
 
 
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def prompt(number: int) -> list[int]:
     return list(range(number * 1000, number * 1000 + 18))
 
@@ -45,12 +35,7 @@ def keys_of(tokens: list[int]) -> list[bytes]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def make(cache: Any, clock: Clock) -> Callable[..., PegaScheduler]:
+def make(cache: Any, clock: Any) -> Callable[..., PegaScheduler]:
     """A scheduler whose workers reach the arena, with everything on the drive."""
 
     def make(**settings: Any) -> PegaScheduler:

@@ -189,7 +189,8 @@ class HttpEngine:
             start_seconds=_START_SECONDS,
         )
 
-    def _tokens_by_source(self) -> dict[str, int]:
+    def tokens_by_source(self) -> dict[str, int]:
+        """Tokens of prompts since start, by where they came from."""
         text = self.process.metrics()
         counts: dict[str, int] = {}
         for source, value in re.findall(
@@ -243,4 +244,4 @@ class HttpEngine:
         """See `Engine`."""
         with ThreadPoolExecutor(max_workers=len(prompts)) as senders:
             answers = list(senders.map(self._stream, prompts))
-        return self._counted.reply(answers, self._tokens_by_source())
+        return self._counted.reply(answers, self.tokens_by_source())

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -152,30 +153,19 @@ class Stage:
     model: str
 
 
-def loaded_tokens(engines: Sequence[HttpEngine]) -> dict[str, int]:
-    """Tokens of prompts of these engines, by where they came from."""
-    counts: dict[str, int] = {}
-    for engine in engines:
-        text = engine.process.metrics()
-        for source, value in re.findall(
-            r'^vllm:prompt_tokens_by_source_total\{[^}]*source="(\w+)"[^}]*\} (\S+)$', text, re.MULTILINE
-        ):
-            counts[source] = counts.get(source, 0) + int(float(value))
-    return counts
-
-
 def with_kills(stage: Stage, asked: Sequence[Chat]) -> tuple[list[str], dict[str, Any]]:
     """All chats through the router; an engine is killed after each third of them has begun. Answers, and figures."""
     begun, lock = [0], threading.Lock()
     kills = {len(asked) // 3: stage.decode[0], 2 * len(asked) // 3: stage.prefill}
-    first_third: dict[str, int] = {}
+    first_third: Counter[str] = Counter()
 
     def one(chat: Chat) -> str:
         with lock:
             begun[0] += 1
             victim = kills.pop(begun[0], None)
             if victim is stage.decode[0]:
-                first_third.update(loaded_tokens(stage.decode))
+                for engine in stage.decode:
+                    first_third.update(engine.tokens_by_source())
         if victim is None:
             return ask(stage.router.port, stage.model, chat)
         # In the middle of others' answers, and of its own.
@@ -269,7 +259,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder of the tiny model that model.py makes")
     parser.add_argument("--server", type=Path, required=True, help="pegaflow-server; pegaflow-router lies beside it")
     parser.add_argument("--dir", type=Path, required=True, help="an existing folder on ext4 or XFS, with a short path")
-    parser.add_argument("--chats", type=int, default=100, help="at least 12")
+    parser.add_argument("--chats", type=int, default=100, help="at least 30: some must be answered before a kill")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="rt-") as folder:

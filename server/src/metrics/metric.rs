@@ -1,8 +1,7 @@
 //! What a metric is, and how its values are collected. Labels have few values, which are checked when tests collect.
 
-use std::path::Path;
-
 use pegaflow_engine::{Latencies, Stats};
+use pegaflow_tiers::DriveUse;
 
 use super::process::Process;
 
@@ -184,11 +183,14 @@ impl Out {
         self.push(labels, Value::Number(value.number()));
     }
 
-    /// The values of a drive.
-    pub(crate) fn by_direction(&mut self, path: &Path, read: u64, write: u64) {
-        let path = &*path.to_string_lossy();
-        self.with(&[path, "read"], read);
-        self.with(&[path, "write"], write);
+    /// The values of each drive: of reads, of writes.
+    pub(crate) fn by_drive(&mut self, now: &Now<'_>, values: fn(&DriveUse) -> (u64, u64)) {
+        for drive in &now.stats.drive_uses {
+            let (read, write) = values(drive);
+            let path = &*drive.path.to_string_lossy();
+            self.with(&[path, "read"], read);
+            self.with(&[path, "write"], write);
+        }
     }
 
     /// A histogram.

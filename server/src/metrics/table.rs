@@ -422,15 +422,11 @@ static DRIVES: &[Metric] = &[
         PATH_DIRECTION,
         "Reads and writes of the drive that ended well, since the store was opened; syncs are writes.",
         |now, out| {
-            for drive in &now.stats.drive_uses {
-                out.by_direction(&drive.path, drive.reads, drive.writes);
-            }
+            out.by_drive(now, |drive| (drive.reads, drive.writes));
         },
     ),
     counter("pegaflow_drive_transferred_bytes_total", Unit::Bytes, PATH_DIRECTION, "Bytes of these.", |now, out| {
-        for drive in &now.stats.drive_uses {
-            out.by_direction(&drive.path, drive.read_bytes, drive.write_bytes);
-        }
+        out.by_drive(now, |drive| (drive.read_bytes, drive.write_bytes));
     }),
     counter(
         "pegaflow_drive_failed_requests_total",
@@ -438,9 +434,7 @@ static DRIVES: &[Metric] = &[
         PATH_DIRECTION,
         "Reads and writes that failed or were refused.",
         |now, out| {
-            for drive in &now.stats.drive_uses {
-                out.by_direction(&drive.path, drive.failed_reads, drive.failed_writes);
-            }
+            out.by_drive(now, |drive| (drive.failed_reads, drive.failed_writes));
         },
     ),
     counter(
@@ -449,9 +443,7 @@ static DRIVES: &[Metric] = &[
         PATH_DIRECTION,
         "Time in which something waited for the drive.",
         |now, out| {
-            for drive in &now.stats.drive_uses {
-                out.by_direction(&drive.path, drive.read_busy_ns, drive.write_busy_ns);
-            }
+            out.by_drive(now, |drive| (drive.read_busy_ns, drive.write_busy_ns));
         },
     ),
     gauge(
@@ -460,15 +452,11 @@ static DRIVES: &[Metric] = &[
         PATH_DIRECTION,
         "Reads and writes that wait or are in flight.",
         |now, out| {
-            for drive in &now.stats.drive_uses {
-                out.by_direction(&drive.path, drive.reads_waiting, drive.writes_waiting);
-            }
+            out.by_drive(now, |drive| (drive.reads_waiting, drive.writes_waiting));
         },
     ),
     gauge("pegaflow_drive_waiting_bytes", Unit::Bytes, PATH_DIRECTION, "Bytes of these.", |now, out| {
-        for drive in &now.stats.drive_uses {
-            out.by_direction(&drive.path, drive.read_bytes_waiting, drive.write_bytes_waiting);
-        }
+        out.by_drive(now, |drive| (drive.read_bytes_waiting, drive.write_bytes_waiting));
     }),
     gauge(
         "pegaflow_drive_ceiling_used_ratio",

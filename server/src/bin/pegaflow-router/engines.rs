@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::affinity::{Affinity, Beginning};
 use crate::metrics;
+use crate::plan::to_be_sent;
 
 /// One bit of a word stands for each.
 const ENGINES_MAX: usize = 64;
@@ -69,6 +70,11 @@ impl Engine {
             Stage::Prefill => self.roles.computes_prompts,
             Stage::Decode => self.roles.answers,
         }
+    }
+
+    /// Its place in the list.
+    pub(crate) fn number(&self) -> usize {
+        self.number
     }
 
     /// Whether it is believed to be there.
@@ -173,7 +179,7 @@ impl Engines {
         metrics::up(&engine.name, false);
     }
 
-    /// Sends a request to an engine. Dropping the future, or the answer's body, ends the connection: the engine aborts.
+    /// Sends a request to an engine; the answer is without headers of the connection. Dropping the future, or the answer's body, ends the connection: the engine aborts.
     ///
     /// # Errors
     /// What went wrong, if no answer began.
@@ -190,7 +196,11 @@ impl Engines {
         *request.uri_mut() = uri.map_err(|error| error.to_string())?;
         *request.headers_mut() = headers.clone();
         match self.client.request(request).await {
-            Ok(response) => Ok(response.map(Body::new)),
+            Ok(response) => {
+                let (mut parts, body) = response.into_parts();
+                parts.headers = to_be_sent(&parts.headers);
+                Ok(Response::from_parts(parts, Body::new(body)))
+            }
             Err(error) => Err(with_sources(&error)),
         }
     }
@@ -222,9 +232,9 @@ impl Engines {
 
     /// Why requests can not be served, if they can not.
     pub(crate) fn problem(&self) -> Option<String> {
-        let is_served = |stage| self.all.iter().any(|engine| engine.serves(stage) && engine.is_up());
         // Without those that compute prompts, those that answer do that too.
-        (!is_served(Stage::Decode)).then(|| "no engine that answers is up".to_owned())
+        let is_answered = self.all.iter().any(|engine| engine.serves(Stage::Decode) && engine.is_up());
+        (!is_answered).then(|| "no engine that answers is up".to_owned())
     }
 }
 
@@ -254,13 +264,6 @@ fn with_sources(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-impl Engine {
-    /// Its place in the list.
-    pub(crate) fn number(&self) -> usize {
-        self.number
-    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::answer::{Answer, Broken};
 use crate::engines::{Chosen, Engines, Stage};
 use crate::metrics::{self, End};
-use crate::plan::{Plan, to_be_sent};
+use crate::plan::Plan;
 
 /// An answer without streaming may have so many bytes.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
@@ -116,8 +116,7 @@ impl Generator {
         }
         match self.begin(&plan, &body, &mut tries).await {
             Ok(Begun { engine, response }) => {
-                let (mut parts, answer_body) = response.into_parts();
-                parts.headers = to_be_sent(&parts.headers);
+                let (parts, answer_body) = response.into_parts();
                 let is_stream = parts
                     .headers
                     .get(header::CONTENT_TYPE)
@@ -179,13 +178,10 @@ impl Generator {
                 Ok(begun) => begun,
                 Err(failure) => return (failure.response(), End::Unanswered),
             };
-            let (mut parts, answer) = begun.response.into_parts();
+            let (parts, answer) = begun.response.into_parts();
             let all = tokio::time::timeout_at(tries.deadline.into(), to_bytes(answer, ANSWER_BYTES_MAX)).await;
             match all {
-                Ok(Ok(all)) => {
-                    parts.headers = to_be_sent(&parts.headers);
-                    return (Response::from_parts(parts, Body::from(all)), End::Answered);
-                }
+                Ok(Ok(all)) => return (Response::from_parts(parts, Body::from(all)), End::Answered),
                 Ok(Err(lost)) => self.failed(&begun.engine, tries, &lost.to_string()),
                 Err(_) => self.failed(&begun.engine, tries, "the answer took too long"),
             }
@@ -258,11 +254,7 @@ impl Generator {
 impl Failure {
     fn response(self) -> Response<Body> {
         match self {
-            Self::Status(response) => {
-                let (mut parts, body) = response.into_parts();
-                parts.headers = to_be_sent(&parts.headers);
-                Response::from_parts(parts, body)
-            }
+            Self::Status(response) => response,
             Self::Lost(why) => {
                 error(StatusCode::BAD_GATEWAY, "engine_unavailable", &format!("no engine answers: {why}"))
             }
@@ -297,19 +289,18 @@ impl Relay {
                     Ok(out) => return Some(self.give(out)),
                     Err(broken) => return Some(self.break_off(broken_why(broken))),
                 },
-                Ok(None) if self.answer.is_done || !self.is_stream => {
+                Ok(None) if !self.is_stream => {
                     self.counted.end(End::Answered);
-                    self.is_over = true;
-                    break;
+                    return None;
                 }
                 Ok(None) => "the engine ended in the middle of its answer".to_owned(),
                 Ok(Some(Err(lost))) => lost.to_string(),
                 Err(_) => format!("the engine said nothing for {pause:?}"),
             };
             if self.answer.is_done {
-                // Nothing is missing but the end of the connection.
+                // However the connection ended, nothing is missing.
                 self.counted.end(End::Answered);
-                break;
+                return None;
             }
             if let Some(engine) = self.engine.take() {
                 self.generator.failed(&engine, &mut self.tries, &why);

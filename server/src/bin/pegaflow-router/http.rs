@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::{Method, Response, StatusCode, header};
+use axum::http::{Method, Response, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -71,12 +71,7 @@ async fn pass_on(generator: &Generator, parts: axum::http::request::Parts, path:
     let headers = to_be_sent(&parts.headers);
     let sent = generator.engines.send(&engine, (parts.method, path), &headers, body);
     match tokio::time::timeout(generator.settings.timeout, sent).await {
-        Ok(Ok(response)) => {
-            let (mut parts, body) = response.into_parts();
-            parts.headers = to_be_sent(&parts.headers);
-            parts.headers.remove(header::CONTENT_LENGTH);
-            Response::from_parts(parts, body)
-        }
+        Ok(Ok(response)) => response,
         Ok(Err(why)) => {
             generator.engines.is_lost(&engine, &why);
             error(StatusCode::BAD_GATEWAY, "engine_unavailable", &format!("{}: {why}", engine.name))
