@@ -11,6 +11,7 @@ use pegaflow_tiers::{
 use serde::Serialize;
 
 use crate::arbiter::{Decision, LoadPolicy};
+use crate::tenants::TenantId;
 
 /// Names one running inference engine; its workers register under it, its scheduler looks up under it.
 /// vLLM's `kv_transfer_config.engine_id` with the data-parallel rank. At most 256 bytes of UTF-8.
@@ -57,6 +58,8 @@ pub struct InstanceSpec {
 pub struct LookupRequest {
     /// Whose namespace to look in.
     pub instance: InstanceId,
+    /// On whose behalf. Only what was saved on the same behalf is found; `None` is one of its own, too.
+    pub tenant: Option<TenantId>,
     /// The group.
     pub group: u16,
     /// The keys, in the order of the chain. At most 65,536.
@@ -216,6 +219,26 @@ pub struct BlockSave {
     pub block: u32,
 }
 
+/// Whose the blocks of a save are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveTarget {
+    /// Whose namespace.
+    pub instance: InstanceId,
+    /// On whose behalf. The first 1,024 tenants get a namespace each, all others share 16.
+    pub tenant: Option<TenantId>,
+    /// The group.
+    pub group: u16,
+    /// The shard.
+    pub shard: u16,
+}
+
+impl From<InstanceId> for SaveTarget {
+    /// Group 0, shard 0, on nobody's behalf.
+    fn from(instance: InstanceId) -> Self {
+        Self { instance, tenant: None, group: 0, shard: 0 }
+    }
+}
+
 /// Copies blocks out of a worker's KV cache.
 #[derive(Clone)]
 pub struct SaveRequest {
@@ -223,12 +246,8 @@ pub struct SaveRequest {
     pub session: SessionId,
     /// Its name for this save.
     pub operation: OperationId,
-    /// Whose namespace.
-    pub instance: InstanceId,
-    /// The group.
-    pub group: u16,
-    /// The shard.
-    pub shard: u16,
+    /// Whose blocks they are.
+    pub target: SaveTarget,
     /// Where from.
     pub memory: Arc<dyn KvCache>,
     /// Which blocks, ancestors first. At most 65,536.

@@ -164,6 +164,13 @@ impl DriveTier {
         self.namespaces.handle_of(id)
     }
 
+    /// How many namespaces there are of a kind.
+    pub(crate) fn count_namespaces(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
+        let of_store = self.store().map_or(0, |store| store.count_namespaces(is_counted));
+        // Those here are the store's but for those of the time without it.
+        of_store.max(self.namespaces.count(is_counted))
+    }
+
     /// Asks for an attempt to open the store again now, and waits for it. Nothing to do is no error.
     ///
     /// # Errors

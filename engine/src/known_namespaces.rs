@@ -78,6 +78,11 @@ impl KnownNamespaces {
         self.known.lock().get(id).map(|known| known.handle)
     }
 
+    /// How many there are of a kind.
+    pub(crate) fn count(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
+        self.known.lock().values().filter(|known| is_counted(&known.descriptor)).count()
+    }
+
     /// All of them.
     pub(crate) fn all(&self) -> Vec<Known> {
         self.known.lock().values().cloned().collect()

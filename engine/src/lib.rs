@@ -36,6 +36,7 @@ mod spares;
 mod spill;
 mod store_keeper;
 mod store_totals;
+mod tenants;
 mod transfer;
 mod wear;
 mod write_budget;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{Arena, BlockKey, Error, ErrorKind, GroupGeometry, Location, RecordId, Result, Store};
+use pegaflow_tiers::{Arena, BlockKey, Error, ErrorKind, Location, RecordId, Result, Store};
 
 use crate::api::{LoadQuestion, LookupReply, LookupRequest, Places, SessionId};
 use crate::arbiter::Choice;
@@ -16,7 +16,9 @@ use crate::inner::Inner;
 use crate::lease::{Hit, Pinned};
 use crate::load_choice::{FoundBytes, LoadWatch};
 use crate::look_aside::look;
+use crate::registry::InstanceView;
 use crate::scheduler::Asked;
+use crate::tenants;
 
 /// The most keys of one lookup.
 const KEYS_MAX: usize = 65_536;
@@ -63,7 +65,12 @@ fn find(inner: &Inner, session: SessionId, request: &LookupRequest) -> Result<Lo
     if let Some(question) = &request.question {
         inner.load_choice.hear(&request.instance, view.namespace, question);
     }
-    let place = RecordId { namespace: view.namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
+    let namespace = match &request.tenant {
+        None => Some(view.namespace),
+        Some(tenant) => tenants::existing(&inner.drive, &view.identity.descriptor, &view.identity.groups, tenant),
+    };
+    let Some(namespace) = namespace else { return Ok(LookupReply::default()) };
+    let place = RecordId { namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
     let asked = inner.requests.push(Asked {
         session,
         tag: request.tag,
@@ -73,7 +80,7 @@ fn find(inner: &Inner, session: SessionId, request: &LookupRequest) -> Result<Lo
         prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
     });
     for _ in 0..ATTEMPTS {
-        match attempt(inner, session, request, (place, asked), &view.geometry) {
+        match attempt(inner, session, request, (place, asked), &view) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             ended => return ended,
@@ -87,8 +94,9 @@ fn attempt(
     session: SessionId,
     request: &LookupRequest,
     (place, asked): (RecordId, u64),
-    geometry: &GroupGeometry,
+    view: &InstanceView,
 ) -> Result<LookupReply> {
+    let geometry = &view.geometry;
     let shard_count = geometry.shards;
     let store = inner.drive.store();
     let mut shards = HashMap::new();
@@ -117,7 +125,7 @@ fn attempt(
         if let Some(question) = request.question.as_ref().filter(|question| (question.first_block as usize) < found) {
             let there = found_bytes(question, &shards, found, geometry.block_bytes, places.is_some());
             let speeds = || store.as_ref().map(|store| store.drive_speeds()).unwrap_or_default();
-            let decision = inner.load_choice.decide(&request.instance, place.namespace, question, there, speeds);
+            let decision = inner.load_choice.decide(&request.instance, view.namespace, question, there, speeds);
             reply.decision = decision.id;
             if decision.choice == Choice::Recompute {
                 count_found(inner, &reply);

@@ -3,7 +3,7 @@
 pub use crate::api::{
     BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LatencyStats,
     LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places,
-    SaveOutcome, SaveRequest, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
+    SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
@@ -17,6 +17,7 @@ pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,
 };
+pub use crate::tenants::{TENANT_FIELD, TenantId};
 pub use crate::transfer::{ImportBlock, ImportReport, KnownNamespace};
 pub use crate::write_budget::WriteBudget;
 pub use pegaflow_tiers::{

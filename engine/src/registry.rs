@@ -1,6 +1,7 @@
 //! Who is connected: sessions, and the instances that their workers have registered.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 use pegaflow_tiers::{Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, Result};
@@ -14,6 +15,7 @@ const INSTANCE_BYTES_MAX: usize = 256;
 #[derive(Debug, Clone)]
 pub(crate) struct InstanceView {
     pub(crate) namespace: NamespaceHandle,
+    pub(crate) identity: Arc<Identity>,
     pub(crate) geometry: GroupGeometry,
     /// Whether all shards have registered.
     pub(crate) is_complete: bool,
@@ -21,19 +23,32 @@ pub(crate) struct InstanceView {
     pub(crate) keeps_all: bool,
 }
 
+/// What decides whether the bytes of two instances are exchangeable.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub(crate) descriptor: NamespaceDescriptor,
+    pub(crate) groups: Vec<GroupGeometry>,
+    id: NamespaceId,
+}
+
 struct Instance {
     namespace: NamespaceHandle,
-    id: NamespaceId,
-    groups: Vec<GroupGeometry>,
+    identity: Arc<Identity>,
     /// Which sessions hold which shard: a restarted worker may come before its predecessor has gone, and neither takes
     /// the shard from the other.
     workers: HashMap<u16, HashSet<SessionId>>,
     keeps_all: bool,
 }
 
+impl Identity {
+    fn is_of(&self, spec: &InstanceSpec) -> bool {
+        self.id == spec.namespace.id() && self.groups == spec.groups
+    }
+}
+
 impl Instance {
     fn shards(&self) -> u16 {
-        self.groups.iter().map(|group| group.shards).max().unwrap_or(1)
+        self.identity.groups.iter().map(|group| group.shards).max().unwrap_or(1)
     }
 
     fn is_complete(&self) -> bool {
@@ -117,7 +132,7 @@ impl Registry {
         let state = self.state.read();
         if let Some(known) = state.instances.get(&spec.instance)
             && known.workers.values().flatten().any(|worker| *worker != session)
-            && (known.id != spec.namespace.id() || known.groups != spec.groups)
+            && !known.identity.is_of(spec)
         {
             return Err(Error::new(
                 ErrorKind::GeometryMismatch,
@@ -136,11 +151,13 @@ impl Registry {
         if !state.sessions.contains(&session) {
             return;
         }
-        let id = spec.namespace.id();
-        let fresh =
-            || Instance { namespace, id, groups: spec.groups.clone(), workers: HashMap::new(), keeps_all: false };
+        let fresh = || {
+            let (descriptor, groups) = (spec.namespace.clone(), spec.groups.clone());
+            let identity = Arc::new(Identity { id: descriptor.id(), descriptor, groups });
+            Instance { namespace, identity, workers: HashMap::new(), keeps_all: false }
+        };
         let instance = state.instances.entry(spec.instance.clone()).or_insert_with(fresh);
-        if instance.id != id || instance.groups != spec.groups {
+        if !instance.identity.is_of(spec) {
             *instance = fresh();
         }
         instance.workers.entry(spec.shard).or_default().insert(session);
@@ -167,6 +184,7 @@ impl Registry {
             )
         })?;
         let geometry = known
+            .identity
             .groups
             .iter()
             .find(|geometry| geometry.group == group)
@@ -174,6 +192,7 @@ impl Registry {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("instance {instance} has no group {group}")))?;
         Ok(InstanceView {
             namespace: known.namespace,
+            identity: Arc::clone(&known.identity),
             geometry,
             is_complete: known.is_complete(),
             keeps_all: known.keeps_all,

@@ -13,6 +13,7 @@ use crate::operations::Operation;
 use crate::registry::InstanceView;
 use crate::residency::Resident;
 use crate::spill::{spill, spill_for_sure};
+use crate::tenants;
 
 /// How much is copied out of the device in one batch.
 const BATCH_BYTES: u64 = 128 << 20;
@@ -54,7 +55,7 @@ impl SaveJob {
     /// # Errors
     /// `NotFound`, `InvalidInput`, `GeometryMismatch`.
     pub(crate) fn new(inner: &Arc<Inner>, request: SaveRequest, done: SaveDone) -> Result<Self> {
-        let view = inner.registry.view(&request.instance, request.group)?;
+        let view = inner.registry.view(&request.target.instance, request.target.group)?;
         let layout = request.memory.layout();
         if layout.block_bytes() != view.geometry.block_bytes {
             return Err(Error::new(
@@ -66,10 +67,10 @@ impl SaveJob {
                 ),
             ));
         }
-        if request.shard >= view.geometry.shards {
+        if request.target.shard >= view.geometry.shards {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("shard {} is not below {}", request.shard, view.geometry.shards),
+                format!("shard {} is not below {}", request.target.shard, view.geometry.shards),
             ));
         }
         if let Some(outside) = request.blocks.iter().find(|block| block.block >= layout.blocks()) {
@@ -98,15 +99,27 @@ impl SaveJob {
     pub(crate) fn run(self) {
         let span = tracing::info_span!(
             "save",
-            instance = %self.request.instance,
+            instance = %self.request.target.instance,
             session = self.request.session.0,
             operation = self.request.operation.0,
-            shard = self.request.shard,
+            shard = self.request.target.shard,
         );
         span.in_scope(move || self.run_in_span());
     }
 
     fn run_in_span(mut self) {
+        if let Some(tenant) = &self.request.target.tenant {
+            let identity = &self.view.identity;
+            let (drive, own_max) = (&self.inner.drive, tenants::OWN_MAX);
+            match tenants::existing_or_new(drive, &identity.descriptor, &identity.groups, tenant, own_max) {
+                Ok(namespace) => self.view.namespace = namespace,
+                Err(error) => {
+                    tracing::warn!(%tenant, %error, "nothing is saved: the tenant gets no namespace");
+                    self.dropped.is_refused = true;
+                    return;
+                }
+            }
+        }
         let blocks = std::mem::take(&mut self.request.blocks);
         let per_batch = (BATCH_BYTES / self.view.geometry.block_bytes).max(1) as usize;
         // Blocks that this save has room for but that are not visible yet: good enough as ancestors of the next ones.
@@ -128,7 +141,12 @@ impl SaveJob {
     }
 
     fn id(&self, key: BlockKey) -> RecordId {
-        RecordId { namespace: self.view.namespace, group: self.request.group, shard: self.request.shard, key }
+        RecordId {
+            namespace: self.view.namespace,
+            group: self.request.target.group,
+            shard: self.request.target.shard,
+            key,
+        }
     }
 
     /// A slot for a block that is worth saving; counts it otherwise.

@@ -75,6 +75,7 @@ fn whoever_is_told_the_places_finds_the_bytes_there_until_it_says_that_it_has_th
     worker.save(&keys, BlockKey::ROOT);
     let request = LookupRequest {
         instance: worker.instance.clone(),
+        tenant: None,
         group: 0,
         keys: keys.clone(),
         lease: Some(Duration::from_secs(60)),
@@ -151,6 +152,7 @@ fn bad_requests_are_refused_and_change_nothing() {
     assert_eq!(stranger.map_err(|error| error.kind()), Err(ErrorKind::NotFound));
     let request = LookupRequest {
         instance: InstanceId("nobody".into()),
+        tenant: None,
         group: 0,
         keys: keys(1, 1),
         lease: None,
@@ -173,6 +175,7 @@ fn dram_that_is_full_of_leased_blocks_drops_saves_and_serves_again_afterwards() 
         dropped += worker.save(&keys, BlockKey::ROOT).dropped;
         let request = LookupRequest {
             instance: worker.instance.clone(),
+            tenant: None,
             group: 0,
             keys,
             lease: Some(Duration::from_secs(60)),

@@ -54,6 +54,7 @@ fn seed(chain: u32, block: u32) -> u8 {
 fn ask(worker: &Worker, chain: u32) -> LookupReply {
     let request = LookupRequest {
         instance: worker.instance.clone(),
+        tenant: None,
         group: 0,
         keys: keys(BLOCKS, chain),
         lease: Some(Duration::from_secs(60)),

@@ -53,6 +53,7 @@ fn ask(worker: &Worker, chain: u32, request: &str) -> LookupReply {
     };
     let request = LookupRequest {
         instance: worker.instance.clone(),
+        tenant: None,
         group: 0,
         keys: keys(BLOCKS, chain),
         lease: Some(Duration::from_secs(60)),

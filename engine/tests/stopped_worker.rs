@@ -56,9 +56,7 @@ fn a_stopped_worker_does_not_stop_others() {
     let save = SaveRequest {
         session: worker.session,
         operation: OperationId(101),
-        instance: worker.instance.clone(),
-        group: 0,
-        shard: 0,
+        target: worker.instance.clone().into(),
         memory,
         blocks: vec![BlockSave { key: support::keys(1, 9)[0], parent: BlockKey::ROOT, depth: 0, block: 0 }],
     };

@@ -12,7 +12,7 @@ use std::time::Duration;
 use pegaflow_engine::{
     ArenaId, BlockKey, BlockSave, ComputedTokens, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory,
     InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadQuestion, LookupRequest, NamespaceDescriptor, OperationId, Place,
-    RangeFragment, Result,
+    RangeFragment, Result, SaveTarget, TenantId,
 };
 use pegaflow_tiers::CudaMemory;
 use pyo3::prelude::*;
@@ -166,8 +166,9 @@ impl Cache {
     /// With `question` it is decided whether what was found is worth loading; if it is not there is no lease.
     /// With `prefetch` what is leased and on the drive is brought to DRAM until the lease ends; the last value is the seconds
     /// that this is expected to take, 0 if nothing is fetched or that is not known.
+    /// Only what was saved for the same `tenant` is found.
     #[expect(clippy::too_many_arguments, reason = "the values of one request")]
-    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false, question = None, prefetch = false))]
+    #[pyo3(signature = (instance, group, keys, lease, tag, *, places = false, question = None, prefetch = false, tenant = None))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
@@ -179,12 +180,15 @@ impl Cache {
         places: bool,
         question: Option<Question>,
         prefetch: bool,
+        tenant: Option<&str>,
     ) -> PyResult<Found<'py>> {
+        let tenant = tenant_of(py, tenant)?;
         let question = question.map(question_of).transpose().map_err(|error| to_python(py, &error))?;
         let lease = Some(duration(lease)?).filter(|lease| !lease.is_zero());
         let keys = keys_of(keys).map_err(|error| to_python(py, &error))?;
         let request = LookupRequest {
             instance: InstanceId(instance.into()),
+            tenant,
             group,
             keys,
             lease,
@@ -287,7 +291,7 @@ impl Cache {
     /// Starts a save: a run of blocks of one chain. `parent` is the key before the first, `depth` the first's place in
     /// the chain, `keys` are 32 bytes for each block. It runs after what is queued on the device's stream `stream`.
     #[expect(clippy::too_many_arguments, reason = "keyword arguments on the Python side")]
-    #[pyo3(signature = (operation, instance, group, shard, *, parent, depth, keys, blocks, stream = 0))]
+    #[pyo3(signature = (operation, instance, group, shard, *, parent, depth, keys, blocks, stream = 0, tenant = None))]
     fn save(
         &self,
         py: Python<'_>,
@@ -300,12 +304,15 @@ impl Cache {
         keys: &[u8],
         blocks: Vec<u32>,
         stream: u64,
+        tenant: Option<&str>,
     ) -> PyResult<()> {
         let blocks = run_of(parent, depth, keys, &blocks).map_err(|error| to_python(py, &error))?;
-        let (operation, instance) = (OperationId(operation), InstanceId(instance.into()));
+        let tenant = tenant_of(py, tenant)?;
+        let (operation, target) =
+            (OperationId(operation), SaveTarget { instance: InstanceId(instance.into()), tenant, group, shard });
         detached(py, || match &self.0 {
-            Port::Embedded(embedded) => embedded.save(operation, instance, group, shard, blocks, stream),
-            Port::Remote(remote) => remote.save(operation, instance, group, shard, blocks, stream),
+            Port::Embedded(embedded) => embedded.save(operation, target, blocks, stream),
+            Port::Remote(remote) => remote.save(operation, target, blocks, stream),
         })
     }
 
@@ -421,6 +428,10 @@ fn same_length(lengths: &[usize]) -> Result<()> {
         [first, rest @ ..] if *first <= BLOCKS_MAX && rest.iter().all(|length| length == first) => Ok(()),
         _ => Err(invalid(format!("lists of {lengths:?} entries; give equal ones of at most {BLOCKS_MAX}"))),
     }
+}
+
+fn tenant_of(py: Python<'_>, name: Option<&str>) -> PyResult<Option<TenantId>> {
+    name.map(TenantId::new).transpose().map_err(|error| to_python(py, &error))
 }
 
 fn run_of(parent: &[u8], depth: u32, keys: &[u8], blocks: &[u32]) -> Result<Vec<BlockSave>> {

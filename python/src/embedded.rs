@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use pegaflow_engine::{
     ArenaId, ArenaView, BlockSave, CopyDirection, DeviceMemory, Engine, EngineConfig, Error, ErrorKind, InstanceId,
     InstanceSpec, KvCache, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LocalKvCache, LookupReply, LookupRequest,
-    OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveOutcome, SaveRequest, SessionId,
+    OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveOutcome, SaveRequest, SaveTarget, SessionId,
 };
 
 struct Opened {
@@ -300,14 +300,12 @@ impl Embedded {
     pub(crate) fn save(
         &self,
         operation: OperationId,
-        instance: InstanceId,
-        group: u16,
-        shard: u16,
+        target: SaveTarget,
         blocks: Vec<BlockSave>,
         stream: u64,
     ) -> Result<()> {
         let memory = self.kv_cache(stream)?;
-        let request = SaveRequest { session: self.session(), operation, instance, group, shard, memory, blocks };
+        let request = SaveRequest { session: self.session(), operation, target, memory, blocks };
         let ended = Arc::clone(&self.ended);
         self.shared.engine.save(request, Box::new(move |outcome| ended.push(Ended::Save(operation, outcome))))
     }

@@ -85,3 +85,9 @@ fn tokens_of(py: Python<'_>, tokens: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
 fn token<T: Copy + std::fmt::Display + TryInto<u32>>(value: T) -> PyResult<u32> {
     value.try_into().map_err(|_| PyValueError::new_err(format!("token {value} is not a 32-bit id; give 0 to 2^32-1")))
 }
+
+/// The tenant of requests with a cache salt.
+#[pyfunction]
+pub(crate) fn tenant_of_cache_salt(salt: &str) -> String {
+    pegaflow_engine::TenantId::of_cache_salt(salt).to_string()
+}

@@ -24,7 +24,7 @@ mod _native {
     #[pymodule_export]
     use crate::engine::{Engine, Object};
     #[pymodule_export]
-    use crate::key_chain::KeyChain;
+    use crate::key_chain::{KeyChain, tenant_of_cache_salt};
     #[pymodule_export]
     use crate::weights::{content_digest, digest_weights, full_digest};
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pegaflow_engine::{
     ArenaId, BlockSave, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
-    LookupRequest, OperationId, Result,
+    LookupRequest, OperationId, Result, SaveTarget,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
@@ -132,13 +132,11 @@ impl Remote {
     pub(crate) fn save(
         &self,
         operation: OperationId,
-        instance: InstanceId,
-        group: u16,
-        shard: u16,
+        target: SaveTarget,
         blocks: Vec<BlockSave>,
         stream: u64,
     ) -> Result<()> {
-        self.start_operation(operation, |client| client.save(operation, instance, group, shard, blocks, stream))
+        self.start_operation(operation, |client| client.save(operation, target, blocks, stream))
     }
 
     pub(crate) fn cancel(&self, operation: OperationId) {

@@ -80,6 +80,8 @@ class FakeCache:
     recommends_computing: bool = False
     prefetches: list[tuple[int, bool]] = field(default_factory=list)
     """Of each lookup: the tag, and whether what is found was to be fetched."""
+    tenants: list[tuple[str, str | None]] = field(default_factory=list)
+    """On whose behalf lookups and saves came."""
     fetch_s: float | None = None
     """What is found is on the drive, and takes so long to fetch."""
     tags: dict[int, int] = field(default_factory=dict)
@@ -109,9 +111,11 @@ class FakeCache:
         places: bool = False,
         question: Any = None,
         prefetch: bool = False,
+        tenant: str | None = None,
     ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]:
         self._reached()
         self.prefetches.append((tag, prefetch))
+        self.tenants.append(("lookup", tenant))
         if question is not None:
             self.questions.append(question)
         self.calls.append(("lookup", (instance, len(keys) // KEY, lease, tag)))
@@ -182,8 +186,10 @@ class FakeCache:
         keys: bytes,
         blocks: Sequence[int],
         stream: int = 0,
+        tenant: str | None = None,
     ) -> None:
         self._reached()
+        self.tenants.append(("save", tenant))
         self.calls.append(("save", (operation, instance, depth, list(blocks))))
         self.calls.append(("stream", stream))
         self.saves[operation] = keys

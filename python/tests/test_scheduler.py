@@ -193,6 +193,26 @@ def test_a_salt_separates(make, cache, make_request) -> None:
     assert scheduler.matched_tokens(make_request("s", PROMPT), 0) == (4 * BLOCK, True)
 
 
+def test_a_salt_is_a_tenant(make, cache, make_request, step) -> None:
+    def ask_and_save(scheduler, name: str, salt: str | None) -> set[tuple[str, str | None]]:
+        cache.tenants.clear()
+        scheduler.matched_tokens(make_request(name, PROMPT, cache_salt=salt), 0)
+        saves = scheduler.build_meta(step(new={name: ([1, 2, 3, 4, 5], 0, 18)})).saves
+        return {*cache.tenants, *(("save", order.tenant) for order in saves)}
+
+    names = set()
+    for number, salt in enumerate(["tenant", "tenant", "other"]):
+        asked = ask_and_save(make(), f"r{number}", salt)
+        [name] = {tenant for _, tenant in asked}
+        assert {kind for kind, _ in asked} == {"lookup", "save"}
+        assert name is not None
+        assert salt not in name, "a salt may be a secret"
+        names.add(name)
+    assert len(names) == 2
+    assert ask_and_save(make(), "n", None) == {("lookup", None), ("save", None)}
+    assert ask_and_save(make(tenants="off"), "o", "tenant") == {("lookup", None), ("save", None)}
+
+
 def test_unknown_extra_keys_are_not_cached(make, cache, make_request, step, monkeypatch) -> None:
     from pegaflow.connector import compat
 

@@ -142,15 +142,13 @@ impl PegaFlow for Service {
         let request = request.into_inner();
         let save = || {
             let session = self.sessions.get(request.session)?;
-            let (instance, group, shard, blocks) = wire::save_blocks(&request)?;
+            let (target, blocks) = wire::save_blocks(&request)?;
             let memory = session.kv_cache(request.operation)?;
             let operation = session.begin(request.operation)?;
             let request = SaveRequest {
                 session: session.engine_id,
                 operation: OperationId(request.operation),
-                instance,
-                group,
-                shard,
+                target,
                 memory,
                 blocks,
             };

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use pegaflow_engine::{
     ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId,
-    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result,
+    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result, SaveTarget,
+    TenantId,
 };
 use prost::bytes::Bytes;
 
@@ -172,6 +173,16 @@ pub(crate) fn arena(bytes: &[u8]) -> Result<ArenaId> {
         .map_err(|_| invalid(format!("an arena named by {} bytes; 16 were expected", bytes.len())))
 }
 
+/// A tenant's name; an empty one is none.
+fn tenant(name: &str) -> Result<Option<TenantId>> {
+    (!name.is_empty()).then(|| TenantId::new(name)).transpose()
+}
+
+/// The wire form of a tenant.
+pub(crate) fn tenant_to_wire(tenant: Option<&TenantId>) -> String {
+    tenant.map(TenantId::to_string).unwrap_or_default()
+}
+
 /// A lookup.
 pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupRequest> {
     let lease = Duration::from_millis(request.lease_ms.into());
@@ -180,6 +191,7 @@ pub(crate) fn lookup_request(request: &proto::LookupRequest) -> Result<LookupReq
     }
     Ok(LookupRequest {
         instance: instance(&request.instance)?,
+        tenant: tenant(&request.tenant)?,
         group: group(request.group)?,
         keys: keys("keys", &request.keys)?,
         lease: (!lease.is_zero()).then_some(lease),
@@ -240,6 +252,7 @@ pub(crate) fn lookup_to_wire(session: u64, request: &LookupRequest) -> proto::Lo
     proto::LookupRequest {
         session,
         instance: request.instance.to_string(),
+        tenant: tenant_to_wire(request.tenant.as_ref()),
         group: request.group.into(),
         keys: join_keys(request.keys.iter()),
         lease_ms,
@@ -291,8 +304,8 @@ pub(crate) fn load_blocks(request: &proto::LoadRequest) -> Result<(LeaseId, u16,
     Ok((lease(&request.lease)?, shard(request.shard)?, blocks))
 }
 
-/// A save's instance, group, shard and blocks.
-pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(InstanceId, u16, u16, Vec<BlockSave>)> {
+/// A save's target and blocks.
+pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(SaveTarget, Vec<BlockSave>)> {
     let keys = keys("keys", &request.keys)?;
     check_count("keys", keys.len())?;
     let parents = self::keys("parents", &request.parents)?;
@@ -305,7 +318,13 @@ pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(InstanceId, u
         .zip(request.depths.iter().zip(&request.blocks))
         .map(|((key, parent), (&depth, &block))| BlockSave { key, parent, depth, block })
         .collect();
-    Ok((instance(&request.instance)?, group(request.group)?, shard(request.shard)?, blocks))
+    let target = SaveTarget {
+        instance: instance(&request.instance)?,
+        tenant: tenant(&request.tenant)?,
+        group: group(request.group)?,
+        shard: shard(request.shard)?,
+    };
+    Ok((target, blocks))
 }
 
 /// How long a flush may wait.

@@ -110,7 +110,7 @@ fn bad_calls_are_refused_at_once_and_end_in_no_completion() {
     assert_eq!(worker.wait(OperationId(2)), CompletionResult::Load(failed));
     let operation = worker.operation();
     let unknown = pegaflow_engine::InstanceId("nobody".into());
-    worker.client.save(operation, unknown, 0, 0, Worker::saves(3), 0).expect("accepted");
+    worker.client.save(operation, unknown.into(), Worker::saves(3), 0).expect("accepted");
     assert_eq!(
         worker.wait(operation),
         CompletionResult::Save(SaveOutcome { saved: 0, present: 0, dropped: 3 }),

@@ -127,6 +127,7 @@ fn server(desk: &Desk) -> (Process, Worker, String) {
     let question = LoadQuestion { request: "cmpl-1-abc".into(), block_tokens: 16, ..LoadQuestion::default() };
     let found = worker.client.lookup(&LookupRequest {
         instance: Worker::spec().instance,
+        tenant: None,
         group: 0,
         keys: (0..count).map(Worker::key).collect(),
         lease: Some(PATIENCE),

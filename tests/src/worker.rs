@@ -203,7 +203,7 @@ impl TestWorker {
             blocks.push(BlockSave { key, parent: chain.parent(index), depth: index as u32, block: block as u32 });
         }
         let operation = self.operation();
-        self.client.save(operation, self.instance(), 0, 0, blocks, 0)?;
+        self.client.save(operation, self.instance().into(), blocks, 0)?;
         Ok(operation)
     }
 
@@ -226,6 +226,7 @@ impl TestWorker {
     pub fn lookup(&self, chain: &Chain, lease: Option<Duration>) -> Result<LookupReply> {
         let request = LookupRequest {
             instance: self.instance(),
+            tenant: None,
             group: 0,
             keys: chain.keys.clone(),
             lease,
@@ -267,6 +268,7 @@ impl TestWorker {
     pub fn load_placed(&mut self, chain: &Chain) -> Result<()> {
         let request = LookupRequest {
             instance: self.instance(),
+            tenant: None,
             group: 0,
             keys: chain.keys.clone(),
             lease: Some(PLACED_LEASE),
@@ -300,6 +302,7 @@ impl TestWorker {
         let question = LoadQuestion { request: request.to_owned(), block_tokens: 16, ..LoadQuestion::default() };
         let reply = self.client.lookup(&LookupRequest {
             instance: self.instance(),
+            tenant: None,
             group: 0,
             keys: chain.keys.clone(),
             lease: Some(Duration::from_secs(60)),

@@ -311,9 +311,7 @@ fn write_store(prompts: &Prompts, options: &ServerOptions) -> Result<()> {
         let save = SaveRequest {
             session,
             operation: OperationId(number as u64),
-            instance: InstanceId("bench".into()),
-            group: 0,
-            shard: 0,
+            target: InstanceId("bench".into()).into(),
             memory: Arc::new(LocalKvCache::new(Arc::clone(&memory), engine.arena(), None)),
             blocks: (0u32..)
                 .zip(prompts.chain(number))
@@ -344,6 +342,7 @@ fn request(prompts: &Prompts, number: usize) -> LookupRequest {
     let keys = prompts.chain(number).map(|(key, _)| key).collect();
     LookupRequest {
         instance: InstanceId("bench".into()),
+        tenant: None,
         group: 0,
         keys,
         lease: Some(LEASE),

@@ -168,6 +168,7 @@ impl Worker {
     fn lookup(&self, keys: &[BlockKey], tag: u64) -> Result<u64> {
         let request = LookupRequest {
             instance: self.instance.clone(),
+            tenant: None,
             group: 0,
             keys: keys.to_vec(),
             lease: None,
@@ -187,9 +188,7 @@ impl Worker {
         let request = SaveRequest {
             session: self.session,
             operation: OperationId(number),
-            instance: self.instance.clone(),
-            group: 0,
-            shard: 0,
+            target: self.instance.clone().into(),
             memory: Arc::new(LocalKvCache::new(Arc::clone(memory), self.engine.arena(), None)),
             blocks,
         };

@@ -394,6 +394,7 @@ fn without_room_a_request_waits_until_the_policies_know_it_and_no_longer() {
 fn lookup(rig: &Rig, ids: &[RecordId], tag: u64, prefetch: bool) -> LookupReply {
     let request = LookupRequest {
         instance: InstanceId("i".into()),
+        tenant: None,
         group: 0,
         keys: ids.iter().map(|id| id.key).collect(),
         lease: Some(Duration::from_secs(60)),

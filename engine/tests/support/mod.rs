@@ -45,6 +45,8 @@ pub(crate) struct Worker {
     pub(crate) memory: Memory,
     /// Which one it saves and loads.
     pub(crate) shard: u16,
+    /// On whose behalf it asks and saves.
+    pub(crate) tenant: Option<TenantId>,
     next: u64,
 }
 
@@ -57,7 +59,7 @@ impl Worker {
         let session = engine.start_session();
         let instance = InstanceId("test".into());
         engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("registered");
-        Self { engine, session, instance, memory: memory(), shard: 0, next: 0 }
+        Self { engine, session, instance, memory: memory(), shard: 0, tenant: None, next: 0 }
     }
 
     pub(crate) fn kv_cache(&self) -> Arc<dyn KvCache> {
@@ -81,9 +83,12 @@ impl Worker {
         let request = SaveRequest {
             session: self.session,
             operation: OperationId(self.next),
-            instance: self.instance.clone(),
-            group: 0,
-            shard: self.shard,
+            target: SaveTarget {
+                instance: self.instance.clone(),
+                tenant: self.tenant.clone(),
+                group: 0,
+                shard: self.shard,
+            },
             memory: self.kv_cache(),
             blocks,
         };
@@ -94,6 +99,7 @@ impl Worker {
     pub(crate) fn lookup(&self, keys: &[BlockKey]) -> LookupReply {
         let request = LookupRequest {
             instance: self.instance.clone(),
+            tenant: self.tenant.clone(),
             group: 0,
             keys: keys.to_vec(),
             lease: Some(Duration::from_secs(60)),

@@ -18,6 +18,7 @@ KILL_SWITCH_ENV = "PEGAFLOW_DISABLE"
 Mode = Literal["auto", "server", "embedded"]
 LoadPolicy = Literal["auto", "always", "never", "shadow"]
 Prefetch = Literal["auto", "off"]
+Tenants = Literal["cache_salt", "off"]
 
 
 def default_socket() -> Path:
@@ -57,6 +58,9 @@ class ConnectorConfig:
     """How long a request may be held back in vLLM's queue until the blocks are in the cache that another engine has
     computed for it, in milliseconds; what is missing then is computed. `pegaflow-router` tells how many there are.
     0: never. 0 to 60,000."""
+    tenants: Tenants = "cache_salt"
+    """`cache_salt`: requests with one salt are one tenant, with a namespace, a share of memory and, in an encrypted
+    store, a data key of their own. `off`: salts tell blocks apart, but all requests are one party."""
     save_decode: bool = True
     """Whether to save the blocks of generated tokens as well as those of prompts."""
     sync_loads: bool = True
@@ -117,6 +121,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("auto", "server", "embedded"),
     "load_policy": ("auto", "always", "never", "shadow"),
     "prefetch": ("auto", "off"),
+    "tenants": ("cache_salt", "off"),
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "min_blocks": (1, 65_536),

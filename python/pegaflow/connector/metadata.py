@@ -47,6 +47,8 @@ class SaveOrder:
     depth: int
     keys: bytes
     blocks: list[int]
+    tenant: str | None = None
+    """On whose behalf; only lookups on the same behalf find it."""
 
 
 @dataclass

@@ -105,12 +105,13 @@ class CachePort(Protocol):
         places: bool = False,
         question: Question | None = None,
         prefetch: bool = False,
+        tenant: str | None = None,
     ) -> tuple[int, int, int | None, bytes | None, bytes, int, float]:
         """Blocks found, blocks of those in DRAM, lease; if asked for and all are in DRAM their arena and their places
         in it, little-endian numbers of four bytes, shard after shard; the number of the decision, 0 without one. With
         `question` there is no lease if loading is not worth it. With `prefetch` what is leased and on the drive is
         brought to DRAM until the lease ends: the last value is how many seconds that is expected to take, 0 if nothing
-        is fetched or that is not known.
+        is fetched or that is not known. Only what was saved for the same `tenant` is found.
         """
 
     def release(self, lease: int) -> None:
@@ -152,8 +153,9 @@ class CachePort(Protocol):
         keys: bytes,
         blocks: Sequence[int],
         stream: int = 0,
+        tenant: str | None = None,
     ) -> None:
-        """Starts a save; it reads after what is queued on `stream` now."""
+        """Starts a save; it reads after what is queued on `stream` now. Only lookups for the same `tenant` find it."""
 
     def cancel(self, operation: int) -> None:
         """Asks for an operation to end early; its completion still comes."""

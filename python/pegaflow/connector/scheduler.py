@@ -88,6 +88,8 @@ class Tracked:
 
     request: Request
     tag: int
+    tenant: str | None
+    """On whose behalf it is computed."""
     chain: _native.KeyChain = field(default_factory=_native.KeyChain)
     keys: bytearray = field(default_factory=bytearray)
     mm_index: int = 0
@@ -495,7 +497,9 @@ class PegaScheduler:
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = Tracked(request, next(self._tags), preemptions=request.num_preemptions)
+            has_tenant = request.cache_salt and self._config.tenants == "cache_salt"
+            tenant = _native.tenant_of_cache_salt(request.cache_salt) if has_tenant else None
+            tracked = Tracked(request, next(self._tags), tenant, preemptions=request.num_preemptions)
             if compat.is_resumable(request):
                 self._do_not_cache(tracked, "a streaming session, whose tokens may change")
             self._tracked[request.request_id] = tracked
@@ -582,6 +586,7 @@ class PegaScheduler:
                     places=arena is not None,
                     question=question,
                     prefetch=prefetch,
+                    tenant=tracked.tenant,
                 )
             )
             result = "hit" if found.hit_blocks else "miss"
@@ -648,6 +653,7 @@ class PegaScheduler:
                 depth=start,
                 keys=bytes(tracked.keys[start * _KEY : end * _KEY]),
                 blocks=tracked.block_ids[start:end],
+                tenant=tracked.tenant,
             )
             self._meta.saves.append(order)
             self.stats.count("offered_blocks", (end - start) * self._workers)

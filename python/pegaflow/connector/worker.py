@@ -344,6 +344,7 @@ class PegaWorker:
                     keys=order.keys,
                     blocks=order.blocks,
                     stream=stream,
+                    tenant=order.tenant,
                 )
             except PegaError as error:
                 logger.debug("PegaFlow: save for %s: %s", order.request_id, error)

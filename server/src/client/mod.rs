@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock,
-    LoadPolicy, LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result,
+    ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceSpec, LeaseId, LoadBlock, LoadPolicy,
+    LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveTarget,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -240,24 +240,16 @@ impl Client {
         }
     }
 
-    /// Starts a save of blocks of `group` out of the worker's memory, ancestors first, behind what is queued on the device's
+    /// Starts a save of blocks out of the worker's memory, ancestors first, behind what is queued on the device's
     /// stream `stream` (0 for host memory). Ends in a [`Completion`] if this returns `Ok`, and in none otherwise. Saves reach
     /// the server in the order of these calls.
     ///
     /// # Errors
     /// As [`Client::load`].
-    pub fn save(
-        &self,
-        operation: OperationId,
-        instance: InstanceId,
-        group: u16,
-        shard: u16,
-        blocks: Vec<BlockSave>,
-        stream: u64,
-    ) -> Result<()> {
+    pub fn save(&self, operation: OperationId, target: SaveTarget, blocks: Vec<BlockSave>, stream: u64) -> Result<()> {
         let kv = self.memory()?;
         check_blocks(&kv, blocks.len(), blocks.iter().map(|block| block.block))?;
-        self.submit(operation, Work::Save { instance, group, shard, blocks }, kv, stream)
+        self.submit(operation, Work::Save { target, blocks }, kv, stream)
     }
 
     /// Asks for an operation to end early; its completion still comes, soon. Unknown ones are ignored.

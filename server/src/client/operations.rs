@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pegaflow_engine::{
-    BlockSave, CopyDirection, DeviceMemory, Fence, InstanceId, LeaseId, LoadBlock, LoadOutcome, OperationId, Place,
-    SaveOutcome,
+    BlockSave, CopyDirection, DeviceMemory, Fence, LeaseId, LoadBlock, LoadOutcome, OperationId, Place, SaveOutcome,
+    SaveTarget,
 };
 
 use super::completions::{CompletionResult, Completions};
@@ -26,7 +26,7 @@ pub(super) const SENT_MAX: usize = 512;
 /// What is to be moved.
 pub(super) enum Work {
     Load { lease: LeaseId, shard: u16, blocks: Vec<LoadBlock> },
-    Save { instance: InstanceId, group: u16, shard: u16, blocks: Vec<BlockSave> },
+    Save { target: SaveTarget, blocks: Vec<BlockSave> },
 }
 
 impl Work {
@@ -308,16 +308,17 @@ impl Operations {
                     blocks: blocks.iter().map(|block| block.block).collect(),
                 },
             },
-            Work::Save { instance, group, shard, blocks } => {
+            Work::Save { target, blocks } => {
                 self.save_sent = Some(wire);
                 Action::Save {
                     wire,
                     request: proto::SaveRequest {
                         session,
                         operation: wire,
-                        instance: instance.to_string(),
-                        group: (*group).into(),
-                        shard: (*shard).into(),
+                        instance: target.instance.to_string(),
+                        tenant: wire::tenant_to_wire(target.tenant.as_ref()),
+                        group: target.group.into(),
+                        shard: target.shard.into(),
                         keys: wire::join_keys(blocks.iter().map(|block| &block.key)),
                         parents: wire::join_keys(blocks.iter().map(|block| &block.parent)),
                         depths: blocks.iter().map(|block| block.depth).collect(),

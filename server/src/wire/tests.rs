@@ -86,6 +86,11 @@ fn malformed_lengths_are_refused() {
         let request = proto::LookupRequest { keys: vec![0; length].into(), ..lookup(1) };
         assert_eq!(kind(lookup_request(&request)).err(), Some(ErrorKind::InvalidInput), "{length} bytes of keys");
     }
+    for tenant in ["~1", "a b", &"x".repeat(65)] {
+        let tenant = tenant.to_owned();
+        assert!(lookup_request(&proto::LookupRequest { tenant: tenant.clone(), ..lookup(1) }).is_err());
+        assert!(save_blocks(&proto::SaveRequest { tenant, ..save(1) }).is_err());
+    }
     assert!(lease(&[0; 15]).is_err() && lease(&[]).is_err() && lease(&[0; 16]).is_ok());
     assert!(save_blocks(&proto::SaveRequest { depths: vec![0], ..save(2) }).is_err());
     assert!(save_blocks(&proto::SaveRequest { blocks: vec![0; 3], ..save(2) }).is_err());
@@ -102,6 +107,7 @@ fn values_come_back_as_they_were() {
     });
     let request = LookupRequest {
         instance: spec.instance,
+        tenant: TenantId::new("salt-1").ok(),
         group: 3,
         keys: (0..5).map(|i| BlockKey::from_bytes([i; 32])).collect(),
         lease: Some(Duration::from_micros(10)),

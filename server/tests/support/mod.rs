@@ -169,7 +169,7 @@ impl Worker {
     pub(crate) fn start_save(&self, count: u32) -> pegaflow_engine::Result<OperationId> {
         let operation = self.operation();
         let spec = Self::spec();
-        self.client.save(operation, spec.instance, 0, 0, Self::saves(count), 0).map(|()| operation)
+        self.client.save(operation, spec.instance.into(), Self::saves(count), 0).map(|()| operation)
     }
 
     pub(crate) fn lookup(&self, count: u32) -> pegaflow_engine::Result<LookupReply> {
@@ -179,6 +179,7 @@ impl Worker {
     pub(crate) fn lookup_with(&self, count: u32, with_places: bool) -> pegaflow_engine::Result<LookupReply> {
         self.client.lookup(&LookupRequest {
             instance: Self::spec().instance,
+            tenant: None,
             group: 0,
             keys: (0..count).map(Self::key).collect(),
             lease: Some(PATIENCE),

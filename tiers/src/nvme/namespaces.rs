@@ -129,6 +129,11 @@ impl Namespaces {
         self.known.read().by_handle.values().cloned().collect()
     }
 
+    /// How many there are of a kind.
+    pub(super) fn count(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
+        self.known.read().by_handle.values().filter(|row| is_counted(&row.descriptor)).count()
+    }
+
     /// The number of a namespace, if it is known.
     pub(super) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
         if *id == self.objects { Some(NamespaceHandle(0)) } else { self.known.read().by_id.get(id).copied() }

@@ -42,7 +42,7 @@ use super::switches::{self, is_off};
 use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
-use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, RecordKind};
+use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, RecordId, RecordKind};
 use crate::codec::CodecChoice;
 use crate::dram::{Arena, Slot};
 use crate::error::{Error, ErrorKind, Result};
@@ -500,6 +500,16 @@ impl Store {
     /// All namespaces that were ever registered.
     pub fn namespaces(&self) -> Vec<NamespaceRow> {
         self.shared.namespaces.rows()
+    }
+
+    /// The number of a namespace, if it was ever registered.
+    pub fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
+        self.shared.namespaces.handle_of(id)
+    }
+
+    /// How many namespaces there are of a kind.
+    pub fn count_namespaces(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
+        self.shared.namespaces.count(is_counted)
     }
 
     /// Hands every record of a namespace to `each`, in the order of the drive: checked, decrypted and decoded. What is

@@ -47,7 +47,7 @@ impl Machine {
         let key = |block: u32| BlockKey::from_bytes([block as u8 + 1; 32]);
         let blocks =
             blocks.map(|block| BlockSave { key: key(block), parent: BlockKey::ROOT, depth: block, block }).collect();
-        self.submit(id, Work::Save { instance: InstanceId("i".into()), group: 0, shard: 0, blocks });
+        self.submit(id, Work::Save { target: pegaflow_engine::InstanceId("i".into()).into(), blocks });
     }
 
     fn submit(&mut self, id: u64, work: Work) {
