@@ -125,7 +125,8 @@ def systems(folder: Path, dram_bytes: int, upstream: str) -> dict[str, System]:
 
 def vllm_round(model: str, system: System, prompts: list[list[int]], passes: int) -> list[list[Answer]]:
     """Starts vLLM and asks all prompts `passes` times."""
-    os.environ.update(system.environment)
+    # All of vLLM in this process, as "embedded" needs it on CPUs.
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **system.environment})
     if system.site:
         sys.path.insert(0, system.site)
     from vllm import LLM, SamplingParams
@@ -135,6 +136,8 @@ def vllm_round(model: str, system: System, prompts: list[list[int]], passes: int
         model=model,
         block_size=32,  # vLLM for CPUs takes multiples of 32 only
         max_model_len=max(map(len, prompts)) + 64,
+        kv_cache_memory_bytes=GIB,
+        distributed_executor_backend="uni",
         enforce_eager=not HAS_GPU,
         kv_transfer_config=KVTransferConfig(**system.connector) if system.connector else None,
     )

@@ -87,8 +87,10 @@ class Finished:
 class Answer:
     """What a lookup has found out."""
 
-    present: Sequence[bytes]
-    absent: Sequence[bytes]
+    present: Sequence[bytes] = ()
+    absent: Sequence[bytes] = ()
+    unknown: Sequence[bytes] = ()
+    """The cache could not be asked about these."""
 
 
 class Courier:
@@ -269,7 +271,7 @@ class Courier:
         except Exception:
             logger.exception("PegaFlow: the tier's thread has failed at a piece of work")
             if isinstance(work, Lookup):
-                self._answer([], work.keys, "error")
+                self._answer(Answer(unknown=work.keys))
 
     def _lookup(self, keys: list[bytes], lease: float) -> tuple[int, int | None]:
         """How many of the store's keys are there from the first on, and the lease on them."""
@@ -295,17 +297,15 @@ class Courier:
                 gaps += 1
         except PegaError as error:
             self._warn("lookup", error)
-            self._answer(present, keys[len(present) + len(absent) :], "error", absent)
+            self._answer(Answer(present, absent, keys[place:]))
             return
-        self._answer(present, [*absent, *keys[place:]])
+        self._answer(Answer(present, [*absent, *keys[place:]]))
 
-    def _answer(
-        self, present: Sequence[bytes], absent: Sequence[bytes], why: str = "", also_absent: Sequence[bytes] = ()
-    ) -> None:
+    def _answer(self, answer: Answer) -> None:
         with self._changed:
-            if why:
-                self._counts["lookup", why] += len(absent)
-            self._answers.append(Answer(present, [*also_absent, *absent]))
+            if answer.unknown:
+                self._counts["lookup", "error"] += len(answer.unknown)
+            self._answers.append(answer)
 
     def _start(self, transfer: Transfer) -> None:
         """Starts the operations of a job. It has ended when they have."""

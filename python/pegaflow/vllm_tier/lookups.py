@@ -20,6 +20,8 @@ class Verdict:
 
     deadline: float
     is_there: bool | None = None
+    is_guess: bool = False
+    """A miss because nobody could find out: the next request asks anew."""
     requests: set[str] = field(default_factory=set)
 
 
@@ -45,8 +47,11 @@ class Lookups:
         if verdict is None:
             verdict = self._verdicts[key] = Verdict(self._clock() + self._timeout_s)
             self._batch.append(key)
+        elif verdict.is_guess and request not in verdict.requests:
+            verdict.is_there, verdict.is_guess, verdict.deadline = None, False, self._clock() + self._timeout_s
+            self._batch.append(key)
         elif verdict.is_there is None and self._clock() >= verdict.deadline:
-            verdict.is_there = False
+            verdict.is_there, verdict.is_guess = False, True
             self.timeouts += 1
         verdict.requests.add(request)
         self._asked.setdefault(request, set()).add(key)
@@ -57,11 +62,11 @@ class Lookups:
         batch, self._batch = self._batch, []
         return [key for key in batch if key in self._verdicts]
 
-    def tell(self, keys: Iterable[bytes], *, are_there: bool) -> None:
+    def tell(self, keys: Iterable[bytes], *, are_there: bool, is_guess: bool = False) -> None:
         """What was found out about blocks. Those that nobody asks for any more are forgotten already."""
         for key in keys:
             if verdict := self._verdicts.get(key):
-                verdict.is_there = are_there
+                verdict.is_there, verdict.is_guess = are_there, is_guess
 
     def forget(self, request: str) -> None:
         """A request has ended."""

@@ -171,7 +171,7 @@ class PegaTier(SecondaryTierManager):
         for start in range(0, len(batch), _BATCH_KEYS_MAX):
             part = batch[start : start + _BATCH_KEYS_MAX]
             if not courier.ask(Lookup(part)):
-                self._lookups.tell(part, are_there=False)
+                self._lookups.tell(part, are_there=False, is_guess=True)
                 courier.count("lookup", "queue", len(part))
         self._take_answers(courier)
 
@@ -179,6 +179,7 @@ class PegaTier(SecondaryTierManager):
         for answer in courier.take_answers():
             self._lookups.tell(answer.present, are_there=True)
             self._lookups.tell(answer.absent, are_there=False)
+            self._lookups.tell(answer.unknown, are_there=False, is_guess=True)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:  # noqa: ARG002
         """Chunks were used: the store's policy is told, unless there is more urgent work."""
@@ -223,7 +224,7 @@ class PegaTier(SecondaryTierManager):
         good: list[Any] = [key for key in finished.keys if key not in finished.failed]
         if finished.is_load:
             # Asked again, vLLM would be told that they are there, and load them in vain for ever.
-            self._lookups.tell(finished.failed, are_there=False)
+            self._lookups.tell(finished.failed, are_there=False, is_guess=True)
         else:
             self._lookups.tell(good, are_there=True)
             if self._events is not None and good and len(self._events) < _EVENTS_MAX:
@@ -255,7 +256,7 @@ class PegaTier(SecondaryTierManager):
             return
         self._has_warned_of_hashes = True
         logger.warning(
-            "PegaFlow: nothing will be found after a restart, because every process of vLLM seeds its block hashes anew; "
+            "PegaFlow: nothing will be found after a restart, because each process seeds vLLM's block hashes anew; "
             "set PYTHONHASHSEED, or start a vLLM of 0.29 or later with --prefix-caching-hash-algo sha256"
         )
 
