@@ -1,0 +1,93 @@
+"""The examples in python/examples run as they stand, on vLLM for CPUs, and say what they are there to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from engines import VllmSettings
+
+pytest.importorskip("vllm")
+
+import model
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
+BINARIES = TARGET / "release"
+# All together take about two minutes on two cores.
+LIMIT_SECONDS = 400.0
+COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "vllm_prefill_decode.py": ("--model", "MODEL", "--binaries", str(BINARIES)),
+    "basic_vllm.py": ("--model", "MODEL"),
+    "bench_kv_cache.py": ("--model", "MODEL", "--prompts", "2", "--prompt-tokens", "256", "--systems", "SYSTEMS"),
+    "basic_usage.py": (),
+}
+
+
+@pytest.fixture(scope="module")
+def examples() -> Iterator[Mapping[str, Future[subprocess.CompletedProcess[str]]]]:
+    """All examples, two at a time."""
+    folder = TARGET / "tmp" / "examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = (TARGET / "run" / "model").resolve()
+    model.make(made)
+    environment = VllmSettings(Path(sys.executable), made, folder).environment()
+    values = {"MODEL": str(made), "SYSTEMS": "pegaflow,native,native-pegaflow,lmcache,upstream"}
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        arguments = [values.get(argument, argument) for argument in COMMANDS[name]]
+        return subprocess.run(
+            [sys.executable, ROOT / "python" / "examples" / name, *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+
+    with ThreadPoolExecutor(2) as runners:
+        yield {name: runners.submit(run, name) for name in COMMANDS}
+
+
+def output_of(examples: Mapping[str, Future[subprocess.CompletedProcess[str]]], name: str) -> str:
+    """What an example printed; it has to have ended well."""
+    ended = examples[name].result()
+    assert ended.returncode == 0, f"{ended.stdout[-4000:]}\n{ended.stderr[-8000:]}"
+    return ended.stdout
+
+
+def test_objects_survive_the_engine(examples: Mapping[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    assert output_of(examples, "basic_usage.py").count("the same bytes") == 4
+
+
+def test_vllm_is_warm_after_a_restart(examples: Mapping[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    assert "the restarted vLLM found what was computed before" in output_of(examples, "basic_vllm.py")
+
+
+@pytest.mark.skipif(
+    not (BINARIES / "pegaflow-router").is_file(), reason="the programs are not built; make wheel does it"
+)
+def test_one_vllm_computes_prompts_and_the_other_answers(
+    examples: Mapping[str, Future[subprocess.CompletedProcess[str]]],
+) -> None:
+    assert output_of(examples, "vllm_prefill_decode.py").count("the answer of a single engine") == 3
+
+
+def test_the_bench_measures_what_runs_here_and_says_why_the_rest_does_not(
+    examples: Mapping[str, Future[subprocess.CompletedProcess[str]]],
+) -> None:
+    *_, last = output_of(examples, "bench_kv_cache.py").splitlines()
+    rows = {row["system"]: row for row in json.loads(last)["rows"]}
+    assert rows["pegaflow"]["tokens_equal"]
+    assert all(rows["pegaflow"][f"{name}_ms"] > 0 for name in ("cold", "warm", "restarted"))
+    assert "GPUs only" in rows["native"]["skipped"]
+    assert "GPUs only" in rows["native-pegaflow"]["skipped"]
+    assert "skipped" in rows["upstream"]
