@@ -143,6 +143,7 @@ def test_a_load_of_what_is_not_there_fails_and_is_a_miss_from_then_on(make: Call
     host.store([3], "another", first=9)
     host.look_up([0, 1, 2, 3], "a")
     keys = [key_of(number) for number in range(4)]
+    host.tier._lookups.tell([keys[2]], are_there=True)  # as if it had been there then, and is gone since
     result = host.load(range(4), first=16)
     assert not result.success
     assert set(result.successful_keys) == {keys[0], keys[1], keys[3]}
