@@ -29,10 +29,10 @@ BINARIES = TARGET / "release"
 # All together take about two minutes on two cores.
 LIMIT_SECONDS = 400.0
 COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "vllm_prefill_decode.py": ("--model", "MODEL", "--binaries", str(BINARIES)),
-    "basic_vllm.py": ("--model", "MODEL"),
-    "bench_kv_cache.py": ("--model", "MODEL", "--prompts", "2", "--prompt-tokens", "256", "--systems", "SYSTEMS"),
     "basic_usage.py": (),
+    "basic_vllm.py": ("--model", "MODEL"),
+    "vllm_prefill_decode.py": ("--model", "MODEL", "--binaries", str(BINARIES)),
+    "bench_kv_cache.py": ("--model", "MODEL", "--prompts", "2", "--prompt-tokens", "256", "--systems", "SYSTEMS"),
 }
 
 
