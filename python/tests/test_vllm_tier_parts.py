@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,15 +10,17 @@ import pytest
 pytest.importorskip("vllm.v1.kv_offload.tiering.factory", reason="no vLLM with tiering here", exc_type=ImportError)
 
 import numpy as np
+from conftest import Done
 
 from pegaflow.errors import UnsupportedError
 from pegaflow.vllm_tier import compat
 from pegaflow.vllm_tier.chains import ROOT, Chains, Run, block_key
+from pegaflow.vllm_tier.courier import Courier, Lookup, Transfer
 from pegaflow.vllm_tier.lookups import Lookups
 from pegaflow.vllm_tier.memory import PrimaryMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 TOKENS = 16
 
@@ -132,3 +135,83 @@ def test_memory_that_is_no_rows_of_bytes_is_refused() -> None:
     for wrong in (np.zeros(64, np.int8), np.zeros((4, 64), np.int16), rows[:, ::2], readonly):
         with pytest.raises(UnsupportedError, match="rows of single, writable bytes"):
             PrimaryMemory(memoryview(wrong))
+
+
+# --- the thread -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def courier(cache: Any) -> Iterator[Courier]:
+    courier = Courier(cache, "tier", has_one_group=True, queue_jobs=8, in_flight_jobs=1)
+    courier.start()
+    yield courier
+    assert courier.stop(10.0)
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 10.0
+    while not (result := what()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return result
+
+
+def load_of(cache: Any, count: int, job: int = 1) -> Transfer:
+    keys = [key_of(number) for number in range(count)]
+    cache.stored |= {block_key(key) for key in keys}
+    return Transfer(job, is_load=True, runs=[Run(ROOT, 0, keys, [10 + number for number in range(count)])])
+
+
+def test_chunks_that_did_not_arrive_are_named(courier: Courier, cache: Any) -> None:
+    courier.transfer(load_of(cache, 3))
+    (operation,) = wait_for(lambda: list(cache.loads))
+    assert courier.take_finished() == []
+    cache.end(operation, failed=[11])
+    (finished,) = wait_for(courier.take_finished)
+    assert finished.failed == {key_of(1)}
+    assert courier.take_counts() == {("load", "cache"): 1}
+
+
+def test_of_a_run_that_was_dropped_in_part_nothing_counts_as_stored(courier: Courier, cache: Any) -> None:
+    run = Run(ROOT, 0, [key_of(1), key_of(2)], [0, 1])
+    courier.transfer(Transfer(1, is_load=False, runs=[run]))
+    (operation,) = wait_for(lambda: list(cache.saves))
+    cache.saves.clear()
+    cache.ended.append(Done(operation, saved=1, dropped=1))
+    (finished,) = wait_for(courier.take_finished)
+    assert finished.failed == set(run.keys)
+    assert courier.take_counts() == {("store", "cache"): 1}
+
+
+def test_only_so_many_jobs_are_copied_at_a_time(courier: Courier, cache: Any) -> None:
+    for job in (1, 2):
+        courier.transfer(load_of(cache, 2, job))
+    (operation,) = wait_for(lambda: list(cache.loads))
+    time.sleep(0.05)
+    assert list(cache.loads) == [operation], "the second waits for the first"
+    cache.end(operation)
+    wait_for(courier.take_finished)
+    (operation,) = wait_for(lambda: list(cache.loads))
+    cache.end(operation)
+
+
+def test_a_stop_cancels_what_runs(courier: Courier, cache: Any) -> None:
+    courier.transfer(load_of(cache, 2))
+    wait_for(lambda: list(cache.loads))
+    assert courier.stop(10.0)
+    assert len(cache.named("cancel")) == 1
+    (finished,) = courier.take_finished()
+    assert len(finished.failed) == 2
+    assert not courier.transfer(load_of(cache, 1, 2))
+    assert not courier.ask(Lookup([key_of(1)]))
+
+
+def test_a_lookup_goes_before_copies_that_wait(courier: Courier, cache: Any) -> None:
+    for job in (1, 2):
+        courier.transfer(load_of(cache, 1, job))
+    (operation,) = wait_for(lambda: list(cache.loads))
+    courier.ask(Lookup([key_of(0), key_of(5)]))
+    (answer,) = wait_for(courier.take_answers)
+    assert (list(answer.present), list(answer.absent)) == ([key_of(0)], [key_of(5)])
+    cache.end(operation)
+    (operation,) = wait_for(lambda: [number for number in cache.loads if number != operation])
+    cache.end(operation)
