@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +205,39 @@ def test_a_stop_cancels_what_runs(courier: Courier, cache: Any) -> None:
     assert len(finished.failed) == 2
     assert not courier.transfer(load_of(cache, 1, 2))
     assert not courier.ask(Lookup([key_of(1)]))
+
+
+def test_a_drain_answers_what_nobody_will_look_up(courier: Courier, cache: Any, monkeypatch: Any) -> None:
+    begun, free = threading.Event(), threading.Event()
+    asked = cache.lookup
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        free.wait(10.0)
+        return asked(*arguments, **options)
+
+    monkeypatch.setattr(cache, "lookup", slow)
+    courier.ask(Lookup([key_of(1)]))
+    assert begun.wait(10.0)
+    courier.ask(Lookup([key_of(2)]))
+    with pytest.raises(RuntimeError, match="not ended"):
+        courier.drain(0.05)
+    (answer,) = courier.take_answers()
+    assert (list(answer.unknown), courier.take_counts()) == ([key_of(2)], {("lookup", "stopped"): 1})
+    free.set()
+
+
+def test_a_thread_that_died_has_not_ended_its_copies(courier: Courier, cache: Any, monkeypatch: Any) -> None:
+    """Whatever ended it: vLLM may not unmap the memory."""
+    courier.transfer(load_of(cache, 2))
+    (operation,) = wait_for(lambda: list(cache.loads))
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(courier, "_poll", lambda _: sys.exit(1))
+    assert wait_for(lambda: not courier._thread.is_alive())
+    assert not courier.stop(1.0)
+    monkeypatch.undo()
+    cache.end(operation)
+    courier._poll(0.0)
 
 
 def test_a_lookup_goes_before_copies_that_wait(courier: Courier, cache: Any) -> None:

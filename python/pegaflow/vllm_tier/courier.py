@@ -172,11 +172,6 @@ class Courier:
         with self._changed:
             self._counts[what, why] += blocks
 
-    def is_busy(self) -> bool:
-        """Whether a job has not been taken with `take_finished`, or a lookup not been answered."""
-        with self._changed:
-            return self._has_work() or bool(self._finished)
-
     def drain(self, limit_s: float) -> None:
         """Returns when no copy runs: those that have not begun fail, those that run are waited for.
 
@@ -206,16 +201,16 @@ class Courier:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(limit_s)
-        return not self._thread.is_alive()
-
-    def _has_work(self) -> bool:
-        return bool(self._questions or self._transfers or self._is_working or self._active)
+        return not self._thread.is_alive() and not self._operations
 
     def _refuse_waiting(self) -> None:
         """Everything that has not begun fails. Called with the lock."""
         while self._transfers:
             self._refuse(self._transfers.popleft(), "stopped")
-        self._questions.clear()
+        while self._questions:
+            if isinstance(question := self._questions.popleft(), Lookup):
+                self._counts["lookup", "stopped"] += len(question.keys)
+                self._answers.append(Answer(unknown=question.keys))
 
     def _refuse(self, transfer: Transfer, why: str) -> None:
         """A job ends before it began. Called with the lock."""

@@ -56,7 +56,7 @@ _DRAIN_LIMIT_S = 120.0
 _METRICS = {
     "lookup": (
         "vllm:kv_offload_pegaflow_missed_lookups",
-        "Chunks that counted as misses without being looked up, by reason: queue (full), timeout, error.",
+        "Chunks that counted as misses without being looked up, by reason: queue (full), timeout, error, stopped.",
     ),
     "store": (
         "vllm:kv_offload_pegaflow_dropped_stores",
