@@ -76,7 +76,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint fuzz torture stress observe soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
+.PHONY: bench-l2 bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -100,13 +100,13 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	    cargo deny --log-level error check --config .cargo/deny.toml bans licenses sources; \
 	  else echo "lint: cargo deny is not installed; licences and bans are not checked" >&2; fi
 	@echo "lint: ruff and mypy" >&2
-	@$(TOOLS)/bin/ruff format --check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
-	@$(TOOLS)/bin/ruff check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
-	@$(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e benches/ttft
+	@$(TOOLS)/bin/ruff format --check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft benches/lmcache
+	@$(TOOLS)/bin/ruff check --quiet --config tests/e2e/pyproject.toml .ci tests/e2e benches/ttft benches/lmcache
+	@$(TOOLS)/bin/mypy --config-file tests/e2e/pyproject.toml .ci tests/e2e benches/ttft benches/lmcache
 	@$(TOOLS)/bin/ruff format --check --quiet python
 	@$(TOOLS)/bin/ruff check --quiet python
 	@cd python && $(TOOLS)/bin/mypy
-	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh; fi
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run .ci/system-packages .ci/tools tests/e2e/vllm_cpu/install.sh benches/lmcache/install.sh; fi
 	@echo "lint: clean" >&2
 
 check-router: story ## Prefill and decode apart behind pegaflow-router, real vLLMs, engines killed. CHATS=100
@@ -183,6 +183,10 @@ bench-interference: ## What loads and saves at full speed cost a decode batch. P
 check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, serve, pack, import, serve. PROMPTS=200
 	@$(VENV)/bin/python tests/e2e/prewarm.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
 	    --logs $(TARGET)/prewarm/logs --prompts $(PROMPTS)
+
+bench-l2: wheel ## LMCache's own bench over its L2 adapters and ours, with verification. DIR=folder on the drive, OPTIONS='--keys 32 --kib 1024'
+	@benches/lmcache/install.sh $(TARGET)/lmcache $(VENV)
+	@$(TARGET)/lmcache/bin/python benches/lmcache/bench_l2.py --lmcache $(TARGET)/lmcache/bin/lmcache --dir $(or $(DIR),$(TARGET)) $(OPTIONS)
 
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)

@@ -1,6 +1,6 @@
 """Runs the tests in stages, all of them even when one fails, and ends with their sum.
 
-usage: test.py --version VLLM_VERSION [--only rust|python|story]...
+usage: test.py --version VLLM_VERSION [--only rust|python|lmcache|story]...
 
 The last line is `N passed, N failed`; the same is left in target/test-summary.txt. Exit code 0 only when nothing
 failed. A stage that could not be run, or that ran no test, counts as one failure.
@@ -135,6 +135,19 @@ def python(version: str) -> Count:
     return total
 
 
+def lmcache(version: str) -> Count:
+    """The adapter for LMCache, with LMCache itself in an environment of its own."""
+    environment = TARGET / "lmcache"
+    code, _ = shown(["benches/lmcache/install.sh", str(environment), str(TARGET / f"vllm-{version}")], 900)
+    if code != 0:
+        return Count(failed=1)
+    tests = ["-c", "python/pyproject.toml", "python/tests/test_lmcache_l2.py"]
+    code, output = shown([str(environment / "bin" / "python"), "-m", "pytest", "-q", "--color=no", *tests], 600)
+    line = output.rstrip().rpartition("\n")[2]
+    bad = sum_of(r"(\d+) failed", line) + sum_of(r"(\d+) error", line)
+    return counted(code, Count(sum_of(r"(\d+) passed", line), bad))
+
+
 def story(version: str) -> Count:
     """The story with a real vLLM, and with loaded bytes flipped, which must be seen. Each claim is one test."""
     code, output = shown(["make", "run", f"VERSION={version}", "CHECK_FLIP=1"], 2400)
@@ -173,6 +186,7 @@ def prewarm(version: str) -> Count:
 STAGES: Mapping[str, Callable[[str], Count]] = {
     "rust": rust,
     "python": python,
+    "lmcache": lmcache,
     "story": story,
     "prewarm": prewarm,
 }

@@ -99,7 +99,7 @@ def _weights(vllm_config: VllmConfig, device: int | None) -> str:
             f"weights loaded with load_format '{load_format}' cannot be identified; use one of "
             f"{', '.join(sorted(_FILE_LOAD_FORMATS))}"
         )
-    directory = _directory_of(model.model, model.revision, vllm_config.load_config.download_dir)
+    directory = directory_of(model.model, model.revision, vllm_config.load_config.download_dir)
     return _native.digest_weights(weight_files(directory))
 
 
@@ -131,10 +131,10 @@ def weight_sets(vllm_config: VllmConfig) -> list[list[Path]]:
     if (draft := _draft_model(vllm_config)) is not None:
         models.append(draft)
     download_dir = vllm_config.load_config.download_dir
-    return [weight_files(_directory_of(model.model, model.revision, download_dir)) for model in models]
+    return [weight_files(directory_of(model.model, model.revision, download_dir)) for model in models]
 
 
-def _directory_of(name: str, revision: str | None, download_dir: str | None) -> Path:
+def directory_of(name: str, revision: str | None, download_dir: str | None) -> Path:
     """Where the files of a model are: a local path, or the snapshot in Hugging Face's cache that vLLM loaded."""
     path = Path(name)
     if path.exists():
@@ -166,12 +166,19 @@ def _model_config(model: ModelConfig) -> Any:
     if callable(model.hf_overrides):
         raise UnknownIdentityError("hf_overrides is a function, which has no identity; give a dictionary")
     try:
-        file = _directory_of(model.model, model.revision, None) / "config.json"
-        config = json.loads(file.read_text())
+        config = config_of(directory_of(model.model, model.revision, None))
     except (UnknownIdentityError, OSError, ValueError):
-        config = model.hf_config.to_dict()
-    config = {name: value for name, value in config.items() if name not in _VOLATILE_CONFIG}
+        config = _lasting(model.hf_config.to_dict())
     return {"config": config, "overrides": model.hf_overrides or {}, "max_position": _rope(model)}
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """What a model's `config.json` says of the computation. Raises `OSError` and `ValueError`."""
+    return _lasting(json.loads((directory / "config.json").read_text()))
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _VOLATILE_CONFIG}
 
 
 def _rope(model: ModelConfig) -> Any:
@@ -192,7 +199,7 @@ def _speculative(vllm_config: VllmConfig) -> Any:
         return None
     identity = {"method": speculative.method, "tokens": speculative.num_speculative_tokens}
     if (draft := _draft_model(vllm_config)) is not None:
-        directory = _directory_of(draft.model, draft.revision, vllm_config.load_config.download_dir)
+        directory = directory_of(draft.model, draft.revision, vllm_config.load_config.download_dir)
         identity["weights"] = _native.digest_weights(weight_files(directory))
     return identity
 
@@ -233,7 +240,7 @@ class LoraDigests:
 
     @staticmethod
     def _files(path: str) -> list[Path]:
-        directory = _directory_of(path, None, None)
+        directory = directory_of(path, None, None)
         config = [file for file in [directory / "adapter_config.json"] if file.exists()]
         return weight_files(directory) + config
 
