@@ -196,9 +196,10 @@ impl Namespaces {
         Ok(())
     }
 
-    /// All of them.
+    /// All of them; also those whose end has begun and is not durable: somebody has to end them.
     pub(super) fn rows(&self) -> Vec<NamespaceRow> {
-        self.known.read().by_handle.values().cloned().collect()
+        let known = self.known.read();
+        known.by_handle.values().chain(known.ending.values()).cloned().collect()
     }
 
     /// The number of the namespace that a record of this digest and sequence is of: of none if it was purged since.

@@ -514,7 +514,7 @@ impl Store {
         verify(&self.shared, &index, &paths, None, progress)
     }
 
-    /// All namespaces that were registered and not purged since.
+    /// All namespaces that were registered and not purged since; also those whose purge has begun and is not durable.
     pub fn namespaces(&self) -> Vec<NamespaceRow> {
         self.shared.namespaces.rows()
     }

@@ -365,6 +365,25 @@ fn a_write_that_fails_does_not_bring_it_back(io: IoChoice) {
     }
 }
 
+/// One whose end could not be written is hidden, is not registered anew, and may be purged once more.
+#[test]
+fn a_purge_that_fails_can_be_tried_again() {
+    let place = Place::new(IoChoice::Auto, 16);
+    let (store, theirs, ours) = filled(&place);
+    let late = store.purge(&descriptor("theirs").id(), Instant::now()).err().map(|error| error.kind());
+    if late.is_some() {
+        assert_eq!(late, Some(ErrorKind::Timeout));
+        assert_eq!(found(&place, &store, theirs, 0..30), 0);
+        let refused = store.namespace(&descriptor("theirs"), &groups()).map_err(|error| error.kind());
+        assert_eq!(refused, Err(ErrorKind::Busy));
+        assert!(store.namespaces().iter().any(|row| row.handle == theirs), "somebody has to end it");
+        assert_eq!(purge(&store, "theirs").map(|report| report.records), Some(30));
+    }
+    assert_eq!(found(&place, &store, ours, 0..20), 20);
+    assert_ne!(register(&store, "theirs"), theirs);
+    close(store);
+}
+
 on_engines_and_drives!(
     what_was_purged_is_never_found_again,
     a_namespace_may_be_purged_many_times,
