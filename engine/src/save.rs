@@ -78,6 +78,7 @@ impl SaveJob {
                 format!("block {} is not below the memory's {}", outside.block, layout.blocks()),
             ));
         }
+        inner.namespace_uses.note(view.namespace, 0, 0);
         let operation = inner.operations.start(request.session, request.operation, true);
         let asked = request.blocks.len() as u32;
         let outcome = SaveOutcome::default();
