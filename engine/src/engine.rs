@@ -26,6 +26,7 @@ use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
+use crate::namespace_uses::NamespaceUses;
 use crate::operations::Operations;
 use crate::policy::{PegaflowConfig, PolicyChoice};
 use crate::reclaim::CostBenefit;
@@ -39,6 +40,8 @@ use crate::{hot_set, lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
 const COMMIT_BYTES: u64 = 64 << 20;
+/// How often a registration looks whether its namespace has another number by now.
+const REGISTER_ATTEMPTS: usize = 4;
 
 /// One open cache. Cloning gives another handle to the same one; [`Engine::close`] or the last handle closes it.
 #[derive(Clone)]
@@ -132,6 +135,8 @@ impl Engine {
             registry: Registry::default(),
             counters: Counters::default(),
             object_order: Mutex::new(()),
+            namespace_uses: NamespaceUses::default(),
+            purging: Mutex::new(()),
             recovered_records,
             is_closed: AtomicBool::new(false),
             config,
@@ -174,11 +179,17 @@ impl Engine {
     pub fn register(&self, session: SessionId, spec: InstanceSpec) -> Result<()> {
         let inner = self.inner()?;
         inner.registry.check(session, &spec)?;
-        let namespace = inner.drive.namespace(&spec.namespace, &spec.groups)?;
+        let (id, mut namespace) = (spec.namespace.id(), inner.drive.namespace(&spec.namespace, &spec.groups)?);
         inner.registry.add_worker(session, &spec, namespace);
-        // The store may have come back in between, and the namespace may have got another number with it.
-        if let Some(now) = inner.drive.handle_of(&spec.namespace.id()).filter(|now| *now != namespace) {
-            inner.registry.move_namespace(namespace, now);
+        for _ in 0..REGISTER_ATTEMPTS {
+            // The store may have come back in between, and the namespace may have got another number with it; or it was
+            // purged, and has to be registered anew.
+            match inner.drive.handle_of(&id).filter(|now| !inner.residency.is_purged(*now)) {
+                Some(now) if now == namespace => return Ok(()),
+                Some(now) => namespace = now,
+                None => namespace = inner.drive.namespace(&spec.namespace, &spec.groups)?,
+            }
+            inner.registry.set_namespace(&id, namespace);
         }
         Ok(())
     }

@@ -19,6 +19,7 @@ use crate::hot_set::WarmStart;
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
+use crate::namespace_uses::NamespaceUses;
 use crate::operations::Operations;
 use crate::registry::Registry;
 use crate::residency::Residency;
@@ -33,7 +34,7 @@ const SPARE_PATIENCE: Duration = Duration::from_secs(1);
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The shared state. Locks inside are never held across I/O or callbacks, and never two at a time but for
-/// `object_order`, which comes first, and the two of the residency.
+/// `object_order` and `purging`, which come first, and the two of the residency.
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
@@ -62,6 +63,10 @@ pub(crate) struct Inner {
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,
     pub(crate) object_order: Mutex<()>,
+    /// What was asked of each namespace.
+    pub(crate) namespace_uses: NamespaceUses,
+    /// Held by whoever purges, through all of it: nobody else takes it, and lookups never wait for it.
+    pub(crate) purging: Mutex<()>,
     pub(crate) recovered_records: u64,
     pub(crate) is_closed: AtomicBool,
 }

@@ -27,18 +27,25 @@ pub(crate) struct Known {
 /// See the module. The number 0 is for objects.
 pub(crate) struct KnownNamespaces {
     base: u32,
-    known: Mutex<HashMap<NamespaceId, Known>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    known: HashMap<NamespaceId, Known>,
+    /// How many numbers were given here; none is given twice.
+    given: u32,
 }
 
 impl KnownNamespaces {
     /// Of an engine that has no store.
     pub(crate) fn without_store() -> Self {
-        Self { base: 0, known: Mutex::default() }
+        Self { base: 0, state: Mutex::default() }
     }
 
     /// Of an engine whose store may be out of use.
     pub(crate) fn beside_store() -> Self {
-        Self { base: BESIDE_STORE, known: Mutex::default() }
+        Self { base: BESIDE_STORE, state: Mutex::default() }
     }
 
     /// The number of a namespace, which is known afterwards. The groups have been checked.
@@ -52,40 +59,63 @@ impl KnownNamespaces {
     ) -> Result<NamespaceHandle> {
         let id = descriptor.id();
         let groups = sorted(groups);
-        let mut known = self.known.lock();
-        if let Some(found) = known.get(&id) {
+        let mut state = self.state.lock();
+        if let Some(found) = state.known.get(&id) {
             let is_same = found.groups == groups;
             return if is_same { Ok(found.handle) } else { Err(GroupGeometry::mismatch(id, &found.groups, &groups)) };
         }
-        if known.len() >= NAMESPACES_MAX {
+        if state.known.len() >= NAMESPACES_MAX {
             let message = format!("the engine has {NAMESPACES_MAX} namespaces, the limit; restart it");
             return Err(Error::new(ErrorKind::Busy, message));
         }
-        // None is ever removed.
-        let handle = NamespaceHandle(self.base + known.len() as u32 + 1);
-        known.insert(id, Known { descriptor: descriptor.clone(), groups, handle, is_of_store: false });
+        let handle = self.next_handle(&mut state);
+        state.known.insert(id, Known { descriptor: descriptor.clone(), groups, handle, is_of_store: false });
         Ok(handle)
+    }
+
+    /// Gives a namespace another number, that was never given; `None` if it is not known.
+    pub(crate) fn renumber(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
+        let mut state = self.state.lock();
+        let handle = state.known.contains_key(id).then(|| self.next_handle(&mut state))?;
+        let known = state.known.get_mut(id)?;
+        (known.handle, known.is_of_store) = (handle, false);
+        Some(handle)
+    }
+
+    fn next_handle(&self, state: &mut State) -> NamespaceHandle {
+        state.given += 1;
+        NamespaceHandle(self.base + state.given)
+    }
+
+    /// Forgets a namespace that nobody uses.
+    pub(crate) fn forget(&self, id: &NamespaceId) {
+        self.state.lock().known.remove(id);
+    }
+
+    /// What is known under this digest.
+    pub(crate) fn get(&self, id: &NamespaceId) -> Option<Known> {
+        self.state.lock().known.get(id).cloned()
     }
 
     /// The store has given a namespace this number.
     pub(crate) fn note(&self, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry], handle: NamespaceHandle) {
         let noted = Known { descriptor: descriptor.clone(), groups: sorted(groups), handle, is_of_store: true };
-        self.known.lock().insert(descriptor.id(), noted);
+        self.state.lock().known.insert(descriptor.id(), noted);
     }
 
     /// The number that a namespace has now.
     pub(crate) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
-        self.known.lock().get(id).map(|known| known.handle)
+        self.state.lock().known.get(id).map(|known| known.handle)
     }
 
     /// How many there are of a kind.
     pub(crate) fn count(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
-        self.known.lock().values().filter(|known| is_counted(&known.descriptor)).count()
+        self.state.lock().known.values().filter(|known| is_counted(&known.descriptor)).count()
     }
 
     /// All of them.
     pub(crate) fn all(&self) -> Vec<Known> {
-        self.known.lock().values().cloned().collect()
+        self.state.lock().known.values().cloned().collect()
     }
 }
 

@@ -79,14 +79,20 @@ fn find(inner: &Inner, session: SessionId, request: &LookupRequest) -> Result<Lo
         slot_bytes: Arena::slot_bytes(view.geometry.block_bytes as usize),
         prefixes: request.keys.iter().map(BlockKey::prefix).collect(),
     });
+    let mut found = Ok(LookupReply::default());
     for _ in 0..ATTEMPTS {
         match attempt(inner, session, request, (place, asked), &view) {
             // A region was reclaimed between being found and being pinned: what is left is looked up anew.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            ended => return ended,
+            ended => {
+                found = ended;
+                break;
+            }
         }
     }
-    Ok(LookupReply::default())
+    let hit_blocks = found.as_ref().map_or(0, |reply| reply.hit_blocks.into());
+    inner.namespace_uses.note(namespace, request.keys.len() as u64, hit_blocks);
+    found
 }
 
 fn attempt(

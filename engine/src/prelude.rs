@@ -13,6 +13,7 @@ pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
     BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
+pub use crate::purge::{NamespaceInfo, PurgeOutcome};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,
@@ -25,5 +26,6 @@ pub use pegaflow_tiers::{
     CudaScratch, DepthOrigin, DeviceMemory, DriveSpeed, DriveUse, EncryptionKey, Error, ErrorKind, ExportReport,
     ExportedRecord, Fence, Fragment, FsckFinding, FsckProblem, FsckProgress, FsckReport, GroupGeometry, HostMemory,
     IndexState, KEY_CHAIN_VERSION, KeyChain, KvCache, Latencies, LocalKvCache, MemoryLayout, NamespaceDescriptor,
-    NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, fsck, fsck_with_key,
+    NamespaceId, Place, PlacedCopy, PoisonReason, RangeFragment, Result, Slot, StorePaths, StoreUse, fsck,
+    fsck_with_key,
 };

@@ -171,6 +171,27 @@ impl Registry {
         affected.for_each(|instance| instance.namespace = to);
     }
 
+    /// A namespace has this number from now on, whatever it had before.
+    pub(crate) fn set_namespace(&self, id: &NamespaceId, to: NamespaceHandle) {
+        let mut state = self.state.write();
+        let affected = state.instances.values_mut().filter(|instance| instance.identity.id == *id);
+        affected.for_each(|instance| instance.namespace = to);
+    }
+
+    /// How many instances use each namespace.
+    pub(crate) fn instances_by_namespace(&self) -> HashMap<NamespaceId, u32> {
+        let mut counted = HashMap::new();
+        for instance in self.state.read().instances.values() {
+            *counted.entry(instance.identity.id).or_default() += 1;
+        }
+        counted
+    }
+
+    /// Whether an instance uses a namespace.
+    pub(crate) fn uses(&self, id: &NamespaceId) -> bool {
+        self.state.read().instances.values().any(|instance| instance.identity.id == *id)
+    }
+
     /// What is registered under a name, for one group.
     ///
     /// # Errors

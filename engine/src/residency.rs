@@ -9,8 +9,11 @@
 //! all that lookups take.
 
 mod hot;
+mod purge;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+pub(crate) use self::purge::InDram;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
@@ -157,6 +160,8 @@ struct State {
     /// could not be written. By the number of the removal.
     removed: HashMap<RecordId, u64, Build>,
     removals: u64,
+    /// Numbers of namespaces that were purged: nothing under them is found, and nothing comes under them any more.
+    purged: HashSet<NamespaceHandle>,
     /// How many blocks are here of which the parent is not, by that parent.
     without_parent: HashMap<RecordId, u32, Build>,
     /// Of whom the policies are to be told.
@@ -275,7 +280,7 @@ impl Residency {
 
     /// The block, if it is here. Does not count as a use.
     pub(crate) fn get(&self, id: &RecordId) -> Option<Arc<Resident>> {
-        self.state.lock().blocks.get(id).cloned()
+        self.state.lock().find(id).cloned()
     }
 
     /// The block with this fingerprint as the store has it: not an object, whose bytes here may be newer ones.
@@ -287,13 +292,13 @@ impl Residency {
     }
 
     pub(crate) fn contains(&self, id: &RecordId) -> bool {
-        self.state.lock().blocks.contains_key(id)
+        self.state.lock().find(id).is_some()
     }
 
     /// For each id the block, if it is here; one lock for all.
     pub(crate) fn get_many(&self, ids: impl Iterator<Item = RecordId>, found: &mut Vec<Option<Arc<Resident>>>) {
         let state = self.state.lock();
-        found.extend(ids.map(|id| state.blocks.get(&id).cloned()));
+        found.extend(ids.map(|id| state.find(&id).cloned()));
     }
 
     /// Counts as a use of the chain: the first block becomes the most recent, so that the last one leaves first.
@@ -395,10 +400,16 @@ impl Residency {
     }
 
     /// Makes a block visible. If the id is here already, `replace` decides whether the new one takes its place; the one
-    /// that is here afterwards is returned.
+    /// that is here afterwards is returned. One of a namespace that was purged is returned as it is and stays invisible: it goes
+    /// when its users let go of it.
     pub(crate) fn insert(&self, block: Arc<Resident>, replace: bool) -> Arc<Resident> {
         let mut policies = replace.then(|| self.policies.lock());
         let mut state = self.state.lock();
+        if state.is_purged(block.id.namespace) {
+            // It was never counted as dirty.
+            block.dirty.store(false, Ordering::Release);
+            return block;
+        }
         state.removed.remove(&block.id);
         if let Some(present) = state.blocks.get(&block.id) {
             let Some(policies) = &mut policies else { return Arc::clone(present) };
@@ -442,7 +453,7 @@ impl Residency {
 
     /// A clean block is to go to the store after all: it may not leave before.
     pub(crate) fn mark_dirty(&self, block: &Resident) {
-        if !block.dirty.swap(true, Ordering::AcqRel) {
+        if !self.is_purged(block.id.namespace) && !block.dirty.swap(true, Ordering::AcqRel) {
             self.state.lock().dirty_bytes += block.slot.bytes() as u64;
         }
     }
@@ -511,6 +522,11 @@ impl Residency {
 }
 
 impl State {
+    /// The block, if it is here and was not purged.
+    fn find(&self, id: &RecordId) -> Option<&Arc<Resident>> {
+        self.blocks.get(id).filter(|_| !self.is_purged(id.namespace))
+    }
+
     fn touch(&mut self, id: &RecordId, slot_bytes: usize) {
         self.tick += 1;
         let tick = self.tick;

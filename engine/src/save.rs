@@ -120,6 +120,7 @@ impl SaveJob {
                 }
             }
         }
+        self.inner.namespace_uses.note(self.view.namespace, 0, 0);
         let blocks = std::mem::take(&mut self.request.blocks);
         let per_batch = (BATCH_BYTES / self.view.geometry.block_bytes).max(1) as usize;
         // Blocks that this save has room for but that are not visible yet: good enough as ancestors of the next ones.

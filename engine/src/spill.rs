@@ -70,7 +70,10 @@ fn give(inner: &Arc<Inner>, block: &Arc<Resident>, kind: RecordKind, may_be_refu
 /// The store does not have the block: it may leave all the same. What the store still has of an object is older, and
 /// stays hidden from then on.
 fn failed(inner: &Inner, block: &Arc<Resident>, kind: RecordKind) {
-    inner.counters.write_failed_records.add(1);
+    // What was purged meanwhile is not to be written.
+    if !inner.residency.is_purged(block.id.namespace) {
+        inner.counters.write_failed_records.add(1);
+    }
     if kind == RecordKind::Object {
         inner.residency.hide(block);
     } else if let Some(policy) = &inner.drive_policy {

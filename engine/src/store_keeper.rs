@@ -169,6 +169,8 @@ fn move_namespaces(inner: &Inner, store: &Store) -> Result<()> {
             return Err(Error::new(ErrorKind::Corrupt, message));
         }
         if !known.is_of_store {
+            // The store may have kept what was purged, if that had not become durable.
+            inner.residency.revive(handle);
             inner.drive.namespaces.note(&known.descriptor, &known.groups, handle);
             inner.registry.move_namespace(known.handle, handle);
         }

@@ -93,3 +93,24 @@ fn tenants_without_number_make_namespaces_with_a_bound() {
     let known = worker.engine.namespaces().expect("a store").len();
     assert_eq!(known, 1 + OWN + COMMON);
 }
+
+#[test]
+fn a_purged_tenant_is_gone_and_begins_anew() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let key = keys(1, 1)[0];
+    let mut worker = Worker::new(EngineConfig { load_policy: LoadPolicy::Always, ..config(directory.path()) });
+    save(&mut worker, name("a"), key, 1);
+    save(&mut worker, name("b"), key, 2);
+    worker.engine.flush(soon()).expect("durable");
+    let namespaces = worker.engine.list_namespaces(None, 10, 0).expect("open");
+    let of_a = namespaces.iter().find(|one| one.descriptor.fields().get(TENANT_FIELD).is_some_and(|of| of == "a"));
+    let purged = worker.engine.purge(&of_a.expect("it has saved").id, soon()).expect("durable").expect("known");
+    assert_eq!((purged.dram_blocks, purged.drive_blocks), (1, 1));
+    let found = |worker: &mut Worker| ["a", "b"].map(|tenant| find(worker, name(tenant), key));
+    assert_eq!(found(&mut worker), [None, Some(2)]);
+    save(&mut worker, name("a"), key, 3);
+    assert_eq!(found(&mut worker), [Some(3), Some(2)]);
+    worker.engine.close(soon()).expect("closed");
+    let mut worker = Worker::new(EngineConfig { load_policy: LoadPolicy::Always, ..config(directory.path()) });
+    assert_eq!(found(&mut worker), [Some(3), Some(2)]);
+}

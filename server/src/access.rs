@@ -22,7 +22,7 @@ use crate::limits::{REQUESTS_BURST_MAX, REQUESTS_PER_SECOND_MAX, SESSIONS_PER_CL
 pub enum Role {
     /// Counters, and nothing that names a block or a request.
     ReadOnly,
-    /// Runs the server: flush, reopen, load policy, explanations.
+    /// Runs the server: flush, reopen, purge, load policy, explanations.
     Operator,
     /// Looks up, loads and saves.
     Engine,
@@ -76,6 +76,9 @@ const TABLE: &[(&str, &[Role])] = &[
     ("Release", &[Role::Engine]),
     ("Flush", &[Role::Operator, Role::Engine]),
     ("ReopenStore", &[Role::Operator]),
+    // Names models and tenants; no block and no request.
+    ("ListNamespaces", &[Role::ReadOnly, Role::Operator]),
+    ("Purge", &[Role::Operator]),
     ("LoadPolicy", &[Role::Operator]),
     // Names requests.
     ("Explain", &[Role::Operator]),
@@ -206,6 +209,8 @@ mod tests {
             }
         }
         assert!(!may_call(Role::Engine, "/pegaflow.v1.PegaFlow/ReopenStore"));
+        assert!(!may_call(Role::Engine, "/pegaflow.v1.PegaFlow/Purge"));
+        assert!(!may_call(Role::ReadOnly, "/pegaflow.v1.PegaFlow/Purge"));
         assert!(!may_call(Role::Operator, "/pegaflow.v1.PegaFlow/Lookup"));
         assert!(!may_call(Role::ReadOnly, "/pegaflow.v1.PegaFlow/Lookup"));
     }

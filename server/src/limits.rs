@@ -61,5 +61,9 @@ pub(crate) const KEY_BYTES: usize = 32;
 pub(crate) const LEASE_BYTES: usize = 16;
 /// The most computations that one question tells of.
 pub(crate) const COMPUTED_MAX: usize = 256;
+/// The most namespaces in one answer: with descriptors of 64 KiB they fit into a message.
+pub(crate) const NAMESPACES_MAX: usize = 64;
+/// The most rows of the index that one list of namespaces counts.
+pub(crate) const NAMESPACE_ROWS_MAX: u64 = 100_000_000;
 /// The most decisions in one explanation.
 pub(crate) const DECISIONS_MAX: usize = 1024;

@@ -11,7 +11,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
 use crate::access::Caller;
-use crate::limits::{BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX};
+use crate::limits::{
+    BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX, NAMESPACE_ROWS_MAX, NAMESPACES_MAX,
+};
 use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
 use crate::session::Sessions;
@@ -235,6 +237,50 @@ impl PegaFlow for Service {
             let _place = place;
             engine.reopen_store(Instant::now() + timeout)?;
             Ok(proto::ReopenStoreReply {})
+        })
+        .await
+    }
+
+    async fn list_namespaces(
+        &self,
+        request: Request<proto::ListNamespacesRequest>,
+    ) -> Result<Response<proto::ListNamespacesReply>, Status> {
+        let proto::ListNamespacesRequest { after, rows_max } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let after = (!after.is_empty()).then(|| wire::namespace_id(&after)).transpose()?;
+            if rows_max > NAMESPACE_ROWS_MAX {
+                let message = format!("{rows_max} rows; give at most {NAMESPACE_ROWS_MAX}");
+                return Err(Error::new(ErrorKind::InvalidInput, message));
+            }
+            let found = engine.list_namespaces(after.as_ref(), NAMESPACES_MAX, rows_max)?;
+            let is_last = found.len() < NAMESPACES_MAX;
+            let found: Vec<_> = found.iter().map(wire::namespace_json).collect();
+            Ok(proto::ListNamespacesReply { namespaces_json: serde_json::Value::from(found).to_string(), is_last })
+        })
+        .await
+    }
+
+    async fn purge(&self, request: Request<proto::PurgeRequest>) -> Result<Response<proto::PurgeReply>, Status> {
+        let proto::PurgeRequest { namespace, timeout_ms } = request.into_inner();
+        let timeout = wire::flush_timeout(timeout_ms).map_err(|error| to_status(&error))?;
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let namespace = wire::namespace_id(&namespace)?;
+            let unknown = || Error::new(ErrorKind::NotFound, format!("there is no namespace {namespace}"));
+            let purged = engine.purge(&namespace, Instant::now() + timeout)?.ok_or_else(unknown)?;
+            Ok(proto::PurgeReply {
+                dram_blocks: purged.dram_blocks,
+                dram_bytes: purged.dram_bytes,
+                drive_blocks: purged.drive_blocks,
+                drive_bytes: purged.drive_bytes,
+                destroyed_keys: purged.destroyed_keys,
+                is_swept: purged.is_swept,
+            })
         })
         .await
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use pegaflow_engine::{
     ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId,
-    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, Place, Places, Result, SaveTarget,
-    TenantId,
+    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, NamespaceId, NamespaceInfo, Place,
+    Places, Result, SaveTarget, TenantId,
 };
 use prost::bytes::Bytes;
 
@@ -328,6 +328,33 @@ pub(crate) fn save_blocks(request: &proto::SaveRequest) -> Result<(SaveTarget, V
 }
 
 /// How long a flush may wait.
+/// A namespace.
+///
+/// # Errors
+/// `InvalidInput` for anything but 32 bytes.
+pub(crate) fn namespace_id(bytes: &[u8]) -> Result<NamespaceId> {
+    let id = <[u8; 32]>::try_from(bytes).map(NamespaceId::from_bytes);
+    id.map_err(|_| invalid(format!("a namespace of {} bytes; give 32", bytes.len())))
+}
+
+/// One of the namespaces, as it is told.
+pub(crate) fn namespace_json(info: &NamespaceInfo) -> serde_json::Value {
+    let drive = info.drive.map(
+        |drive| serde_json::json!({ "blocks": drive.records, "bytes": drive.bytes, "is_complete": drive.is_complete }),
+    );
+    serde_json::json!({
+        "id": info.id.to_string(),
+        "fields": info.descriptor.fields(),
+        "instances": info.instances,
+        "dram_blocks": info.dram_blocks,
+        "dram_bytes": info.dram_bytes,
+        "drive": drive,
+        "idle_ms": info.idle.map(|idle| u64::try_from(idle.as_millis()).unwrap_or(u64::MAX)),
+        "lookup_blocks": info.lookup_blocks,
+        "hit_blocks": info.hit_blocks,
+    })
+}
+
 pub(crate) fn flush_timeout(timeout_ms: u32) -> Result<Duration> {
     let timeout = Duration::from_millis(timeout_ms.into());
     if timeout.is_zero() || timeout > FLUSH_TIMEOUT_MAX {

@@ -180,6 +180,16 @@ fn of_a_server(desk: &Desk) {
     assert_eq!(told["decisions"][0]["request"], "cmpl-1-abc", "{told:#}");
     desk.meets("explain", 0, &at(&socket, &["explain", "nobody"]));
     desk.meets("load-policy", 0, &at(&socket, &["load-policy"]));
+    let told = desk.meets("ls", 0, &at(&socket, &["ls"]));
+    let one = &told["namespaces"][0];
+    assert_eq!((&one["fields"]["model"], &one["instances"]), (&"m".into(), &1.into()), "{told:#}");
+    assert_eq!(
+        (&one["dram_blocks"], &one["drive"]["blocks"]),
+        (&(BLOCKS / 2).into(), &(BLOCKS / 2).into()),
+        "{told:#}"
+    );
+    let told = desk.meets("ls", 0, &at(&socket, &["ls", "--count", "0"]));
+    assert_eq!(told["namespaces"][0]["drive"], Value::Null, "{told:#}");
     desk.meets("load-policy", 0, &at(&socket, &["load-policy", "never"]));
     let vllm = desk.write("python", VLLM);
     std::fs::set_permissions(&vllm, std::fs::Permissions::from_mode(0o700)).expect("ours");
@@ -187,10 +197,26 @@ fn of_a_server(desk: &Desk) {
     let told = desk.meets("prewarm", 1, &at(&socket, &["prewarm", &prompts, "--python", &vllm, "--", "model"]));
     assert_eq!((&told["done"], &told["failures"][0]["line"]), (&1.into(), &2.into()), "{told:#}");
     desk.fails(3, ErrorKind::NotFound, &at(&socket, &["prewarm", &desk.path("none.jsonl"), "--", "model"]));
+    let id = one["id"].as_str().expect("a name");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--tenant", "nobody", "--yes"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--cache-salt", "nobody's", "--yes"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--namespace", "no", "--yes"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--namespace", &id[..8]]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--yes"]));
     // What a server has open is in use.
     desk.fails(5, ErrorKind::Locked, &["verify", &desk.path("store")]);
     stop(server, &worker);
-    for command in [&["status"][..], &["top"], &["flush"], &["ping"], &["reopen"], &["explain"], &["load-policy"]] {
+    for command in [
+        &["status"][..],
+        &["top"],
+        &["flush"],
+        &["ping"],
+        &["reopen"],
+        &["explain"],
+        &["load-policy"],
+        &["ls"],
+        &["purge", "--all", "--yes"],
+    ] {
         desk.fails(5, ErrorKind::Closed, &at(&socket, command));
     }
 }
@@ -218,6 +244,22 @@ fn of_stores(desk: &Desk) {
     let told = desk.meets("verify", 1, &["verify", &store]);
     assert_eq!(told["stores"][0]["report"]["findings"][0]["problem"], "bad_checksum", "{told:#}");
     desk.meets("verify", 0, &["verify", &store, "--repair"]);
+    of_a_purge(desk);
+}
+
+/// Last: afterwards the store is empty.
+fn of_a_purge(desk: &Desk) {
+    let (server, worker, socket) = server(desk);
+    let found = |count: u32| assert_eq!(worker.lookup(BLOCKS / 2).expect("answers").hit_blocks, count);
+    found(BLOCKS / 2);
+    let told = desk.meets("purge", 0, &at(&socket, &["purge", "--all", "--yes"]));
+    assert_eq!((&told["namespaces"], &told["destroyed_keys"]), (&1.into(), &0.into()), "{told:#}");
+    assert_eq!(told["purged"][0]["is_swept"], true, "{told:#}");
+    found(0);
+    let told = desk.meets("ls", 0, &at(&socket, &["ls"]));
+    let one = &told["namespaces"][0];
+    assert_eq!((&one["dram_blocks"], &one["drive"]["blocks"], &one["instances"]), (&0.into(), &0.into(), &1.into()));
+    stop(server, &worker);
 }
 
 /// Commands that need neither a server nor a store; usage errors.

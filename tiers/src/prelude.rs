@@ -11,15 +11,17 @@ pub use crate::gpu::{
     BlockCopy, CopyBatch, CopyDirection, CopyDone, CudaMemory, CudaScratch, DeviceMemory, Fence, HostMemory, KvCache,
     LocalKvCache, PlacedCopy, RangeFragment, gpu_count,
 };
-pub use crate::index::{IndexChange, IndexLog, IndexRow, Location, NamespaceRow, RegionMark, Table, TableEntry, Uses};
+pub use crate::index::{
+    IndexChange, IndexLog, IndexRow, Location, NamespaceEnd, NamespaceRow, RegionMark, Table, TableEntry, Uses,
+};
 pub use crate::latency::{Latencies, LatencyHistogram};
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, DepthOrigin, DriveConfig, DriveHealth, DriveSpeed, DriveUse, EncryptionKey,
     ExportReport, ExportedRecord, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, HealthReader, IndexFill,
     IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook,
-    PoisonReason, ReadDepth, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport, RegionInfo, RegionPins, RegionState,
-    ResidentBlock, ScrubPace, Store, StoreConfig, StorePaths, StoreStats, Verified, VerifyProgress, VerifyReport,
-    WriteVolume, controllers_of, fsck, fsck_with_key, open_direct, open_engine,
+    PoisonReason, PurgeReport, ReadDepth, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport, RegionInfo, RegionPins,
+    RegionState, ResidentBlock, ScrubPace, Store, StoreConfig, StorePaths, StoreStats, StoreUse, Verified,
+    VerifyProgress, VerifyReport, WriteVolume, controllers_of, fsck, fsck_with_key, open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{

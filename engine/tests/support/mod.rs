@@ -59,6 +59,11 @@ impl Worker {
         let session = engine.start_session();
         let instance = InstanceId("test".into());
         engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("registered");
+        Self::beside(engine, session, instance)
+    }
+
+    /// One that has registered, or will.
+    pub(crate) fn beside(engine: Engine, session: SessionId, instance: InstanceId) -> Self {
         Self { engine, session, instance, memory: memory(), shard: 0, tenant: None, next: 0 }
     }
 

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pegaflow_engine::{
     ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceSpec, LeaseId, LoadBlock, LoadPolicy,
-    LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveTarget,
+    LookupReply, LookupRequest, NamespaceId, OperationId, Place, PlacedCopy, PlacedLoads, PurgeOutcome, Result,
+    SaveTarget,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -30,7 +31,10 @@ pub use completions::{Completion, CompletionResult, OUTSTANDING_MAX};
 pub use config::{ClientConfig, Endpoint, Token};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
-use crate::proto::{ExplainRequest, FlushRequest, LoadPolicyRequest, ReopenStoreRequest, StatsReply, StatsRequest};
+use crate::proto::{
+    ExplainRequest, FlushRequest, ListNamespacesRequest, LoadPolicyRequest, PurgeRequest, ReopenStoreRequest,
+    StatsReply, StatsRequest,
+};
 use crate::status::from_status;
 use crate::wire;
 use config::Registration;
@@ -312,6 +316,44 @@ impl Client {
         let (mut rpc, _) = self.inner.shared.session()?;
         let (timeout_ms, patience) = self.patience(timeout);
         self.call(patience, async move { rpc.reopen_store(ReopenStoreRequest { timeout_ms }).await }).map(drop)
+    }
+
+    /// The namespaces of the server behind `after`, or from the first on, as a JSON array of at most 64; and whether those are the
+    /// last. At most `rows_max` rows of its index are counted, up to 100,000,000; 0: the drive is not looked at.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout` after `timeout`, `InvalidInput`, `Busy` if too many requests wait.
+    pub fn list_namespaces(
+        &self,
+        after: Option<&NamespaceId>,
+        rows_max: u64,
+        timeout: Duration,
+    ) -> Result<(String, bool)> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let after = after.map(|id| id.as_bytes().to_vec()).unwrap_or_default().into();
+        let request = ListNamespacesRequest { after, rows_max };
+        let reply = self.call(timeout, async move { rpc.list_namespaces(request).await })?;
+        Ok((reply.namespaces_json, reply.is_last))
+    }
+
+    /// Purges a namespace of the server: nothing of it is found again, which is durable when this returns.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none, `InvalidInput` for that of objects, `Poisoned` while its store is out of use, `Timeout` after
+    /// `timeout` (purge it again), `Closed` at once without a server, and what its store reports.
+    pub fn purge(&self, namespace: &NamespaceId, timeout: Duration) -> Result<PurgeOutcome> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let (timeout_ms, patience) = self.patience(timeout);
+        let request = PurgeRequest { namespace: namespace.as_bytes().to_vec().into(), timeout_ms };
+        let reply = self.call(patience, async move { rpc.purge(request).await })?;
+        Ok(PurgeOutcome {
+            dram_blocks: reply.dram_blocks,
+            dram_bytes: reply.dram_bytes,
+            drive_blocks: reply.drive_blocks,
+            drive_bytes: reply.drive_bytes,
+            destroyed_keys: reply.destroyed_keys,
+            is_swept: reply.is_swept,
+        })
     }
 
     /// A timeout that the server keeps to itself, in milliseconds, and how long its answer is waited for: it still has to

@@ -22,7 +22,7 @@ use self::reclaimed::Generations;
 use self::rocks::Rocks;
 #[cfg(any(test, feature = "fault-injection"))]
 pub(crate) use self::twin::{TwinEvents, TwinIndex};
-use super::row::{IndexRow, NamespaceRow, RegionMark, decode_id, encode_id};
+use super::row::{IndexRow, NamespaceEnd, NamespaceRow, RegionMark, decode_id, encode_id};
 use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -30,6 +30,9 @@ use crate::error::{Error, ErrorKind, Result};
 const META_NAME_BYTES_MAX: usize = 256;
 /// The largest named value, in bytes.
 const META_VALUE_BYTES_MAX: usize = 1 << 20;
+
+/// Ends of namespaces that are read together.
+const ENDS_AT_ONCE: usize = 64;
 
 /// One change of the index.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -242,6 +245,35 @@ impl IndexLog {
     /// `InvalidInput` for a namespace outside the limits of [`NamespaceRow`]; `NoSpace` or `Io`.
     pub fn put_namespace(&self, row: &NamespaceRow) -> Result<()> {
         self.put_durably(Family::Namespaces, &row.encode_key(), &row.encode()?)
+    }
+
+    /// Notes the end of a namespace, and forgets what its handle stood for. Durable when it returns, with all that was
+    /// committed before.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`.
+    pub fn put_end(&self, end: &NamespaceEnd) -> Result<()> {
+        let mut batch = Batch::default();
+        batch.put(Family::Meta, &end.encode_key(), &end.encode());
+        batch.delete(Family::Namespaces, &end.handle.0.to_be_bytes());
+        self.database.write(batch, Durability::Medium)
+    }
+
+    /// The ends of all namespaces that were purged, in no particular order.
+    ///
+    /// # Errors
+    /// `Corrupt` or `NewerFormat` for one that cannot be read, `Io`.
+    pub fn ends(&self) -> Result<Vec<NamespaceEnd>> {
+        let mut ends = Vec::new();
+        let first = Some(NamespaceEnd::NAMES);
+        self.database.for_some(Family::Meta, first, ENDS_AT_ONCE, &mut |key, value| {
+            if !key.starts_with(NamespaceEnd::NAMES) {
+                return Ok(ControlFlow::Break(()));
+            }
+            ends.push(NamespaceEnd::decode(key, value)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(ends)
     }
 
     /// The value kept under a name.

@@ -14,5 +14,5 @@ pub(crate) use log::spoil_row;
 pub use log::{IndexChange, IndexLog};
 #[cfg(any(test, feature = "fault-injection"))]
 pub(crate) use log::{TwinEvents, TwinIndex};
-pub use row::{IndexRow, NamespaceRow, RegionMark};
+pub use row::{IndexRow, NamespaceEnd, NamespaceRow, RegionMark};
 pub use table::{Table, TableEntry, Uses};

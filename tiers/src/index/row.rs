@@ -3,11 +3,13 @@
 //! no checksum of their own: RocksDB checks every block of its files and every entry of its log.
 
 mod index_row;
+mod namespace_end;
 mod namespace_row;
 mod region_mark;
 
 pub use index_row::IndexRow;
 pub(super) use index_row::{decode_id, encode_id};
+pub use namespace_end::NamespaceEnd;
 pub use namespace_row::NamespaceRow;
 pub use region_mark::RegionMark;
 

@@ -65,7 +65,9 @@ pub(super) fn export(
         let end = next.saturating_add(step).min(regions);
         let mut places: Vec<(Location, RecordId)> = Vec::new();
         index.scan(&mut |row| {
-            let is_wanted = row.id.namespace == namespace && (next..end).contains(&row.location.region);
+            let is_wanted = row.id.namespace == namespace
+                && shared.namespaces.is_live(namespace)
+                && (next..end).contains(&row.location.region);
             if is_wanted && shared.locate(&row.id) == Some(row.location) {
                 places.push((row.location, row.id));
             }

@@ -16,6 +16,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::recovery::distrust;
 use super::region_header::HEADER_SLOTS;
 use super::shared::Shared;
+use super::switches::is_off;
 use crate::block::RecordId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexLog, IndexRow, Location, RegionMark};
@@ -221,12 +222,15 @@ fn step(shared: &Shared, limit: usize) -> Result<bool> {
     let source = shared.fill.source.read();
     let Some(index) = source.as_ref() else { return Ok(true) };
     let mut rows = 0;
-    let mut dropped = Vec::new();
+    let (mut dropped, mut purged) = (Vec::new(), Vec::new());
     let next = index.scan_after(cursor.as_ref(), limit, &mut |row| {
         (shared.fill.plan.on_row)(&row);
         rows += 1;
         if copy(shared, &row).is_none() {
-            dropped.push(IndexChange::Remove { id: row.id, sequence: row.sequence });
+            // What a purge has left nobody takes out but this; what a reclaimed region has left goes in time.
+            let is_purged = shared.namespaces.is_ended(row.id.namespace);
+            let removed = if is_purged { &mut purged } else { &mut dropped };
+            removed.push(IndexChange::Remove { id: row.id, sequence: row.sequence });
         }
     })?;
     let mut state = shared.fill.state.lock();
@@ -234,9 +238,10 @@ fn step(shared: &Shared, limit: usize) -> Result<bool> {
     state.cursor = next;
     state.progress.rows += rows;
     state.progress.rows_total = state.progress.rows_total.max(state.progress.rows);
-    state.progress.dropped_rows += dropped.len() as u64;
+    state.progress.dropped_rows += (dropped.len() + purged.len()) as u64;
     drop(state);
     dropped.truncate(room);
+    dropped.append(&mut purged);
     index.commit(&dropped, &[])?;
     Ok(next.is_none())
 }
@@ -245,7 +250,8 @@ fn step(shared: &Shared, limit: usize) -> Result<bool> {
 fn copy(shared: &Shared, row: &IndexRow) -> Option<Location> {
     let Location { region, page, pages, .. } = row.location;
     let is_inside = page >= HEADER_SLOTS && page + pages <= shared.drive.region_pages();
-    let location = Some(row.location).filter(|location| is_inside && shared.regions.holds(location))?;
+    let is_live = shared.namespaces.is_live(row.id.namespace) || is_off!(BelievePurged);
+    let location = Some(row.location).filter(|location| is_live && is_inside && shared.regions.holds(location))?;
     shared.point_to(&row.id, row.parent, location);
     shared.regions.set_used(region, page + pages);
     Some(location)

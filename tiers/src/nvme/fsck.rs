@@ -206,6 +206,9 @@ impl Check {
             report.note(FsckProblem::BadIndex, None, None, what.into());
         }
         let marks = index.as_ref().map_or(Ok(Vec::new()), IndexLog::marks)?;
+        for end in index.as_ref().map_or(Ok(Vec::new()), IndexLog::ends)? {
+            namespaces.adopt_end(end, true)?;
+        }
         Ok(Self {
             drive,
             more_drives,
@@ -275,8 +278,13 @@ impl Check {
     fn count_rows(&mut self) -> Result<u64> {
         let Some(index) = &self.index else { return Ok(0) };
         let (headers, report, changes) = (&self.headers, &mut self.report, &mut self.rows);
-        let is_clean = report.is_clean;
+        let (is_clean, namespaces) = (report.is_clean, &self.namespaces);
         index.scan(&mut |row| {
+            // A purge that ran out of time, or a crash, leaves them.
+            if namespaces.is_ended(row.id.namespace) {
+                report.stale_rows += 1;
+                return Ok(());
+            }
             let header = headers.get(row.location.region as usize).copied().flatten();
             if header.is_some_and(|header| header.generation == row.location.generation) {
                 return Ok(());
@@ -300,7 +308,11 @@ impl Check {
         index.scan(&mut |row| {
             let region = row.location.region;
             let header = self.headers.get(region as usize).copied().flatten();
-            if is_wanted(region) && header.is_some_and(|header| header.generation == row.location.generation) {
+            let is_purged = self.namespaces.is_ended(row.id.namespace);
+            if is_wanted(region)
+                && !is_purged
+                && header.is_some_and(|header| header.generation == row.location.generation)
+            {
                 rows.entry(region).or_default().push(row);
             }
             Ok(())
@@ -423,8 +435,8 @@ impl Check {
         self.report.records += 1;
         self.report.bytes += header.location.bytes();
         let DiskIdentity { namespace, group, shard, key } = header.identity;
-        // Without its namespace nobody can ask for it.
-        let Some(namespace) = self.namespaces.handle_of(&namespace) else { return Ok(()) };
+        // Without its namespace nobody can ask for it, nor once that was purged.
+        let Some(namespace) = self.namespaces.handle_at(&namespace, header.sequence) else { return Ok(()) };
         let id = RecordId { namespace, group, shard, key };
         if header.kind == HeaderKind::Tombstone {
             let hides = self.tombstones.entry(id).or_default();

@@ -3,6 +3,7 @@
 
 use super::drive_identity::DriveIdentity;
 use super::encryption::{HeaderKey, fuzz_key_entry};
+use super::namespace_end::fuzz_end;
 use super::namespaces::fuzz_entry;
 use super::page::{PAGE_BYTES, Page, seal};
 use super::record_header::{RecordHeader, authenticate};
@@ -79,7 +80,7 @@ impl FuzzTarget {
             Self::DriveIdentity => {
                 both([&page, &sealed], |page| DriveIdentity::decode(page).map(|identity| _ = identity.encode()))
             }
-            Self::Namespace => format!("{:?}", fuzz_entry(bytes)),
+            Self::Namespace => format!("{:?}, {:?}", fuzz_entry(bytes), fuzz_end(bytes)),
             Self::KeyEntry => format!("{:?}", fuzz_key_entry(bytes)),
             Self::Version => format!("{:?}", check_version_text(bytes).map_err(|error| error.kind())),
             Self::Frame => {

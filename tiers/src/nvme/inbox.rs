@@ -1,5 +1,5 @@
-//! What the writer thread is told: records to write, writes and syncs that ended, records to quarantine. Bounded by
-//! bytes; nobody but the writer ever waits here.
+//! What the writer thread is told: records to write, writes and syncs that ended, records to quarantine, questions for its
+//! counter. Bounded by bytes; nobody but the writer ever waits here.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -50,6 +50,8 @@ pub(super) struct News {
     pub(super) bad_records: Vec<(RecordId, Location)>,
     /// Records to write again before their region goes; before all others, since the region is about to be needed.
     pub(super) copies: VecDeque<Box<QueuedRecord>>,
+    /// Asked of whoever purges: the highest sequence that was given to a record.
+    pub(super) sequence_questions: Vec<Done<u64>>,
     /// The region of which no more copies come.
     pub(super) copied: Option<Copied>,
     pub(super) ending: Option<Ending>,
@@ -110,6 +112,19 @@ impl Inbox {
             return;
         }
         state.news.entries.push_back(Entry::Flush(done));
+        self.announce(state);
+    }
+
+    /// Asks for the highest sequence that was given to a record; `done` is dropped, and with that called, if the store is
+    /// closed. Whoever asks holds the file of namespaces, so there is one question at a time.
+    pub(super) fn push_sequence_question(&self, done: Done<u64>) {
+        let mut state = self.state.lock();
+        if state.is_closed {
+            drop(state);
+            drop(done);
+            return;
+        }
+        state.news.sequence_questions.push(done);
         self.announce(state);
     }
 

@@ -23,6 +23,7 @@ mod fuzzing;
 mod inbox;
 mod io;
 mod membership;
+mod namespace_end;
 mod namespaces;
 mod page;
 mod poison;
@@ -75,7 +76,7 @@ pub use regions::RegionPins;
 #[cfg(any(test, feature = "fault-injection"))]
 pub use simulation::{DamageTally, SimBias, SimFailure, SimFailureKind, SimOptions, SimTally, Simulator, SweepTally};
 pub use stats::{StoreStats, WriteVolume};
-pub use store::Store;
+pub use store::{PurgeReport, Store, StoreUse};
 #[cfg(any(test, feature = "fault-injection"))]
 pub use switches::Sabotage;
 pub use verify::{ScrubPace, VerifyProgress, VerifyReport};

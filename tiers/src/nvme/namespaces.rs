@@ -1,19 +1,21 @@
-//! The namespaces of a store: which number stands for which identity. Kept in the append-only file `namespaces`, because
-//! record headers carry only the digest and the index may be wiped. Each entry is checksummed and starts at a multiple
-//! of 512 bytes, so a damaged one costs itself and not those behind it. `docs/format.md` draws it.
+//! The namespaces of a store: which number stands for which identity, and which have ended. Kept in the append-only file
+//! `namespaces`, because record headers carry only the digest and the index may be wiped. Each entry is checksummed and
+//! starts at a multiple of 512 bytes, so a damaged one costs itself and not those behind it. `docs/format.md` draws it.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 
 use super::backing::SmallFile;
+use super::namespace_end;
 use super::page::{get, get_u16, get_u32, get_u64, is_sealed, put, seal};
 use super::record_header::DiskIdentity;
 use super::switches::is_off;
 use super::version::{FORMAT_VERSION, StoreUuid};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, RecordId};
 use crate::error::{Error, ErrorKind, Result};
-use crate::index::NamespaceRow;
+use crate::index::{NamespaceEnd, NamespaceRow};
 
 const MAGIC: &[u8; 8] = b"PEGANAME";
 /// Entries start at and are multiples of this: the unit that a drive writes as a whole.
@@ -22,6 +24,8 @@ const FIXED_BYTES: usize = 80;
 const GROUP_BYTES: usize = 16;
 /// The most namespaces of a store.
 const NAMESPACES_MAX: usize = 65_536;
+/// The highest number of a namespace: as many are registered at most, in the whole life of a store.
+const HANDLE_MAX: u32 = 1 << 20;
 /// The most groups of a namespace.
 const GROUPS_MAX: usize = 1024;
 
@@ -37,6 +41,12 @@ pub(super) struct Namespaces {
 struct Known {
     by_handle: HashMap<NamespaceHandle, NamespaceRow>,
     by_id: HashMap<NamespaceId, NamespaceHandle>,
+    /// Those that nobody finds any more, and whose end is not durable yet.
+    ending: HashMap<NamespaceId, NamespaceRow>,
+    /// Those that have ended.
+    ended: HashMap<NamespaceHandle, NamespaceEnd>,
+    /// The last end of each digest.
+    last_end: HashMap<NamespaceId, NamespaceEnd>,
 }
 
 struct NamespaceFile {
@@ -55,13 +65,16 @@ impl Namespaces {
         let bytes = file.read_all().map_err(|source| Error::from_io("reading the file of namespaces", source))?;
         let (mut known, mut at, mut end) = (Known::default(), 0, 0);
         while at < bytes.len() {
-            match decode(&bytes[at..], store) {
-                Some((row, length)) => {
-                    known.insert(row);
-                    at += length;
-                    end = at as u64;
-                }
-                None => at += UNIT,
+            if let Some((row, length)) = decode(&bytes[at..], store) {
+                known.insert(row);
+                at += length;
+                end = at as u64;
+            } else if let Some(ended) = namespace_end::decode(&bytes[at..], store) {
+                known.end(ended);
+                at += namespace_end::END_BYTES;
+                end = at as u64;
+            } else {
+                at += UNIT;
             }
         }
         let file = Mutex::new(NamespaceFile { file, store, end });
@@ -72,7 +85,8 @@ impl Namespaces {
     ///
     /// # Errors
     /// `GeometryMismatch` if it is known with other groups, `InvalidInput` for groups outside their limits, `Busy` when
-    /// there are 65,536 already, otherwise what the file system reports.
+    /// there are 65,536 already, were a million, or its purge has begun and not ended; otherwise what the file system
+    /// reports.
     pub(super) fn register(
         &self,
         descriptor: &NamespaceDescriptor,
@@ -94,16 +108,72 @@ impl Namespaces {
                     Err(GroupGeometry::mismatch(id, &row.groups, &groups))
                 };
             }
+            if known.ending.contains_key(&id) {
+                let message = format!("the purge of namespace {id} has not ended; purge it again, then register it");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
             if known.by_handle.len() >= NAMESPACES_MAX {
                 let message = format!("the store has {NAMESPACES_MAX} namespaces, the limit; give an empty directory");
                 return Err(Error::new(ErrorKind::Busy, message));
             }
-            NamespaceHandle(known.by_handle.keys().map(|handle| handle.0).max().unwrap_or(0) + 1)
+            known.next_handle()?
         };
         let row = NamespaceRow { handle, id, descriptor: descriptor.clone(), groups };
-        file.append(&row)?;
+        // What ended before is said once more: if that entry decays, what was purged must not come back under this one.
+        let mut bytes =
+            self.last_end(&id).map(|end| namespace_end::encode(&end, file.store).to_vec()).unwrap_or_default();
+        bytes.extend(encode(&row, file.store)?);
+        file.append(&bytes)?;
         self.known.write().insert(row.clone());
         Ok((handle, Some(row)))
+    }
+
+    /// Ends a namespace: at once nobody finds it, and when this returns that is durable. `last_sequence` is asked then: no
+    /// record of it may get a higher one. `destroy_key` is called when the end is durable, and nobody registers the
+    /// namespace anew before it has returned well. `None` if there is no such namespace. If this fails the
+    /// namespace stays hidden until the store is opened again, and it can be called again.
+    ///
+    /// # Errors
+    /// `InvalidInput` for the namespace of objects, `Timeout` at `deadline` while another one is written, what the two
+    /// return, and what the file system reports.
+    pub(super) fn end(
+        &self,
+        id: &NamespaceId,
+        deadline: Instant,
+        last_sequence: impl FnOnce() -> Result<u64>,
+        destroy_key: impl FnOnce() -> Result<bool>,
+    ) -> Result<Option<(NamespaceEnd, bool)>> {
+        if *id == self.objects {
+            let message = "named objects are not purged as a namespace; remove them one by one";
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let mut file = self.file.try_lock_until(deadline).ok_or_else(|| {
+            Error::new(ErrorKind::Timeout, "another namespace is being registered or purged; try again")
+        })?;
+        let Some(handle) = self.known.write().begin_end(id) else { return Ok(None) };
+        let end = NamespaceEnd { handle, id: *id, sequence: last_sequence()? };
+        let entry = namespace_end::encode(&end, file.store);
+        file.append(&entry)?;
+        let had_key = destroy_key()?;
+        self.known.write().end(end);
+        Ok(Some((end, had_key)))
+    }
+
+    /// Takes over the end of a namespace that the index knows and this file has lost; durable unless `is_read_only`.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub(super) fn adopt_end(&self, end: NamespaceEnd, is_read_only: bool) -> Result<()> {
+        let mut file = self.file.lock();
+        if !self.is_ended(end.handle) {
+            if !is_read_only {
+                tracing::warn!(namespace = %end.id, "the end of a namespace was missing in its file; restored from the index");
+                let entry = namespace_end::encode(&end, file.store);
+                file.append(&entry)?;
+            }
+            self.known.write().end(end);
+        }
+        Ok(())
     }
 
     /// Takes over a namespace that the index knows and this file has lost.
@@ -114,19 +184,22 @@ impl Namespaces {
         let mut file = self.file.lock();
         let is_known = {
             let known = self.known.read();
-            known.by_id.contains_key(&row.id) || known.by_handle.contains_key(&row.handle)
+            let is_over = known.ended.contains_key(&row.handle);
+            is_over || known.by_id.contains_key(&row.id) || known.by_handle.contains_key(&row.handle)
         };
         if !is_known {
             tracing::warn!(namespace = %row.id, "a namespace was missing in its file; restored from the index");
-            file.append(&row)?;
+            let bytes = encode(&row, file.store)?;
+            file.append(&bytes)?;
             self.known.write().insert(row);
         }
         Ok(())
     }
 
-    /// All of them.
+    /// All of them; also those whose end has begun and is not durable: somebody has to end them.
     pub(super) fn rows(&self) -> Vec<NamespaceRow> {
-        self.known.read().by_handle.values().cloned().collect()
+        let known = self.known.read();
+        known.by_handle.values().chain(known.ending.values()).cloned().collect()
     }
 
     /// How many there are of a kind.
@@ -137,6 +210,42 @@ impl Namespaces {
     /// The number of a namespace, if it is known.
     pub(super) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
         if *id == self.objects { Some(NamespaceHandle(0)) } else { self.known.read().by_id.get(id).copied() }
+    }
+
+    /// The number of the namespace that a record of this digest and sequence is of: of none if it was purged since.
+    pub(super) fn handle_at(&self, id: &NamespaceId, sequence: u64) -> Option<NamespaceHandle> {
+        if *id == self.objects {
+            return Some(NamespaceHandle(0));
+        }
+        let known = self.known.read();
+        let is_dead = known.last_end.get(id).is_some_and(|end| sequence <= end.sequence) && !is_off!(BelievePurged);
+        known.by_id.get(id).copied().filter(|_| !is_dead)
+    }
+
+    /// Whether a number is given: its namespace is known and was not purged.
+    pub(super) fn is_live(&self, handle: NamespaceHandle) -> bool {
+        handle == NamespaceHandle(0) || self.known.read().by_handle.contains_key(&handle)
+    }
+
+    /// Whether a namespace has ended, durably.
+    pub(super) fn is_ended(&self, handle: NamespaceHandle) -> bool {
+        handle != NamespaceHandle(0) && self.known.read().ended.contains_key(&handle)
+    }
+
+    /// The last end of a digest, if it ever ended.
+    fn last_end(&self, id: &NamespaceId) -> Option<NamespaceEnd> {
+        self.known.read().last_end.get(id).copied()
+    }
+
+    /// All that have ended.
+    pub(super) fn ends(&self) -> Vec<NamespaceEnd> {
+        self.known.read().ended.values().copied().collect()
+    }
+
+    /// The digests that have ended and were not registered again.
+    pub(super) fn purged(&self) -> Vec<NamespaceId> {
+        let known = self.known.read();
+        known.last_end.keys().filter(|id| !known.by_id.contains_key(id)).copied().collect()
     }
 
     /// The digest of a namespace; `None` for one that is not known.
@@ -167,15 +276,49 @@ impl Namespaces {
 
 impl Known {
     fn insert(&mut self, row: NamespaceRow) {
-        self.by_id.insert(row.id, row.handle);
-        self.by_handle.insert(row.handle, row);
+        if !self.ended.contains_key(&row.handle) {
+            self.by_id.insert(row.id, row.handle);
+            self.by_handle.insert(row.handle, row);
+        }
+    }
+
+    /// A number that was never given.
+    fn next_handle(&self) -> Result<NamespaceHandle> {
+        let given = self.by_handle.keys().chain(self.ended.keys()).chain(self.ending.values().map(|row| &row.handle));
+        match given.map(|handle| handle.0).max().unwrap_or(0) {
+            last if last < HANDLE_MAX => Ok(NamespaceHandle(last + 1)),
+            _ => {
+                let message = format!("the store has had {HANDLE_MAX} namespaces, the limit; give an empty directory");
+                Err(Error::new(ErrorKind::Busy, message))
+            }
+        }
+    }
+
+    /// Nobody finds a namespace any more; its number, if there is one.
+    fn begin_end(&mut self, id: &NamespaceId) -> Option<NamespaceHandle> {
+        if let Some(row) = self.by_id.remove(id).and_then(|handle| self.by_handle.remove(&handle)) {
+            self.ending.insert(*id, row);
+        }
+        self.ending.get(id).map(|row| row.handle)
+    }
+
+    fn end(&mut self, end: NamespaceEnd) {
+        self.by_handle.remove(&end.handle);
+        if self.by_id.get(&end.id) == Some(&end.handle) {
+            self.by_id.remove(&end.id);
+        }
+        self.ending.remove(&end.id);
+        self.ended.insert(end.handle, end);
+        let last = self.last_end.entry(end.id).or_insert(end);
+        if last.sequence < end.sequence {
+            *last = end;
+        }
     }
 }
 
 impl NamespaceFile {
-    fn append(&mut self, row: &NamespaceRow) -> Result<()> {
-        let bytes = encode(row, self.store)?;
-        let written = self.file.write_at(self.end, &bytes);
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = self.file.write_at(self.end, bytes);
         let written = written.and_then(|()| if is_off!(SkipNamespaceSync) { Ok(()) } else { self.file.sync() });
         written.map_err(|source| Error::from_io("writing the file of namespaces", source))?;
         self.end += bytes.len() as u64;
@@ -310,7 +453,7 @@ mod tests {
         assert!(mismatch.message().contains("4096") && mismatch.message().contains("8192"), "{mismatch}");
         let id = RecordId { namespace: NamespaceHandle(5), group: 1, shard: 0, key: crate::BlockKey::ROOT };
         assert_eq!(again.identity(&id).map(|identity| identity.namespace), Some(descriptor(4).id()));
-        assert_eq!(again.handle_of(&NamespaceDescriptor::objects().id()), Some(NamespaceHandle(0)));
+        assert_eq!(again.handle_at(&NamespaceDescriptor::objects().id(), 1), Some(NamespaceHandle(0)));
     }
 
     #[test]

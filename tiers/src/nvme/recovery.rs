@@ -84,6 +84,7 @@ pub(super) fn recover(
         (0..shared.drive.drives()).try_for_each(|drive| shared.drive.sync(drive))?;
     }
     let index = open_index(shared, backing, directory, &superblock)?;
+    destroy_purged_keys(shared)?;
     let mut counters = Counters::start(Arc::clone(&shared.drive), superblock.clone())?;
     let mut headers = read_region_headers(shared, &superblock)?;
     free_for_good(shared, &superblock, &mut counters, &headers.unreadable)?;
@@ -256,9 +257,7 @@ fn open_index(
         }
         // Durable, before the superblock says that there was this open.
         index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
-        for row in index.namespaces()? {
-            shared.namespaces.adopt(row)?;
-        }
+        agree_on_namespaces(shared, &index)?;
         Ok(Some(index))
     };
     match open() {
@@ -268,6 +267,31 @@ fn open_index(
         }
         opened => opened,
     }
+}
+
+/// Brings the index and the file of namespaces to say the same of what there is and what has ended.
+fn agree_on_namespaces(shared: &Shared, index: &IndexLog) -> Result<()> {
+    let of_index = index.ends()?;
+    of_index.iter().try_for_each(|end| shared.namespaces.adopt_end(*end, false))?;
+    let known: HashSet<_> = of_index.into_iter().map(|end| end.handle).collect();
+    for end in shared.namespaces.ends().iter().filter(|end| !known.contains(&end.handle)) {
+        index.put_end(end)?;
+    }
+    for row in index.namespaces()? {
+        shared.namespaces.adopt(row)?;
+    }
+    Ok(())
+}
+
+/// Ends purges that a crash has cut off before the key was destroyed.
+fn destroy_purged_keys(shared: &Shared) -> Result<()> {
+    let Some(keyring) = &shared.keyring else { return Ok(()) };
+    for namespace in shared.namespaces.purged() {
+        if keyring.destroy(&namespace)? {
+            tracing::info!(%namespace, "the key of a namespace was destroyed that had been purged");
+        }
+    }
+    Ok(())
 }
 
 /// An empty index, for the first open and for a rebuild.
@@ -282,6 +306,9 @@ fn new_index(
     index.meta_put(OPENS_NAME, &superblock.opens.to_le_bytes())?;
     for row in shared.namespaces.rows() {
         index.put_namespace(&row)?;
+    }
+    for end in shared.namespaces.ends() {
+        index.put_end(&end)?;
     }
     Ok(index)
 }
@@ -400,7 +427,8 @@ impl Recovery<'_> {
             let name = hiding_name(header.location.region);
             self.index.meta_put(&name, &header.location.generation.to_le_bytes())?;
         }
-        let Some(namespace) = self.shared.namespaces.handle_of(&identity.namespace) else { return Ok(()) };
+        let namespace = self.shared.namespaces.handle_at(&identity.namespace, header.sequence);
+        let Some(namespace) = namespace else { return Ok(()) };
         let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
         match header.kind.record_kind() {
             Some(RecordKind::Tombstone) => {

@@ -94,8 +94,11 @@ impl Shared {
     }
 
     /// Whom the store knows a record as: itself, or in an encrypted store somebody with a name that says nothing. `None` if
-    /// the namespace has no key: then it has no records.
+    /// the namespace was purged, or has no key: then it has no records.
     pub(super) fn named(&self, id: &RecordId) -> Option<RecordId> {
+        if !self.namespaces.is_live(id.namespace) {
+            return None;
+        }
         match self.data_key(id.namespace) {
             Ok(None) => Some(*id),
             Ok(Some(key)) => Some(key.rename(id)),

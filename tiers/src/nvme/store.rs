@@ -50,6 +50,9 @@ use crate::index::{IndexLog, Location, NamespaceRow};
 use crate::latency::Latencies;
 
 mod keys;
+mod purge;
+
+pub use purge::{PurgeReport, StoreUse};
 
 /// How long dropping a store waits for its threads.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -433,6 +436,7 @@ impl Store {
     /// The locations of the longest run of records that are there, from the first on. Clears `out`. In memory, once the
     /// table is full; before that it may take 20 microseconds for each of the first 4096 records, and ends behind them.
     pub fn locate_prefix(&self, ids: &[RecordId], out: &mut Vec<Location>) {
+        let ids = self.live_prefix(ids);
         match self.named_all(ids) {
             None => self.shared.locate_prefix(ids, out),
             Some(named) => self.shared.locate_prefix(&named, out),
@@ -451,6 +455,19 @@ impl Store {
             found += 1;
         }
         out.truncate(found);
+    }
+
+    /// The records up to the first whose namespace is not known, or was purged.
+    fn live_prefix<'a>(&self, ids: &'a [RecordId]) -> &'a [RecordId] {
+        let mut last = None;
+        let is_live = |id: &&RecordId| {
+            last == Some(id.namespace) || {
+                last = Some(id.namespace);
+                self.shared.namespaces.is_live(id.namespace)
+            }
+        };
+        let live = ids.iter().take_while(is_live).count();
+        ids.get(..live).unwrap_or_default()
     }
 
     /// Keeps the regions of these locations from being reclaimed as long as the result lives.
@@ -497,7 +514,7 @@ impl Store {
         verify(&self.shared, &index, &paths, None, progress)
     }
 
-    /// All namespaces that were ever registered.
+    /// All namespaces that were registered and not purged since; also those whose purge has begun and is not durable.
     pub fn namespaces(&self) -> Vec<NamespaceRow> {
         self.shared.namespaces.rows()
     }

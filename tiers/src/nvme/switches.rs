@@ -124,6 +124,8 @@ mod on {
         KeepUnreadableRegion,
         /// A namespace is given out before its entry is durable.
         SkipNamespaceSync,
+        /// Records of a namespace that was purged count for the one that has its identity now.
+        BelievePurged,
         /// A failed write is reported as done.
         IgnoreFailedWrite,
         /// An object is not marked as replacing a version whose region is being given up.

@@ -11,6 +11,7 @@ mod faults;
 mod filling;
 mod fixtures;
 mod fsck;
+mod purging;
 mod reclaiming;
 mod reinserting;
 

@@ -324,6 +324,9 @@ impl Writer {
         for result in news.synced {
             self.note_synced(result);
         }
+        for question in news.sequence_questions {
+            question.call(Ok(self.counters.sequence().saturating_sub(1)));
+        }
     }
 
     fn note_written(&mut self, sequence: u64, result: Result<()>) {
@@ -450,6 +453,10 @@ impl Writer {
 
     /// Submits one record, or gives it back when it has to wait.
     fn submit_record(&mut self, mut record: Box<QueuedRecord>) -> Result<(), Box<QueuedRecord>> {
+        if self.is_purged(&record) {
+            self.end(record, Err(commit::purged()));
+            return Ok(());
+        }
         // Its encoder lets the writer look again.
         if !record.settle_form() {
             return Err(record);
@@ -674,7 +681,7 @@ impl Writer {
             self.note_kept_tombstone(result.is_ok());
         } else if let Some(reinsert) = &record.reinsert {
             self.note_copy_ended(reinsert.from);
-        } else if result.is_err() {
+        } else if result.is_err() && !self.is_purged(&record) {
             add(&self.shared.counts.failed_appends, 1);
         }
         self.shared.inbox.release(record.charged_bytes);

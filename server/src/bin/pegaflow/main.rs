@@ -3,6 +3,7 @@
 
 mod doctor;
 mod manual;
+mod namespaces;
 mod pack;
 mod policy;
 mod prewarm;
@@ -27,6 +28,7 @@ use pegaflow_server::ExitStatus;
 use pegaflow_server::client::{Client, ClientConfig, Endpoint, Token};
 use serde_json::{Value, json};
 
+use namespaces::{ListOptions, PurgeOptions};
 use pack::PackCommand;
 use pegaflow_server::settings::{Settings, told};
 use policy::PolicyCommand;
@@ -116,6 +118,20 @@ enum Command {
     },
     /// Says whether the server answers, and how fast.
     Ping,
+    /// Lists namespaces: model and tenant, instances, blocks and bytes in DRAM and on the drive, hits, last use. The last two
+    /// since the server was started.
+    Ls {
+        #[command(flatten)]
+        options: ListOptions,
+    },
+    /// Purges namespaces: nothing of them is found again, also after a crash. In an encrypted store their keys are destroyed, and
+    /// the data with them. Engines that run go on, with an empty cache.
+    ///
+    /// Asks first on a terminal. Exit status 3 if nothing matches.
+    Purge {
+        #[command(flatten)]
+        options: PurgeOptions,
+    },
     /// Checks stores that no server has open: every row of the index against its record, every record against its row.
     ///
     /// Exit status 0 if nothing disagrees (any more), 1 if something does.
@@ -312,6 +328,8 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             tell(&"the store is in use");
             json!({ "in_use": true })
         }
+        Command::Ls { options } => namespaces::ls(client, options, is_json)?,
+        Command::Purge { options } => namespaces::purge(client, options, is_json)?,
         Command::Explain { request, last } => {
             let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;
             let decisions: Vec<Value> = serde_json::from_str(&decisions).map_err(|error| {

@@ -87,7 +87,8 @@ pub struct FsckReport {
     pub records: u64,
     /// Bytes of these, headers and padding included.
     pub bytes: u64,
-    /// Rows of regions that were given up since: normal after a crash, the next open drops them.
+    /// Rows of regions that were given up since, or of namespaces that were purged: normal after a crash, the next open drops
+    /// them.
     pub stale_rows: u64,
     /// Records that the index does not cover yet: normal after a crash, the next open takes them up.
     pub unindexed_records: u64,

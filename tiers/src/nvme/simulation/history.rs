@@ -1,6 +1,8 @@
 //! One history: several lives of a store, each with a random workload and an end (an orderly close, a kill, a power loss
 //! now or at a chosen operation), and the checks between them.
 
+mod purge;
+
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -65,6 +67,8 @@ pub enum SimBias {
     Kills,
     /// Every store has several drives, which come and go.
     Drives,
+    /// The namespace of the blocks is purged now and then.
+    Purges,
 }
 
 impl SimOptions {
@@ -123,6 +127,8 @@ pub struct SimTally {
     pub joined: u64,
     /// Drives that became smaller or larger.
     pub resized: u64,
+    /// Namespaces that were purged.
+    pub purges: u64,
     /// A digest of the histories.
     pub trace: u64,
 }
@@ -150,6 +156,7 @@ impl SimTally {
             (&mut self.retired, other.retired),
             (&mut self.joined, other.joined),
             (&mut self.resized, other.resized),
+            (&mut self.purges, other.purges),
         ];
         for (sum, more) in pairs {
             *sum += more;
@@ -477,9 +484,8 @@ impl History {
 
     fn register(&mut self, number: u32) -> Step<Option<NamespaceHandle>> {
         let Some(store) = self.world.store.clone() else { return Ok(None) };
-        let descriptor = NamespaceDescriptor::new().with("model", format!("m{number}"));
         let groups = [GroupGeometry { group: 0, block_bytes: BLOCK_BYTES as u64, shards: 1 }];
-        match store.namespace(&descriptor, &groups) {
+        match store.namespace(&descriptor(number), &groups) {
             Ok(handle) if number == 0 => self.namespace = Some(handle),
             Ok(_) => {}
             Err(_) if self.is_excused() => {}
@@ -524,6 +530,7 @@ impl History {
             88..94 => self.check_one(),
             94..97 => self.pin(),
             97 => self.unpin(),
+            98 if self.bias == SimBias::Purges => self.purge(),
             98 => {
                 self.namespaces += 1;
                 self.register(self.namespaces).map(drop)
@@ -791,6 +798,10 @@ impl History {
         }
         Ok(())
     }
+}
+
+fn descriptor(number: u32) -> NamespaceDescriptor {
+    NamespaceDescriptor::new().with("model", format!("m{number}"))
 }
 
 pub(super) fn id_of(name: u64, namespace: Option<NamespaceHandle>) -> Option<RecordId> {

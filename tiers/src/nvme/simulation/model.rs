@@ -127,6 +127,11 @@ impl Model {
         later.filter(|unsure| unsure.operation == operation).for_each(|unsure| unsure.may_come_back = true);
     }
 
+    /// A record was purged with its namespace: nothing of it may be found again.
+    pub(in crate::nvme) fn purged(&mut self, name: u64) {
+        self.tracks.insert(name, Track::default());
+    }
+
     /// A life of a region is over, or may be.
     pub(in crate::nvme) fn given_up(&mut self, region: u32, generation: u64) {
         self.given_up.insert((region, generation));

@@ -21,6 +21,7 @@ fn bias_from_environment() -> SimBias {
         Ok("drives") => SimBias::Drives,
         Ok("faults") => SimBias::Faults,
         Ok("kills") => SimBias::Kills,
+        Ok("purges") => SimBias::Purges,
         _ => SimBias::None,
     }
 }
@@ -73,6 +74,21 @@ fn an_encrypted_store_keeps_its_promises_too() {
     let tears = simulator.tears(64).unwrap_or_else(|failure| panic!("{failure}"));
     let sweep = simulator.sweep(5, 23).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{tally:?} {flips:?} {tears:?} {sweep:?}");
+}
+
+#[test]
+fn what_was_purged_does_not_come_back_whatever_the_power_does() {
+    let directory = directory();
+    let mut tally = SimTally::default();
+    for is_encrypted in [false, true] {
+        let options = SimOptions { is_encrypted, bias: SimBias::Purges, ..SimOptions::new(directory.path()) };
+        let simulator = Simulator::new(options).expect("memory");
+        for seed in seeds_from_environment(300) {
+            tally.add(&simulator.run(seed).unwrap_or_else(|failure| panic!("encrypted {is_encrypted}: {failure}")));
+        }
+    }
+    assert!(tally.purges > 100 && tally.rebuilt > 0 || tally.seeds < 100, "{tally:?}");
+    println!("{tally:?}");
 }
 
 /// Histories that failed once, because of the store or of the oracle.

@@ -9,7 +9,7 @@ use super::{BUSY_PAUSE, Pending, What, Write, Writer};
 use crate::block::RecordKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexChange, IndexRow, Location, RegionMark};
-use crate::nvme::append::Form;
+use crate::nvme::append::{Form, QueuedRecord};
 use crate::nvme::drive::Drive;
 use crate::nvme::io::{IoCompletion, IoKind, IoPriority, IoRequest};
 use crate::nvme::page::PAGE_BYTES;
@@ -157,7 +157,12 @@ impl Writer {
     /// What is durable goes into the index, and with that to lookups.
     fn commit(&mut self, batch: &[Pending]) -> Result<()> {
         self.note_hiding_regions(batch)?;
-        let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).collect();
+        // What was purged while it was on its way must not be found again.
+        let is_live = |change: &IndexChange| match change {
+            IndexChange::Put(row) => self.shared.namespaces.is_live(row.id.namespace) || is_off!(BelievePurged),
+            IndexChange::Remove { .. } => true,
+        };
+        let changes: Vec<IndexChange> = batch.iter().filter_map(change_of).filter(is_live).collect();
         let marks: Vec<RegionMark> = self.marks.iter().copied().chain(self.marks_of(batch)).collect();
         // A drive may be gone at the next open, and with it the only other place that knows of a removal.
         let is_synced = self.lanes.len() > 1 && batch.iter().any(hides_older) && !is_off!(SkipIndexSync);
@@ -199,6 +204,11 @@ impl Writer {
         marks.into_values()
     }
 
+    /// Whether the record's namespace was purged since it was accepted.
+    pub(super) fn is_purged(&self, record: &QueuedRecord) -> bool {
+        !self.shared.namespaces.is_live(record.id.namespace)
+    }
+
     /// Tells whoever waits that it is durable.
     fn announce(&mut self, pending: Pending) {
         self.count_reinserted(&pending);
@@ -217,7 +227,8 @@ impl Writer {
                 {
                     add(&self.shared.counts.encoded_records, 1);
                 }
-                self.resolve(record, Ok(location));
+                let result = if self.is_purged(&record) { Err(purged()) } else { Ok(location) };
+                self.resolve(record, result);
             }
             What::Flush(done) => done.call(Ok(())),
             What::Seal { region, .. } => {
@@ -233,6 +244,11 @@ impl Writer {
             What::Forget { .. } => {}
         }
     }
+}
+
+/// Why a record is not written, or not found though it was.
+pub(super) fn purged() -> Error {
+    Error::new(ErrorKind::NotFound, "the namespace of the record was purged; register it again")
 }
 
 fn change_of(pending: &Pending) -> Option<IndexChange> {

@@ -262,8 +262,8 @@ impl Writer {
                 _ => return Ok(()),
             };
             let identity = header.identity;
-            // No namespace, no lookup: nothing can come back.
-            let namespace = self.shared.namespaces.handle_of(&identity.namespace);
+            // No namespace, or one that was purged since: nothing can come back.
+            let namespace = self.shared.namespaces.handle_at(&identity.namespace, hides);
             let Some(namespace) = namespace.filter(|_| hides >= oldest && kept.len() <= limit) else { return Ok(()) };
             let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
             if !self.was_never_committed(&id, &header, hides)? {

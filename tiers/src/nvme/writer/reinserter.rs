@@ -245,8 +245,9 @@ impl Work<'_> {
             return Err(corrupt("has other pages than expected, or no payload that can be read"));
         }
         let identity = header.identity;
-        let namespace = self.shared.namespaces.handle_of(&identity.namespace);
-        let namespace = namespace.ok_or_else(|| corrupt("is of a namespace that is not known"))?;
+        let namespace = self.shared.namespaces.handle_at(&identity.namespace, header.sequence);
+        let unknown = || Error::new(ErrorKind::NotFound, "a record is of a namespace that is not known, or was purged");
+        let namespace = namespace.ok_or_else(unknown)?;
         let id = RecordId { namespace, group: identity.group, shard: identity.shard, key: identity.key };
         if let (Some(keyring), Some(seal)) = (&self.shared.keyring, &header.seal) {
             keyring.numbered(seal.key)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use pegaflow_engine::{ByteSize, Engine, Error, ErrorKind, KnownNamespace, NamespaceDescriptor, Result};
+use pegaflow_engine::{ByteSize, Engine, Error, ErrorKind, KnownNamespace, NamespaceDescriptor, Result, TENANT_FIELD};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::settings::{Loaded, Settings, Source};
 use serde_json::{Value, json};
@@ -25,9 +25,6 @@ const DRAM: ByteSize = ByteSize::mib(256);
 /// Fields that are named where identities differ, and how much of each.
 const FIELDS_MAX: usize = 8;
 const FIELD_CHARS_MAX: usize = 60;
-/// The field of a namespace that says whose it is; everything else is what it is of.
-const TENANT: &str = "tenant";
-
 /// What is to be done with a pack.
 #[derive(Debug, Subcommand)]
 pub(crate) enum PackCommand {
@@ -238,7 +235,8 @@ fn chosen(known: &[KnownNamespace], prefix: Option<&str>) -> Result<KnownNamespa
     let listed = || {
         let name = |namespace: &&KnownNamespace| {
             let model = namespace.descriptor.fields().get("model").map_or("", String::as_str);
-            let tenant = namespace.descriptor.fields().get(TENANT).map_or(String::new(), |it| format!(", tenant {it}"));
+            let tenant =
+                namespace.descriptor.fields().get(TENANT_FIELD).map_or(String::new(), |it| format!(", tenant {it}"));
             format!("{:.16} ({model}{tenant})", namespace.id.to_string())
         };
         matching.iter().take(20).map(name).collect::<Vec<_>>().join(", ")
@@ -287,7 +285,7 @@ fn check_identity(pack: &NamespaceDescriptor, known: &[KnownNamespace]) -> Resul
         let (theirs, ours) = (pack.fields(), namespace.descriptor.fields());
         let names = theirs.keys().chain(ours.keys().filter(|name| !theirs.contains_key(*name)));
         names
-            .filter(|name| *name != TENANT && theirs.get(*name) != ours.get(*name))
+            .filter(|name| *name != TENANT_FIELD && theirs.get(*name) != ours.get(*name))
             .map(|name| {
                 let shown = |value: Option<&String>| value.map_or("nothing".to_owned(), |text| shortened(text));
                 format!("{name} is {} in the pack, {} here", shown(theirs.get(name)), shown(ours.get(name)))

@@ -106,6 +106,7 @@ noticed! {
     stop_rebuild_at_damage: StopRebuildAtDamage by By::Scenario(scenarios::damage_before_a_removal);
     keep_unreadable_region: KeepUnreadableRegion by By::Scenario(scenarios::unreadable_region);
     skip_namespace_sync: SkipNamespaceSync by By::Histories;
+    believe_purged: BelievePurged by By::Biased(SimBias::Purges);
     ignore_failed_write: IgnoreFailedWrite by By::Biased(SimBias::Faults);
     trust_unsynced_superblock: TrustUnsyncedSuperblock by By::Scenario(scenarios::superblock_that_was_not_synced);
     write_below_floor: WriteBelowFloor by By::BiasedFrom(SimBias::Drives, 20_125);
