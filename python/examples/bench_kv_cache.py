@@ -147,7 +147,12 @@ def vllm_round(model: str, system: System, prompts: list[list[int]], passes: int
     for _ in range(passes):
         rounds.append([ask(llm, prompt, sampling) for prompt in prompts])
         time.sleep(2)  # saves end behind the answers
-        llm.reset_prefix_cache()
+        for _ in range(50):
+            if llm.reset_prefix_cache():
+                break
+            ask(llm, [7] * 4, sampling)  # a step: in it vLLM is told that saves have ended, and frees their blocks
+        else:
+            raise RuntimeError("vLLM's own prefix cache cannot be emptied")
     return rounds
 
 
