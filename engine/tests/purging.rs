@@ -187,3 +187,16 @@ fn one_that_nobody_uses_is_gone_and_objects_are_refused() {
     assert_eq!(engine.purge(&id(), soon()).expect("nothing to do"), None);
     assert_eq!(engine.get(b"name").expect("read").as_deref(), Some(&b"bytes"[..]));
 }
+
+#[test]
+fn a_cache_in_dram_only_is_purged_and_goes_on() {
+    let mut worker = Worker::new(EngineConfig { dram: ByteSize::mib(16), nvme: None, ..EngineConfig::default() });
+    let chain = keys(4, 1);
+    (0..4).for_each(|block| worker.fill(block, 1));
+    assert_eq!(worker.save(&chain, BlockKey::ROOT).saved, 4);
+    let outcome = worker.engine.purge(&id(), soon()).expect("purged").expect("there");
+    assert_eq!((outcome.dram_blocks, outcome.drive_blocks, outcome.is_swept), (4, 0, true));
+    assert_eq!(worker.lookup(&chain).hit_blocks, 0);
+    assert_eq!(worker.save(&chain, BlockKey::ROOT).saved, 4);
+    assert_eq!(worker.lookup(&chain).hit_blocks, 4);
+}
