@@ -152,6 +152,10 @@ class Engine:
         replies: list[Any] = self._call("rpc", method, *arguments)
         return replies
 
+    def cpu_seconds(self) -> float:
+        """The processor time of all its processes so far."""
+        return sum(cpu_seconds(pid) for pid in descendants(self.process.popen.pid))
+
     def stop(self) -> None:
         """Ends it in order, or kills it."""
         self.process.end_input()
@@ -159,6 +163,24 @@ class Engine:
             self.process.popen.wait(timeout=_STOP_SECONDS)
         self.process.kill()
         self.process.end_output()
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += [int(child) for child in (task / "children").read_text().split()]
+    return [pid, *(below for child in children for below in descendants(child))]
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Server:
@@ -215,6 +237,10 @@ class System:
     def settle(self) -> None:
         """Returns when what was asked is saved, as far as that can be known."""
         time.sleep(3)
+
+    def cpu_seconds(self) -> float:
+        """The processor time of what runs beside vLLM, so far."""
+        return 0.0
 
     def engine(self, name: str) -> Engine:
         """A vLLM that uses it."""
@@ -289,6 +315,10 @@ class PegaFlow(System):
             self._server.stop()
             self._server = None
 
+    def cpu_seconds(self) -> float:
+        """See `System`."""
+        return cpu_seconds(self._server.process.popen.pid) if self._server is not None else 0.0
+
     def settle(self) -> None:
         """See `System`."""
         server = self._server
@@ -357,8 +387,50 @@ class VllmFiles(System):
             },
         }
 
+    def start(self, *, empty: bool) -> None:
+        """See `System`. A restart of everything finds nothing in the page cache, if that may be emptied here."""
+        super().start(empty=empty)
+        if not empty:
+            os.sync()
+            try:
+                Path("/proc/sys/vm/drop_caches").write_text("3")
+            except OSError as error:
+                print(f"vllm_fs reads from the page cache: it cannot be emptied ({error})", file=sys.stderr)
+
     def environment(self) -> dict[str, str]:
         """See `System`. Its files are named by vLLM's hashes, which are seeded anew in every process otherwise."""
+        return {"PYTHONHASHSEED": "0"}
+
+
+class VllmPegaFlow(PegaFlow):
+    """vLLM's OffloadingConnector with our server behind host memory."""
+
+    name = "vllm_pegaflow"
+
+    def engine(self, name: str) -> Engine:
+        """See `System`. The tier tells weights apart by their files, which random weights do not have."""
+        model = shapes.write(self.settings.shape, self.settings.state / "models")
+        header = json.dumps({"seed": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+        weights = len(header).to_bytes(8, "little") + header + WEIGHTS_SEED.to_bytes(8, "little")
+        (model / "model.safetensors").write_bytes(weights)
+        return super().engine(name)
+
+    def connector(self) -> dict[str, Any] | None:
+        """See `System`."""
+        return {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "cpu_bytes_to_use": self.settings.dram_bytes,
+                # Ours is vLLM's own, which knows the tier by its name in 0.26 too.
+                "spec_name": "PegaTieringSpec",
+                "spec_module_path": "pegaflow.vllm_tier.spec",
+                "secondary_tiers": [{"type": "PegaTier", "address": str(self._socket)}],
+            },
+        }
+
+    def environment(self) -> dict[str, str]:
+        """See `System` and `VllmFiles`."""
         return {"PYTHONHASHSEED": "0"}
 
 
@@ -456,7 +528,8 @@ class Upstream(System):
 
 
 SYSTEMS: dict[str, type[System]] = {
-    system.name: system for system in (Nothing, GpuPrefix, PegaFlow, VllmOffload, VllmFiles, LmCache, Upstream)
+    system.name: system
+    for system in (Nothing, GpuPrefix, PegaFlow, VllmOffload, VllmFiles, VllmPegaFlow, LmCache, Upstream)
 }
 
 

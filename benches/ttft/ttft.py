@@ -136,7 +136,7 @@ class Bench:
                     continue
                 system.settle()
                 engine.reset()
-                row["hit"] = self._ask_all(engine, tokens)
+                row["hit"], row["hit_cpu_s"] = self._ask_all_and_count(system, engine, tokens)
                 engine.reset()
                 row["hit_long"] = engine.ask(_seed(tokens, 0), tokens + 1, _CHECKED_TOKENS)
             return {"start_s": engine.start_s, "lengths": lengths}
@@ -161,7 +161,10 @@ class Bench:
         engine = system.engine(phase)
         try:
             self._warm_up(engine, phase, [4096, 8192])
-            lengths = {tokens: {"hit": self._ask_all(engine, tokens)} for tokens in self._lengths}
+            lengths = {}
+            for tokens in self._lengths:
+                hits, cpu_s = self._ask_all_and_count(system, engine, tokens)
+                lengths[tokens] = {"hit": hits, "hit_cpu_s": cpu_s}
             return {"start_s": engine.start_s, "lengths": lengths}
         finally:
             engine.stop()
@@ -177,6 +180,12 @@ class Bench:
     def _ask_all(self, engine: Engine, tokens: int) -> list[dict[str, Any]]:
         # One token more than can be found: then every system computes just that one, and tokens may be compared.
         return [engine.ask(_seed(tokens, index), tokens + 1) for index in range(self._prompts)]
+
+    def _ask_all_and_count(self, system: System, engine: Engine, tokens: int) -> tuple[list[dict[str, Any]], float]:
+        """The answers, and the seconds of processor time that each took, in vLLM and beside it."""
+        before = engine.cpu_seconds() + system.cpu_seconds()
+        answers = self._ask_all(engine, tokens)
+        return answers, round((engine.cpu_seconds() + system.cpu_seconds() - before) / len(answers), 3)
 
     # --- the table ----------------------------------------------------------------------------------------------------
 
@@ -221,6 +230,8 @@ class Bench:
             "cached_tokens": min((answer["cached"] for answer in hits), default=0) if hits else 0,
             "tokens_equal": equal,
             "gpu_prefix_ms": _median(bench["gpu"]),
+            "hit_cpu_s": bench.get("hit_cpu_s"),
+            **{f"{phase}_cpu_s": row.get("hit_cpu_s") for phase, row in later.items() if row},
         }
         for phase, answers in asked.items():
             if phase != "hit" and answers:
@@ -256,7 +267,7 @@ def _say(text: str) -> None:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     columns = ["system", "tokens", "cold_ms", "hit_ms", "engine_restart_ms", "all_restart_ms", "cached_tokens"]
-    columns += ["tokens_equal", "link_ms", "not_loaded"]
+    columns += ["tokens_equal", "link_ms", "not_loaded", "hit_cpu_s", "engine_restart_cpu_s"]
     table = [
         tuple(columns),
         *(tuple("" if row.get(name) is None else str(row[name]) for name in columns) for row in rows),

@@ -91,7 +91,7 @@ def systems(folder: Path, dram_bytes: int, upstream: str) -> dict[str, System]:
         "native-pegaflow": System(
             connector(
                 "OffloadingConnector",
-                **tiers,
+                **{**tiers, "spec_name": "PegaTieringSpec", "spec_module_path": "pegaflow.vllm_tier.spec"},
                 secondary_tiers=[{**tier, "dram": dram_bytes, "nvme": 4 * dram_bytes}],
             ),
             stable_hashes,

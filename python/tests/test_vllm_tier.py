@@ -17,13 +17,15 @@ pytest.importorskip("vllm.v1.kv_offload.tiering.factory", reason="no vLLM with t
 import numpy as np
 import tiering
 from tiering import CHUNKS, Host, Server, StuckCache, chunk, context_of, key_of, server_binary, write_model
-from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy
+from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
+from pegaflow.connector.compat import VERSION
 from pegaflow.errors import InvalidInputError, LockedError, UnsupportedError
 from pegaflow.vllm_tier import PegaTier
 from pegaflow.vllm_tier import tier as tier_module
+from pegaflow.vllm_tier.compat import storage_medium
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,14 +99,14 @@ def test_it_is_what_vllm_loads_by_its_module_path() -> None:
     entry = {"type": "PegaTier", "module_path": "pegaflow.vllm_tier"}
     assert SecondaryTierFactory.get_tier_class(entry) is PegaTier
     assert issubclass(PegaTier, SecondaryTierManager)
-    assert PegaTier.cache_hit_source.name == "DISK"
+    assert VERSION < (0, 28) or PegaTier.cache_hit_source.name == "DISK"
 
 
 def test_stored_chunks_are_found_and_loaded_unchanged_after_a_restart(make: Callable[..., Host]) -> None:
     first = make()
     result = first.store(range(8))
     assert result.success
-    assert result.transfer_bytes == 8 * tiering.CHUNK_BYTES
+    assert VERSION < (0, 28) or result.transfer_bytes == 8 * tiering.CHUNK_BYTES
     first.tier.shutdown()
 
     second = make()
@@ -146,7 +148,7 @@ def test_a_load_of_what_is_not_there_fails_and_is_a_miss_from_then_on(make: Call
     host.tier._lookups.tell([keys[2]], are_there=True)  # as if it had been there then, and is gone since
     result = host.load(range(4), first=16)
     assert not result.success
-    assert set(result.successful_keys) == {keys[0], keys[1], keys[3]}
+    assert VERSION < (0, 28) or set(result.successful_keys) == {keys[0], keys[1], keys[3]}
     assert [host.row(16), host.row(17), host.row(19)] == [chunk(0), chunk(1), chunk(3)]
     assert host.tier.lookup(keys[2], context_of("a")) is MISS
     assert host.counts() == {"failed_loads:('cache',)": 1}
@@ -206,7 +208,7 @@ def test_after_a_drain_everything_is_reported_and_nothing_runs(make: Callable[..
 
 def test_a_new_request_is_offloaded_chunk_by_chunk(make: Callable[..., Host]) -> None:
     host = make()
-    assert host.tier.on_new_request(context_of("a")).policy is OffloadPolicy.CHUNK_LEVEL
+    assert host.tier.on_new_request(context_of("a")).policy.name in ("CHUNK_LEVEL", "BLOCK_LEVEL")
     host.tier.serve_external_requests(None)  # type: ignore[arg-type]
 
 
@@ -215,7 +217,7 @@ def test_events_tell_of_stored_chunks_where_they_are_wanted(make: Callable[..., 
     host.store([0, 1])
     (event,) = host.tier.take_events()
     assert event.keys == [key_of(0), key_of(1)]
-    assert (event.removed, event.medium.name, event.locality.name) == (False, "STORAGE", "LOCAL")
+    assert (event.removed, event.medium, event.locality.name) == (False, storage_medium(), "LOCAL")
     assert list(host.tier.take_events()) == []
 
 
@@ -545,8 +547,9 @@ def test_vllms_manager_finds_after_a_restart_what_it_had_offloaded(model: Path, 
     second = Offloading(model, where)
     numbers = list(range(16, 24))
     assert second.read("restarted", [*numbers[:-1], 99]) == [*(chunk(number) for number in numbers[:-1]), None]
-    stats = second.manager.get_stats().reduce()
-    assert stats["vllm:kv_offload_tiering_read_bytes:('1:PegaTier',)"] == 7 * tiering.CHUNK_BYTES, stats
+    if VERSION >= (0, 28):
+        stats = second.manager.get_stats().reduce()
+        assert stats["vllm:kv_offload_tiering_read_bytes:('1:PegaTier',)"] == 7 * tiering.CHUNK_BYTES, stats
     del second.rows
     second.manager.shutdown()
     assert not second.region.exists()
@@ -557,8 +560,8 @@ def test_a_tier_that_cannot_start_lets_vllm_clean_up(model: Path, store_path: Pa
     spec = tiering.spec_of(model, secondary_tiers=[{**good, "nvme": "128MiB"}, {**good, "nvme": "1KiB"}])
     with pytest.raises(ValueError, match="at least 64 MiB"):
         spec.get_manager()
-    assert tier_threads() == []
-    assert not region_of(spec).exists()
+    # vLLM 0.26 leaves behind what it had made, tiers and memory.
+    assert VERSION < (0, 28) or (tier_threads() == [] and not region_of(spec).exists())
 
 
 def test_its_metrics_are_declared_as_vllm_wants_them() -> None:

@@ -25,13 +25,19 @@ from vllm.v1.kv_offload.config import (
     OffloadingModelConfig,
     OffloadingParallelConfig,
 )
-from vllm.v1.kv_offload.tiering.base import TransferJob
+from vllm.v1.kv_offload.tiering import base as tiering_base
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from pegaflow.connector.compat import VERSION
 from pegaflow.vllm_tier import PegaTier
+
+if VERSION < (0, 28):
+    pytest.importorskip("pegaflow.vllm_tier.spec")  # vLLM's factory takes no `module_path`
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vllm.v1.kv_offload.tiering.base import TransferJob
 
 CHUNK_BYTES, CHUNKS, TOKENS = 8192, 32, 16
 WAIT_S = 20.0
@@ -49,17 +55,24 @@ def write_model(folder: Path, weight: int = 1, **config: Any) -> Path:
 
 def spec_of(model: Path | str, *, groups: int = 1, events: bool = False, **extra: Any) -> TieringOffloadingSpec:
     """vLLM's own specification of tiering, for a model with chunks of `CHUNK_BYTES`."""
+    # 0.26 knows neither the groups' own numbers, nor layouts, nor data parallel ranks.
+    is_old = VERSION < (0, 28)
+    layout: dict[str, Any] = {} if is_old else {"kv_cache_layout": "LBHNC"}
+    parallel = (0, 1, 1, 1, 1, 1, 0, False) if is_old else (0, 1, 1, 1, 1, 1, 0, 1, None, False)
     return TieringOffloadingSpec(
         OffloadingConfig(
-            groups=tuple(OffloadingGroupConfig(TOKENS, (f"layer.{number}",), number) for number in range(groups)),
+            groups=tuple(
+                OffloadingGroupConfig(TOKENS, (f"layer.{number}",), *(() if is_old else (number,)))
+                for number in range(groups)
+            ),
             worker_kv_bytes_per_block=CHUNK_BYTES,
             enable_kv_cache_events=events,
             extra_config={"cpu_bytes_to_use": CHUNKS * CHUNK_BYTES, **extra},
             engine_id=f"test-{uuid.uuid4().hex}",
             model=OffloadingModelConfig(str(model), "bfloat16"),
             cache=OffloadingCacheConfig(TOKENS, 1),
-            parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
-            kv_cache_layout="LBHNC",
+            parallel=OffloadingParallelConfig(*parallel),
+            **layout,
         )
     )
 
@@ -77,7 +90,7 @@ def key_of(number: int, group: int = 0) -> Any:
 def context_of(request: str, keys: Sequence[Any] = ()) -> ReqContext:
     """A request whose chunks are these, from the first on."""
     context = ReqContext(request)
-    for place, key in enumerate(keys):
+    for place, key in enumerate(keys if hasattr(context, "set_offload_key_position") else ()):
         context.set_offload_key_position(key, (place + 1) * TOKENS)
     return context
 
@@ -102,7 +115,8 @@ class Host:
     def job(self, keys: Sequence[Any], context: ReqContext, *, is_load: bool, first: int = 0) -> TransferJob:
         """A job over the rows from `first` on."""
         self.jobs += 1
-        return TransferJob(self.jobs, list(keys), np.arange(first, first + len(keys), dtype=np.int32), is_load, context)
+        kind: type[TransferJob] = getattr(tiering_base, "TransferJob", None) or tiering_base.JobMetadata
+        return kind(self.jobs, list(keys), np.arange(first, first + len(keys), dtype=np.int32), is_load, context)
 
     def fill(self, numbers: Sequence[int], first: int = 0) -> None:
         """Puts chunks into rows."""

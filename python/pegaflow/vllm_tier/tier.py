@@ -14,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import Offl
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
-    Medium,
     OffloadingCounterMetadata,
     OffloadingEvent,
     RequestOffloadingContext,
@@ -72,7 +71,7 @@ _METRICS = {
 class PegaTier(SecondaryTierManager):
     """Keeps the chunks of vLLM's tier in host memory in PegaFlow: in a store of its own, or in that of a server."""
 
-    medium = Medium.STORAGE
+    medium = compat.storage_medium()
 
     def __init__(
         self,
@@ -82,6 +81,8 @@ class PegaTier(SecondaryTierManager):
         backpressure_detector: BackpressureDetector | None = None,
         **entry: Any,
     ) -> None:
+        # vLLM 0.26 and 0.27 hand it on.
+        entry.pop("module_path", None)
         settings = TierSettings.from_entry(entry)
         super().__init__(offloading_spec, primary_kv_view, tier_type, *compat.base_arguments(backpressure_detector))
         self.locality = Locality(settings.locality) if settings.locality else None
@@ -96,6 +97,7 @@ class PegaTier(SecondaryTierManager):
         self._events: list[OffloadingEvent] | None = [] if has_events else None
         self._has_warned_of_hashes = False
         self._memory: PrimaryMemory | None = None
+        self._chunk_bytes = 0
         self._cache: CachePort | None = None
         self._courier: Courier | None = None
         try:
@@ -110,6 +112,7 @@ class PegaTier(SecondaryTierManager):
     def _open(self, spec: OffloadingSpec, view: memoryview) -> None:
         settings, config = self._settings, spec.config
         self._memory = memory = PrimaryMemory(view)
+        self._chunk_bytes = memory.chunk_bytes
         # First: it may refuse, and nothing is open yet.
         descriptor = namespace_of(config, settings, memory.chunk_bytes)
         name = f"vllm tier {config.engine_id}"
@@ -197,14 +200,12 @@ class PegaTier(SecondaryTierManager):
         """Stores chunks out of vLLM's tier in host memory."""
         context, keys = job_metadata.req_context, list(job_metadata.keys)
         self._warn_of_hashes(keys)
-        chunks = [int(chunk) for chunk in job_metadata.chunk_ids]
-        runs = self._chains.runs(context.req_id, keys, chunks, compat.end_tokens(context, keys))
+        runs = self._chains.runs(context.req_id, keys, compat.chunks_of(job_metadata), compat.end_tokens(context, keys))
         self._submit(Transfer(job_metadata.job_id, is_load=False, runs=runs))
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Loads chunks into vLLM's tier in host memory."""
-        chunks = [int(chunk) for chunk in job_metadata.chunk_ids]
-        run = Run(ROOT, 0, list(job_metadata.keys), chunks)
+        run = Run(ROOT, 0, list(job_metadata.keys), compat.chunks_of(job_metadata))
         self._submit(Transfer(job_metadata.job_id, is_load=True, runs=[run]))
 
     def _submit(self, transfer: Transfer) -> None:
@@ -236,7 +237,7 @@ class PegaTier(SecondaryTierManager):
             success=not finished.failed,
             successful_keys=tuple(good) if finished.failed and good and finished.is_load else None,
             seconds=finished.seconds,
-            transferred=len(good) * self.block_size_bytes,
+            transferred=len(good) * self._chunk_bytes,
         )
 
     def has_pending_work(self) -> bool:
