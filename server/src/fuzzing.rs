@@ -1,9 +1,12 @@
-//! What `make fuzz` throws bytes at: requests and files of settings and tokens. Nothing may panic.
+//! What `make fuzz` throws bytes at: requests, files of tokens and manifests of packs. Nothing may panic.
+
+use std::path::Path;
 
 use prost::Message;
 
 use crate::access::Tokens;
 use crate::limits::{NAME_BYTES_MAX, NAMESPACE_BYTES_MAX};
+use crate::pack::fuzzing::{examples, read_manifest};
 use crate::{proto, wire};
 
 /// Reads the bytes as one of the requests, which the first byte names, and checks it as the service does. What came of it,
@@ -30,6 +33,19 @@ pub fn request(bytes: &[u8]) -> String {
 pub fn tokens(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(NAMESPACE_BYTES_MAX)]);
     outcome(Tokens::parse(&text))
+}
+
+/// Reads a pack with these bytes as its manifest, by way of the file `scratch`. What came of it, in words.
+pub fn pack_manifest(scratch: &Path, bytes: &[u8]) -> String {
+    match read_manifest(scratch, bytes) {
+        Ok(good) => format!("{good} good"),
+        Err(error) => outcome::<()>(Err(error)),
+    }
+}
+
+/// Manifests to begin with.
+pub fn pack_manifests() -> Vec<Vec<u8>> {
+    examples()
 }
 
 fn outcome<T>(result: pegaflow_engine::Result<T>) -> String {

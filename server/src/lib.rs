@@ -15,6 +15,8 @@ pub mod limits;
 mod memory_socket;
 mod metrics;
 mod owner_only;
+#[doc(hidden)]
+pub mod pack;
 mod peer;
 mod serve;
 mod service;

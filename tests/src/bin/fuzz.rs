@@ -1,4 +1,4 @@
-//! Throws any bytes at everything that reads bytes from outside: structures on the drive, requests, settings, tokens. Each
+//! Throws any bytes at everything that reads bytes from outside: structures on the drive, requests, settings, tokens, packs. Each
 //! target begins with what the repository has of its kind (the frozen fixtures, `tests/corpus/`), changes that at random,
 //! and goes on from inputs that led to an outcome not seen before. A panic is a crash: its input is kept in
 //! `tests/corpus/TARGET/`, where the next run begins with it. Prints one JSON object as its last line; exit code 0 only
@@ -204,6 +204,12 @@ fn targets(root: &Path, scratch: &Path) -> Result<Vec<Target>> {
     }
     targets.push(Target { name: "request".into(), run: Box::new(fuzzing::request), corpus: requests() });
     targets.push(Target { name: "tokens".into(), run: Box::new(fuzzing::tokens), corpus: Vec::new() });
+    let pack = scratch.join("pack");
+    targets.push(Target {
+        name: "pack-manifest".into(),
+        run: Box::new(move |bytes| fuzzing::pack_manifest(&pack, bytes)),
+        corpus: fuzzing::pack_manifests(),
+    });
     let example = std::fs::read(root.join("../docs/deploy/pegaflow.toml")).context("the example of settings")?;
     // The example has its settings as comments.
     let settings = String::from_utf8_lossy(&example).replace("\n#", "\n").into_bytes();

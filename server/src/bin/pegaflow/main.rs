@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 
 use namespaces::{ListOptions, PurgeOptions};
 use pack::PackCommand;
+use pegaflow_server::pack::cannot_read;
 use pegaflow_server::settings::{Settings, told};
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
@@ -258,14 +259,6 @@ fn main() -> ExitCode {
     match outcome {
         Ok(status) => status.into(),
         Err(error) => failed(&error, options.json),
-    }
-}
-
-/// A file that was named on the command line can not be read: `NotFound` if there is none.
-fn cannot_read(path: &Path, error: std::io::Error) -> Error {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("there is no file {}", path.display())),
-        _ => Error::from_io(format!("cannot read {}", path.display()), error),
     }
 }
 

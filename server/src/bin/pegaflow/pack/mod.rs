@@ -1,10 +1,5 @@
 //! `pegaflow pack`: a namespace as one signed file, to be carried elsewhere. Works on stores that no server has open.
 
-mod format;
-mod keys;
-mod read;
-mod write;
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -13,12 +8,9 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use pegaflow_engine::{ByteSize, Engine, Error, ErrorKind, KnownNamespace, NamespaceDescriptor, Result, TENANT_FIELD};
 use pegaflow_server::ExitStatus;
+use pegaflow_server::pack::{Head, Pack, PackWriter, keys};
 use pegaflow_server::settings::{Loaded, Settings, Source};
 use serde_json::{Value, json};
-
-use format::Head;
-use read::Pack;
-use write::PackWriter;
 
 /// DRAM for blocks on their way, unless the command line says how much.
 const DRAM: ByteSize = ByteSize::mib(256);
@@ -262,7 +254,7 @@ fn import(loaded: &Loaded, options: &ImportOptions, is_json: bool) -> Result<()>
         let (mut blocks, bar) = (pack.blocks(), bar(pack.footer.entries));
         let report = engine.import(&pack.head.descriptor, &pack.head.groups, &mut || {
             bar.inc(1);
-            blocks.next()
+            blocks.next_block()
         });
         bar.finish_and_clear();
         report
@@ -321,7 +313,7 @@ fn verify(file: &Path, trust: &Trust, is_json: bool) -> Result<ExitStatus> {
         trust.check(&pack)?;
     }
     let (mut blocks, bar) = (pack.blocks(), bar(pack.footer.entries));
-    while blocks.next()?.is_some() {
+    while blocks.next_block()?.is_some() {
         bar.inc(1);
     }
     bar.finish_and_clear();

@@ -45,7 +45,7 @@ fn read(path: &Path) -> Result<Vec<ImportBlock>> {
     let pack = Pack::open(path)?;
     let mut blocks = pack.blocks();
     let mut found = Vec::new();
-    while let Some(block) = blocks.next()? {
+    while let Some(block) = blocks.next_block()? {
         found.push(block);
     }
     Ok(found)

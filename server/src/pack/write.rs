@@ -13,7 +13,7 @@ use super::keys;
 const LEVEL: i32 = 3;
 
 /// A pack that is being written.
-pub(super) struct PackWriter {
+pub struct PackWriter {
     path: PathBuf,
     partial: PathBuf,
     file: BufWriter<File>,
@@ -22,13 +22,13 @@ pub(super) struct PackWriter {
     entries: Vec<u8>,
     compressor: zstd::bulk::Compressor<'static>,
     frame: Vec<u8>,
-    pub(super) payload_bytes: u64,
+    pub payload_bytes: u64,
 }
 
 impl PackWriter {
     /// # Errors
     /// `InvalidInput` if there is a file already, `Io`.
-    pub(super) fn create(path: &Path) -> Result<Self> {
+    pub fn create(path: &Path) -> Result<Self> {
         if path.exists() {
             let message = format!("{} exists already; remove it, or give another name", path.display());
             return Err(Error::new(ErrorKind::InvalidInput, message));
@@ -52,7 +52,7 @@ impl PackWriter {
     }
 
     /// How many blocks it has.
-    pub(super) fn blocks(&self) -> u64 {
+    pub fn blocks(&self) -> u64 {
         (self.entries.len() / ENTRY_BYTES) as u64
     }
 
@@ -60,7 +60,7 @@ impl PackWriter {
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn add(&mut self, record: &ExportedRecord<'_>) -> Result<()> {
+    pub fn add(&mut self, record: &ExportedRecord<'_>) -> Result<()> {
         let payload = record.payload;
         self.frame.resize(zstd::zstd_safe::compress_bound(payload.len()), 0);
         let compressed = self.compressor.compress_to_buffer(payload, &mut self.frame).ok();
@@ -89,7 +89,7 @@ impl PackWriter {
     ///
     /// # Errors
     /// `Io`, `NoSpace`.
-    pub(super) fn finish(mut self, head: &Head, key: Option<&Ed25519KeyPair>) -> Result<u64> {
+    pub fn finish(mut self, head: &Head, key: Option<&Ed25519KeyPair>) -> Result<u64> {
         let head = head.encode();
         let mut hasher = blake3::Hasher::new();
         hasher.update(&header()).update(&head).update(&self.entries);

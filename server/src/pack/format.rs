@@ -63,16 +63,16 @@ pub(super) fn check_header(bytes: &[u8]) -> Result<()> {
 /// u32, group u16, shard u16, flags u32 (1: the bytes are one zstd frame), zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
-    pub(super) key: BlockKey,
-    pub(super) parent: BlockKey,
-    pub(super) digest: [u8; 32],
-    pub(super) offset: u64,
-    pub(super) stored_bytes: u32,
-    pub(super) payload_bytes: u32,
-    pub(super) depth: u32,
-    pub(super) group: u16,
-    pub(super) shard: u16,
-    pub(super) is_zstd: bool,
+    pub key: BlockKey,
+    pub parent: BlockKey,
+    pub digest: [u8; 32],
+    pub offset: u64,
+    pub stored_bytes: u32,
+    pub payload_bytes: u32,
+    pub depth: u32,
+    pub group: u16,
+    pub shard: u16,
+    pub is_zstd: bool,
 }
 
 impl Entry {
@@ -120,17 +120,28 @@ impl Entry {
 
 /// What the manifest says of all blocks: a length u32, then so much JSON.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) descriptor: NamespaceDescriptor,
-    pub(super) groups: Vec<GroupGeometry>,
+pub struct Head {
+    pub descriptor: NamespaceDescriptor,
+    pub groups: Vec<GroupGeometry>,
     /// Seconds since 1970.
-    pub(super) created: u64,
+    pub created: u64,
     /// Bytes of all payloads.
-    pub(super) payload_bytes: u64,
+    pub payload_bytes: u64,
 }
 
 impl Head {
-    pub(super) fn encode(&self) -> Vec<u8> {
+    /// One group of blocks of 64 bytes.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn example() -> Self {
+        Self {
+            descriptor: NamespaceDescriptor::new().with("model", "example"),
+            groups: vec![GroupGeometry { group: 0, block_bytes: 64, shards: 1 }],
+            created: 1,
+            payload_bytes: 64,
+        }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
         let groups: Vec<Value> = self
             .groups
             .iter()
@@ -149,7 +160,7 @@ impl Head {
 
     /// # Errors
     /// `Corrupt` for anything but the JSON of a head; the groups are within the limits of a store.
-    pub(super) fn decode(text: &[u8]) -> Result<Self> {
+    pub fn decode(text: &[u8]) -> Result<Self> {
         let bad = || corrupt("the manifest's head is not understood");
         let value: Value = serde_json::from_slice(text).map_err(|_| bad())?;
         let number = |of: &Value, name: &str| of.get(name).and_then(Value::as_u64);
@@ -180,17 +191,17 @@ impl Head {
 /// Manifest: offset u64, bytes u64, entries u64; BLAKE3 of header and manifest 32; the signer's public key 32 and its Ed25519
 /// signature 64, zeros if nobody signed; magic 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Footer {
-    pub(super) manifest_offset: u64,
-    pub(super) manifest_bytes: u64,
-    pub(super) entries: u64,
-    pub(super) digest: [u8; 32],
-    pub(super) signer: [u8; 32],
-    pub(super) signature: [u8; 64],
+pub struct Footer {
+    pub manifest_offset: u64,
+    pub manifest_bytes: u64,
+    pub entries: u64,
+    pub digest: [u8; 32],
+    pub signer: [u8; 32],
+    pub signature: [u8; 64],
 }
 
 impl Footer {
-    pub(super) fn encode(&self) -> [u8; FOOTER_BYTES] {
+    pub fn encode(&self) -> [u8; FOOTER_BYTES] {
         let mut bytes = [0; FOOTER_BYTES];
         put(&mut bytes, 0, &self.manifest_offset.to_le_bytes());
         put(&mut bytes, 8, &self.manifest_bytes.to_le_bytes());
@@ -206,7 +217,7 @@ impl Footer {
     ///
     /// # Errors
     /// `Corrupt` if it is none, or what it says does not fit into the file.
-    pub(super) fn decode(bytes: &[u8; FOOTER_BYTES], file_bytes: u64) -> Result<Self> {
+    pub fn decode(bytes: &[u8; FOOTER_BYTES], file_bytes: u64) -> Result<Self> {
         if bytes_at(bytes, 152) != *END_MAGIC {
             return Err(corrupt("the pack has no end: it was cut off, or never finished"));
         }
@@ -230,7 +241,7 @@ impl Footer {
     }
 
     /// Bytes of the manifest's head, with its length before it.
-    pub(super) fn head_bytes(&self) -> Result<usize> {
+    pub fn head_bytes(&self) -> Result<usize> {
         let bytes = self.manifest_bytes - self.entries * ENTRY_BYTES as u64;
         if !(4..=HEAD_BYTES_MAX as u64 + 4).contains(&bytes) {
             return Err(corrupt("the manifest's head has a length that can not be"));
@@ -238,7 +249,7 @@ impl Footer {
         Ok(bytes as usize)
     }
 
-    pub(super) fn is_signed(&self) -> bool {
+    pub fn is_signed(&self) -> bool {
         self.signer != [0; 32]
     }
 }

@@ -14,11 +14,11 @@ use super::keys;
 const PAYLOAD_BYTES_MAX: u32 = 1 << 30;
 
 /// A pack whose manifest is what was written, and if it is signed, what was signed.
-pub(super) struct Pack {
+pub struct Pack {
     file: File,
-    pub(super) head: Head,
-    pub(super) footer: Footer,
-    pub(super) file_bytes: u64,
+    pub head: Head,
+    pub footer: Footer,
+    pub file_bytes: u64,
     entries_offset: u64,
 }
 
@@ -27,8 +27,8 @@ impl Pack {
     ///
     /// # Errors
     /// `ForeignFormat`, `NewerFormat`, `Corrupt`, `NotFound`, `Io`.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let io = |error| crate::cannot_read(path, error);
+    pub fn open(path: &Path) -> Result<Self> {
+        let io = |error| super::cannot_read(path, error);
         let file = File::open(path).map_err(io)?;
         let file_bytes = file.metadata().map_err(io)?.len();
         let mut first = [0; HEADER_BYTES];
@@ -63,7 +63,7 @@ impl Pack {
     }
 
     /// The blocks in their order.
-    pub(super) fn blocks(&self) -> Blocks<'_> {
+    pub fn blocks(&self) -> Blocks<'_> {
         let entries = At { file: &self.file, offset: self.entries_offset };
         let entries = BufReader::with_capacity(1 << 20, entries.take(self.footer.entries * ENTRY_BYTES as u64));
         Blocks { pack: self, entries, left: self.footer.entries, stored: Vec::new() }
@@ -71,7 +71,7 @@ impl Pack {
 }
 
 /// Goes through the blocks of a pack.
-pub(super) struct Blocks<'a> {
+pub struct Blocks<'a> {
     pack: &'a Pack,
     entries: BufReader<std::io::Take<At<'a>>>,
     left: u64,
@@ -83,7 +83,7 @@ impl Blocks<'_> {
     ///
     /// # Errors
     /// `Corrupt`, `Io`.
-    pub(super) fn next(&mut self) -> Result<Option<ImportBlock>> {
+    pub fn next_block(&mut self) -> Result<Option<ImportBlock>> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -136,5 +136,61 @@ impl Read for At<'_> {
         let read = self.file.read_at(buffer, self.offset)?;
         self.offset += read as u64;
         Ok(read)
+    }
+}
+
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    //! Manifests that are made of any bytes.
+
+    use std::path::Path;
+
+    use pegaflow_engine::Result;
+
+    use super::super::format::{ENTRY_BYTES, Footer, HEADER_BYTES, Head, header};
+    use super::Pack;
+
+    /// Writes a file with these bytes as manifest, as long a head as the first two of them say, and a footer that has all
+    /// digests right; then reads it to its end. How many blocks were good.
+    ///
+    /// # Errors
+    /// As of [`Pack::open`] and reading the blocks.
+    pub(crate) fn read_manifest(scratch: &Path, bytes: &[u8]) -> Result<u64> {
+        let io = |error| super::super::cannot_read(scratch, error);
+        let (head_bytes, manifest) = bytes.split_at_checked(2).unwrap_or((&[0, 0], bytes));
+        let head_bytes = head_bytes.iter().fold(0, |number, byte| (number << 8) + usize::from(*byte));
+        let entries = manifest.len().saturating_sub(head_bytes) / ENTRY_BYTES;
+        // Blocks are read from there: the manifest stands for them too.
+        let mut file = [&header()[..], manifest, manifest].concat();
+        let mut footer = Footer {
+            manifest_offset: (HEADER_BYTES + manifest.len()) as u64,
+            manifest_bytes: manifest.len() as u64,
+            entries: entries as u64,
+            digest: [0; 32],
+            signer: [0; 32],
+            signature: [0; 64],
+        };
+        footer.digest = *blake3::Hasher::new().update(&header()).update(manifest).finalize().as_bytes();
+        file.extend_from_slice(&footer.encode());
+        std::fs::write(scratch, &file).map_err(io)?;
+        let pack = Pack::open(scratch)?;
+        let (mut blocks, mut good) = (pack.blocks(), 0);
+        while blocks.next_block()?.is_some() {
+            good += 1;
+        }
+        Ok(good)
+    }
+
+    /// Manifests to begin with: none, and one block.
+    pub(crate) fn examples() -> Vec<Vec<u8>> {
+        let head = Head::example().encode();
+        let mut entry = [0; ENTRY_BYTES];
+        let stored = &head[..head.len().min(64)];
+        entry[64..96].copy_from_slice(blake3::hash(stored).as_bytes());
+        entry[96..104].copy_from_slice(&(HEADER_BYTES as u64).to_le_bytes());
+        entry[104..108].copy_from_slice(&64_u32.to_le_bytes());
+        entry[108..112].copy_from_slice(&64_u32.to_le_bytes());
+        let length = (head.len() as u16).to_be_bytes();
+        vec![[&length[..], &head].concat(), [&length[..], &head, &entry].concat()]
     }
 }

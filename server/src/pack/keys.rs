@@ -15,7 +15,7 @@ use super::format::{CONTEXT, Footer};
 ///
 /// # Errors
 /// `InvalidInput` if there is a file already, `Io`.
-pub(super) fn make(path: &Path) -> Result<String> {
+pub fn make(path: &Path) -> Result<String> {
     let mut seed = [0; 32];
     let no_random = |_| Error::new(ErrorKind::Io, "the system gives no random numbers");
     SystemRandom::new().fill(&mut seed).map_err(no_random)?;
@@ -29,8 +29,8 @@ pub(super) fn make(path: &Path) -> Result<String> {
 ///
 /// # Errors
 /// `PermissionDenied` if others may read it, `InvalidInput` if it is no key, `NotFound`, `Io`.
-pub(super) fn read(path: &Path) -> Result<Ed25519KeyPair> {
-    let io = |error| crate::cannot_read(path, error);
+pub fn read(path: &Path) -> Result<Ed25519KeyPair> {
+    let io = |error| super::cannot_read(path, error);
     let mode = std::fs::metadata(path).map_err(io)?.mode();
     if mode & 0o077 != 0 {
         let message = format!("others may read the key {} (mode {:o}); chmod 600 it", path.display(), mode & 0o777);
@@ -49,24 +49,24 @@ fn pair_of(seed: &[u8; 32]) -> Result<Ed25519KeyPair> {
 }
 
 /// Signs what the footer's digest stands for.
-pub(super) fn sign(footer: &mut Footer, key: &Ed25519KeyPair) {
+pub fn sign(footer: &mut Footer, key: &Ed25519KeyPair) {
     let signature = key.sign(&[CONTEXT, &footer.digest].concat());
     footer.signer.iter_mut().zip(key.public_key().as_ref()).for_each(|(to, from)| *to = *from);
     footer.signature.iter_mut().zip(signature.as_ref()).for_each(|(to, from)| *to = *from);
 }
 
 /// Whether the signature of a signed footer is its signer's.
-pub(super) fn is_right(footer: &Footer) -> bool {
+pub fn is_right(footer: &Footer) -> bool {
     let key = UnparsedPublicKey::new(&ED25519, &footer.signer);
     key.verify(&[CONTEXT, &footer.digest].concat(), &footer.signature).is_ok()
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// 64 hexadecimal digits.
-pub(super) fn unhex(text: &str) -> Option<[u8; 32]> {
+pub fn unhex(text: &str) -> Option<[u8; 32]> {
     let mut bytes = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
         return None;
