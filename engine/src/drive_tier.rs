@@ -213,17 +213,25 @@ impl DriveTier {
         store.map_or(Ok(()), |store| store.close(deadline))
     }
 
-    /// Does nothing for so long, or until the store goes out of use or comes back; false when the engine closes.
-    pub(crate) fn rest(&self, time: Duration) -> bool {
+    /// Does nothing for so long, or until the store goes out of use or comes back, or this is so ([`DriveTier::wake`] has it
+    /// looked at); false when the engine closes.
+    pub(crate) fn rest(&self, time: Duration, is_over: &dyn Fn() -> bool) -> bool {
         let until = Instant::now() + time;
         let mut state = self.state.lock();
         let was_degraded = state.degraded.is_some();
-        while !state.is_closing && state.degraded.is_some() == was_degraded {
+        while !state.is_closing && state.degraded.is_some() == was_degraded && !is_over() {
             if self.changed.wait_until(&mut state, until).timed_out() {
                 break;
             }
         }
         !state.is_closing
+    }
+
+    /// Has everybody who rests look whether that is over.
+    pub(crate) fn wake(&self) {
+        // Under the lock: nobody is between looking and resting.
+        let _state = self.state.lock();
+        self.changed.notify_all();
     }
 
     /// Says whether a scrub uses the store, which is not closed under it.

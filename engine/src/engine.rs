@@ -34,6 +34,7 @@ use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
+use crate::scrub::Scrubs;
 use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::write_budget::WriteBudget;
 use crate::{hot_set, lookup, objects, scheduler};
@@ -124,6 +125,7 @@ impl Engine {
             wear: Arc::default(),
             residency,
             requests: Requests::default(),
+            scrubs: Scrubs::default(),
             scrub_rate: Arc::new(AtomicU64::new(config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0))),
             arena,
             drive,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
-use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
@@ -16,6 +16,7 @@ use crate::limits::{
 };
 use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
+use crate::proto::scrub_request::Action;
 use crate::session::Sessions;
 use crate::status::to_status;
 use crate::wire;
@@ -281,6 +282,22 @@ impl PegaFlow for Service {
                 destroyed_keys: purged.destroyed_keys,
                 is_swept: purged.is_swept,
             })
+        })
+        .await
+    }
+
+    async fn scrub(&self, request: Request<proto::ScrubRequest>) -> Result<Response<proto::ScrubReply>, Status> {
+        let request = request.into_inner();
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let progress = match request.action() {
+                Action::Look => engine.scrub_progress()?,
+                Action::Start => engine.start_scrub(ByteSize(request.bytes_per_second))?,
+                Action::Stop => engine.stop_scrub()?,
+            };
+            let progress_json = serde_json::to_string(&progress)
+                .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the progress as JSON: {error}")))?;
+            Ok(proto::ScrubReply { progress_json })
         })
         .await
     }

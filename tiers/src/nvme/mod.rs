@@ -79,5 +79,5 @@ pub use stats::{StoreStats, WriteVolume};
 pub use store::{PurgeReport, Store, StoreUse};
 #[cfg(any(test, feature = "fault-injection"))]
 pub use switches::Sabotage;
-pub use verify::{ScrubPace, VerifyProgress, VerifyReport};
+pub use verify::{ScrubFrom, ScrubPace, ScrubStep, VerifyProgress, VerifyReport};
 pub use wear::{DriveHealth, HealthReader, controllers_of};

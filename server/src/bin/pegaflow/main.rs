@@ -2,12 +2,14 @@
 #![deny(unsafe_code)]
 
 mod doctor;
+mod job;
 mod manual;
 mod namespaces;
 mod pack;
 mod policy;
 mod prewarm;
 mod remote;
+mod scrub;
 mod settings;
 mod size;
 mod top;
@@ -34,6 +36,7 @@ use pegaflow_server::settings::{Settings, told};
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use remote::TokenCommand;
+use scrub::ScrubOptions;
 use settings::ConfigCommand;
 use size::SizeOptions;
 use top::TopOptions;
@@ -154,6 +157,15 @@ enum Command {
         )]
         encryption_key_command: Option<String>,
     },
+    /// Has a running server read and check every record of its store now, beside its background scrub, whose pace and place
+    /// stay as they are. Damaged records are found no more. Ctrl-C ends the waiting, not the scrub: `--look` shows it, `--stop`
+    /// ends it.
+    ///
+    /// Exit status 1 if damaged records were found or not all were seen, 5 if one is running already.
+    Scrub {
+        #[command(flatten)]
+        options: ScrubOptions,
+    },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
         /// vLLM's name of the request, with or without its random end. Without it: the latest of all requests.
@@ -253,7 +265,7 @@ fn main() -> ExitCode {
         Command::Man { folder } => manual::man(Options::command(), folder, options.json).map(|()| ExitStatus::Ok),
         Command::Size { options: of_model } => size::size(of_model, options.json).map(|()| ExitStatus::Ok),
         Command::Token { command } => remote::token(command, options.json).map(|()| ExitStatus::Ok),
-        _ => run(&options).map(|()| ExitStatus::Ok),
+        _ => run(&options),
     };
     match outcome {
         Ok(status) => status.into(),
@@ -283,7 +295,7 @@ fn failed(error: &Error, is_json: bool) -> ExitCode {
     ExitStatus::from(error.kind()).into()
 }
 
-fn run(options: &Options) -> Result<()> {
+fn run(options: &Options) -> Result<ExitStatus> {
     let endpoint = remote::endpoint(options)?;
     check_there(&endpoint)?;
     let mut config = ClientConfig::new(endpoint, "pegaflow command line");
@@ -293,14 +305,17 @@ fn run(options: &Options) -> Result<()> {
     if let Command::Top { options: top } = &options.command {
         let shown = top::top(&client, top, options.json);
         client.close(Duration::from_secs(1));
-        return shown;
+        return shown.map(|()| ExitStatus::Ok);
     }
-    let answer = ask(&client, &options.command, options.json)?;
+    let (answer, status) = match &options.command {
+        Command::Scrub { options: of_scrub } => scrub::scrub(&client, of_scrub, options.json)?,
+        command => (ask(&client, command, options.json)?, ExitStatus::Ok),
+    };
     if options.json {
         println!("{answer}");
     }
     client.close(Duration::from_secs(1));
-    Ok(())
+    Ok(status)
 }
 
 /// What the server says, as JSON; also as text if that is wanted.
@@ -353,7 +368,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             tell(&format_args!("pegaflow-server {version} answered in {ms:.1} ms"));
             json!({ "server_version": version, "answered_ms": ms })
         }
-        // None of these asks a server; see `main`.
+        // None of these asks a server, or not here; see `main` and `run`.
         Command::Verify { .. }
         | Command::Policy { .. }
         | Command::Token { .. }
@@ -362,6 +377,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Size { .. }
         | Command::Serve { .. }
         | Command::Top { .. }
+        | Command::Scrub { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }
