@@ -99,6 +99,21 @@ impl DriveTier {
         self.current.read().clone()
     }
 
+    /// The store, for whoever can do nothing without it.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none, `Poisoned` while it is out of use.
+    pub(crate) fn usable(&self) -> Result<Arc<Store>> {
+        if !self.is_configured() {
+            return Err(Error::new(ErrorKind::NotFound, "there is no store; give a path for one"));
+        }
+        let out_of_use = |why: &str| Error::new(ErrorKind::Poisoned, format!("the store is out of use: {why}"));
+        match (self.degraded(), self.store()) {
+            (Some(degraded), _) => Err(out_of_use(&format!("{:#}", degraded.error))),
+            (None, store) => store.ok_or_else(|| out_of_use("it is being opened again; try again")),
+        }
+    }
+
     /// Whether this is the store of the moment.
     pub(crate) fn is_current(&self, store: &Arc<Store>) -> bool {
         self.current.read().as_ref().is_some_and(|current| Arc::ptr_eq(current, store))

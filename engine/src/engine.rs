@@ -21,7 +21,7 @@ use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
 use crate::fetch::{FetchReason, Fetches};
-use crate::hot_set::WarmStart;
+use crate::hot_set::{WarmRuns, WarmStart};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
@@ -132,6 +132,7 @@ impl Engine {
             leases: Leases::new(),
             load_choice: LoadChoice::new(config.load_policy),
             fetches,
+            warm_runs: WarmRuns::default(),
             warm_start: WarmStart::new(start, config.nvme.as_ref().is_some_and(|nvme| nvme.warm_start)),
             operations: Operations::default(),
             registry: Registry::default(),

@@ -15,7 +15,7 @@ use crate::config::EngineConfig;
 use crate::counters::Counters;
 use crate::drive_tier::DriveTier;
 use crate::fetch::Fetches;
-use crate::hot_set::WarmStart;
+use crate::hot_set::{WarmRuns, WarmStart};
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
@@ -62,6 +62,8 @@ pub(crate) struct Inner {
     pub(crate) fetches: Fetches,
     /// The hot set of the run before, on its way back.
     pub(crate) warm_start: WarmStart,
+    /// Namespaces that somebody wants in DRAM.
+    pub(crate) warm_runs: WarmRuns,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,

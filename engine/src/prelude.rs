@@ -8,6 +8,7 @@ pub use crate::api::{
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
+pub use crate::hot_set::{WarmRun, WarmRunState};
 pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{

@@ -152,7 +152,7 @@ impl Engine {
             let message = format!("a scrub of {bytes_per_second} a second; give {RATE_MIN} to {RATE_MAX}");
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        check_store(inner)?;
+        inner.drive.usable()?;
         inner.scrubs.begin(bytes_per_second.0)?;
         inner.drive.wake();
         self.scrub_progress()
@@ -180,18 +180,6 @@ impl Engine {
         }
         let last_pass_unix_ms = inner.drive.store().and_then(|store| store.last_scrub_unix_ms().ok()).unwrap_or(0);
         Ok(ScrubProgress { last_pass_unix_ms, ..inner.scrubs.progress() })
-    }
-}
-
-/// The store, if it can be used.
-fn check_store(inner: &Inner) -> Result<Arc<Store>> {
-    if !inner.drive.is_configured() {
-        return Err(Error::new(ErrorKind::NotFound, "there is no store; give a path for one"));
-    }
-    let out_of_use = |why: &str| Error::new(ErrorKind::Poisoned, format!("the store is out of use: {why}"));
-    match (inner.drive.degraded(), inner.drive.store()) {
-        (Some(degraded), _) => Err(out_of_use(&format!("{:#}", degraded.error))),
-        (None, store) => store.ok_or_else(|| out_of_use("it is being opened again; try again")),
     }
 }
 
@@ -267,7 +255,7 @@ fn pace(inner: &Arc<Inner>, store: &Arc<Store>) -> ScrubPace {
 fn scrub_as_asked(inner: &Arc<Inner>) {
     let tier = &inner.drive;
     tier.set_scrubbing(true);
-    let scrubbed = check_store(inner).and_then(|store| store.scrub(ScrubFrom::Start, &pace_as_asked(inner)));
+    let scrubbed = tier.usable().and_then(|store| store.scrub(ScrubFrom::Start, &pace_as_asked(inner)));
     tier.set_scrubbing(false);
     match scrubbed {
         Ok(report) if !report.is_stopped => inner.scrubs.end(ScrubState::Done, None),

@@ -14,9 +14,8 @@ use crate::access::Caller;
 use crate::limits::{
     BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX, NAMESPACE_ROWS_MAX, NAMESPACES_MAX,
 };
-use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
-use crate::proto::scrub_request::Action;
+use crate::proto::{self, JobAction};
 use crate::session::Sessions;
 use crate::status::to_status;
 use crate::wire;
@@ -54,6 +53,11 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     reply(
         result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))),
     )
+}
+
+fn progress_json(progress: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(progress)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the progress as JSON: {error}")))
 }
 
 #[tonic::async_trait]
@@ -291,13 +295,25 @@ impl PegaFlow for Service {
         let engine = self.sessions.engine().clone();
         blocking(move || {
             let progress = match request.action() {
-                Action::Look => engine.scrub_progress()?,
-                Action::Start => engine.start_scrub(ByteSize(request.bytes_per_second))?,
-                Action::Stop => engine.stop_scrub()?,
+                JobAction::Look => engine.scrub_progress()?,
+                JobAction::Start => engine.start_scrub(ByteSize(request.bytes_per_second))?,
+                JobAction::Stop => engine.stop_scrub()?,
             };
-            let progress_json = serde_json::to_string(&progress)
-                .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the progress as JSON: {error}")))?;
-            Ok(proto::ScrubReply { progress_json })
+            Ok(proto::ScrubReply { progress_json: progress_json(&progress)? })
+        })
+        .await
+    }
+
+    async fn warm(&self, request: Request<proto::WarmRequest>) -> Result<Response<proto::WarmReply>, Status> {
+        let request = request.into_inner();
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let run = match request.action() {
+                JobAction::Look => engine.warming()?,
+                JobAction::Start => engine.start_warming(&wire::warm_namespaces(&request.namespaces)?)?,
+                JobAction::Stop => engine.stop_warming()?,
+            };
+            Ok(proto::WarmReply { progress_json: progress_json(&run)? })
         })
         .await
     }

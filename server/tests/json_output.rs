@@ -203,6 +203,17 @@ fn of_a_server(desk: &Desk) {
     assert_eq!((&told["regions"], told["bytes"].as_u64() > Some(0)), (&told["regions_total"], true), "{told:#}");
     desk.meets("scrub", 0, &at(&socket, &["scrub", "--stop"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["scrub", "--rate", "1KiB"]));
+    let told = desk.meets("warm", 0, &at(&socket, &["warm", "--look"]));
+    assert_eq!((&told["state"], &told["number"]), (&"none".into(), &0.into()), "{told:#}");
+    let told = desk.meets("warm", 0, &at(&socket, &["warm"]));
+    assert_eq!(
+        (&told["state"], &told["seen_blocks"], &told["read_blocks"]),
+        (&"done".into(), &count, &0.into()),
+        "{told:#}"
+    );
+    desk.meets("warm", 0, &at(&socket, &["warm", "--stop"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["warm", "--tenant", "nobody"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["warm", "--look", "--all"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["scrub", "--look", "--stop"]));
     let vllm = desk.write("python", VLLM);
     std::fs::set_permissions(&vllm, std::fs::Permissions::from_mode(0o700)).expect("ours");
@@ -230,6 +241,8 @@ fn of_a_server(desk: &Desk) {
         &["ls"],
         &["scrub"],
         &["scrub", "--look"],
+        &["warm"],
+        &["warm", "--look"],
         &["purge", "--all", "--yes"],
     ] {
         desk.fails(5, ErrorKind::Closed, &at(&socket, command));

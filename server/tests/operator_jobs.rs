@@ -73,6 +73,11 @@ fn save(worker: &mut Worker) {
     worker.client.flush(PATIENCE).expect("durable");
 }
 
+/// As `pegaflow ls` tells of the one namespace there is.
+fn in_dram(desk: &Desk) -> Value {
+    desk.field(&["ls"], "namespaces")[0]["dram_blocks"].clone()
+}
+
 fn stop(mut server: Process, worker: &Worker) {
     worker.client.close(PATIENCE);
     server.signal("-TERM");
@@ -115,5 +120,32 @@ fn an_interrupted_scrub_goes_on_until_it_is_stopped_and_a_second_one_is_told() {
     assert_eq!(desk.field(&["scrub", "--look"], "state"), "running");
     assert_eq!(desk.field(&["scrub", "--stop"], "state"), "stopped");
     assert_eq!(desk.field(&["scrub"], "state"), "done");
+    stop(server, &worker);
+}
+
+#[test]
+fn what_the_drive_has_of_a_namespace_comes_to_dram_and_is_read_from_there() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    stop(server, &worker);
+    let (server, mut worker) = desk.server(&["--warm-start", "false"]);
+    assert_eq!((in_dram(&desk), worker.lookup(SAVED).expect("answers").dram_blocks), (0.into(), 0));
+    let id = desk.field(&["ls"], "namespaces")[0]["id"].as_str().expect("a name").to_owned();
+    let (code, told) = desk.run(&["warm", "--namespace", &id[..12]]);
+    assert_eq!((code, &told["state"], &told["namespaces"]), (Some(0), &"done".into(), &1.into()), "{told:#}");
+    assert_eq!((&told["read_blocks"], in_dram(&desk)), (&SAVED.into(), SAVED.into()), "{told:#}");
+    assert_eq!(worker.lookup(SAVED).expect("answers").dram_blocks, SAVED);
+    (0..BLOCKS).for_each(|block| worker.fill(block, 0xff));
+    let load = worker.start_load(SAVED);
+    worker.wait(load);
+    let loaded: Vec<_> = (0..SAVED).map(|block| worker.read(block)).collect();
+    for (block, loaded) in loaded.iter().enumerate() {
+        worker.fill(block as u32, block as u8);
+        assert!(worker.read(block as u32) == *loaded, "block {block}");
+    }
+    assert_eq!(desk.field(&["warm", "--look"], "number"), 1);
+    let (code, told) = desk.run(&["warm", "--namespace", &"0".repeat(64)]);
+    assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
     stop(server, &worker);
 }

@@ -1,11 +1,10 @@
 //! Long jobs of the server that an operator starts and looks at: they go on in the server, whoever asked for them.
 
-use pegaflow_engine::{ByteSize, Error, ErrorKind, Result, ScrubProgress};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceId, Result, ScrubProgress, WarmRun};
 use serde::de::DeserializeOwned;
 
 use super::Client;
-use crate::proto::ScrubRequest;
-use crate::proto::scrub_request::Action;
+use crate::proto::{JobAction, ScrubRequest, WarmRequest};
 
 impl Client {
     /// Starts a scrub of the server's store now, at most so many bytes a second, 64 KiB to 16 GiB. It goes on by itself.
@@ -14,7 +13,7 @@ impl Client {
     /// `Busy` while another one runs, `InvalidInput`, `NotFound` if the server has no store, `Poisoned` while it is out of use,
     /// `Closed` at once without a server, `Timeout`.
     pub fn start_scrub(&self, bytes_per_second: ByteSize) -> Result<ScrubProgress> {
-        self.scrub(Action::Start, bytes_per_second)
+        self.scrub(JobAction::Start, bytes_per_second)
     }
 
     /// Ends the scrub that was asked for, after the piece that it reads. That none runs is no error.
@@ -22,7 +21,7 @@ impl Client {
     /// # Errors
     /// `NotFound` if the server has no store, `Closed` at once without a server, `Timeout`.
     pub fn stop_scrub(&self) -> Result<ScrubProgress> {
-        self.scrub(Action::Stop, ByteSize(0))
+        self.scrub(JobAction::Stop, ByteSize(0))
     }
 
     /// How far the latest scrub is that was asked for since the server was started.
@@ -30,13 +29,47 @@ impl Client {
     /// # Errors
     /// As [`Client::stop_scrub`].
     pub fn scrub_progress(&self) -> Result<ScrubProgress> {
-        self.scrub(Action::Look, ByteSize(0))
+        self.scrub(JobAction::Look, ByteSize(0))
     }
 
-    fn scrub(&self, action: Action, bytes_per_second: ByteSize) -> Result<ScrubProgress> {
+    fn scrub(&self, action: JobAction, bytes_per_second: ByteSize) -> Result<ScrubProgress> {
         let (mut rpc, _) = self.inner.shared.session()?;
         let request = ScrubRequest { action: action.into(), bytes_per_second: bytes_per_second.0 };
         let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.scrub(request).await })?;
+        understood(&reply.progress_json)
+    }
+
+    /// Has the server bring to DRAM what its store has of these namespaces, or of all if none is given, as far as there is free
+    /// room. It goes on by itself.
+    ///
+    /// # Errors
+    /// `NotFound` if the server has no store, or not that namespace; `Busy` while another run goes on, `Poisoned` while the
+    /// store is out of use, `Unsupported` if it is encrypted; `InvalidInput`; `Closed` at once without a server, `Timeout`.
+    pub fn start_warming(&self, namespaces: &[NamespaceId]) -> Result<WarmRun> {
+        self.warm(JobAction::Start, namespaces)
+    }
+
+    /// Ends the run that was asked for; what is in DRAM stays. That none goes on is no error.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout`.
+    pub fn stop_warming(&self) -> Result<WarmRun> {
+        self.warm(JobAction::Stop, &[])
+    }
+
+    /// How far the latest run is that was asked for since the server was started.
+    ///
+    /// # Errors
+    /// As [`Client::stop_warming`].
+    pub fn warming(&self) -> Result<WarmRun> {
+        self.warm(JobAction::Look, &[])
+    }
+
+    fn warm(&self, action: JobAction, namespaces: &[NamespaceId]) -> Result<WarmRun> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let namespaces = namespaces.iter().map(|id| id.as_bytes().to_vec().into()).collect();
+        let request = WarmRequest { action: action.into(), namespaces };
+        let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.warm(request).await })?;
         understood(&reply.progress_json)
     }
 }

@@ -51,8 +51,10 @@ use crate::latency::Latencies;
 
 mod keys;
 mod purge;
+mod survey;
 
 pub use purge::{PurgeReport, StoreUse};
+pub use survey::KnownRecord;
 
 /// How long dropping a store waits for its threads.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);

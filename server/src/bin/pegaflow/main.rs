@@ -13,6 +13,7 @@ mod scrub;
 mod settings;
 mod size;
 mod top;
+mod warm;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -40,6 +41,7 @@ use scrub::ScrubOptions;
 use settings::ConfigCommand;
 use size::SizeOptions;
 use top::TopOptions;
+use warm::WarmOptions;
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -165,6 +167,14 @@ enum Command {
     Scrub {
         #[command(flatten)]
         options: ScrubOptions,
+    },
+    /// Has a running server bring to DRAM what its drives have of namespaces, or of all: the most used blocks first, then the
+    /// youngest, as far as there is free room. Ctrl-C ends the waiting, not the run: `--look` shows it, `--stop` ends it.
+    ///
+    /// Exit status 0 also if DRAM has no room for all, 1 if it was stopped or failed, 5 if another run goes on.
+    Warm {
+        #[command(flatten)]
+        options: WarmOptions,
     },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
@@ -309,6 +319,7 @@ fn run(options: &Options) -> Result<ExitStatus> {
     }
     let (answer, status) = match &options.command {
         Command::Scrub { options: of_scrub } => scrub::scrub(&client, of_scrub, options.json)?,
+        Command::Warm { options: of_warm } => warm::warm(&client, of_warm, options.json)?,
         command => (ask(&client, command, options.json)?, ExitStatus::Ok),
     };
     if options.json {
@@ -378,6 +389,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Serve { .. }
         | Command::Top { .. }
         | Command::Scrub { .. }
+        | Command::Warm { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }
