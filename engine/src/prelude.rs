@@ -14,7 +14,7 @@ pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
     BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
-pub use crate::purge::{NamespaceInfo, PurgeOutcome};
+pub use crate::purge::{EvictOutcome, NamespaceInfo, PurgeOutcome};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,

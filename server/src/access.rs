@@ -22,7 +22,7 @@ use crate::limits::{REQUESTS_BURST_MAX, REQUESTS_PER_SECOND_MAX, SESSIONS_PER_CL
 pub enum Role {
     /// Counters, and nothing that names a block or a request.
     ReadOnly,
-    /// Runs the server: flush, reopen, purge, scrub, warm, load policy, explanations.
+    /// Runs the server: flush, reopen, purge, scrub, warm, evict, load policy, explanations.
     Operator,
     /// Looks up, loads and saves.
     Engine,
@@ -81,6 +81,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("Purge", &[Role::Operator]),
     ("Scrub", &[Role::Operator]),
     ("Warm", &[Role::Operator]),
+    ("Evict", &[Role::Operator]),
     ("LoadPolicy", &[Role::Operator]),
     // Names requests.
     ("Explain", &[Role::Operator]),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
@@ -310,10 +310,23 @@ impl PegaFlow for Service {
         blocking(move || {
             let run = match request.action() {
                 JobAction::Look => engine.warming()?,
-                JobAction::Start => engine.start_warming(&wire::warm_namespaces(&request.namespaces)?)?,
+                JobAction::Start => engine.start_warming(&wire::named_namespaces(&request.namespaces)?)?,
                 JobAction::Stop => engine.stop_warming()?,
             };
             Ok(proto::WarmReply { progress_json: progress_json(&run)? })
+        })
+        .await
+    }
+
+    async fn evict(&self, request: Request<proto::EvictRequest>) -> Result<Response<proto::EvictReply>, Status> {
+        let namespaces = request.into_inner().namespaces;
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let evicted = engine.evict(&wire::named_namespaces(&namespaces)?)?;
+            let EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks } = evicted;
+            Ok(proto::EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks })
         })
         .await
     }

@@ -213,6 +213,11 @@ fn of_a_server(desk: &Desk) {
     );
     desk.meets("warm", 0, &at(&socket, &["warm", "--stop"]));
     desk.fails(3, ErrorKind::NotFound, &at(&socket, &["warm", "--tenant", "nobody"]));
+    // The lookup's lease holds them.
+    let told = desk.meets("evict", 0, &at(&socket, &["evict", "--all"]));
+    assert_eq!((&told["dram_blocks"], &told["kept_blocks"]), (&0.into(), &count), "{told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["evict", "--tenant", "nobody"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["evict"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["warm", "--look", "--all"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["scrub", "--look", "--stop"]));
     let vllm = desk.write("python", VLLM);
@@ -243,6 +248,7 @@ fn of_a_server(desk: &Desk) {
         &["scrub", "--look"],
         &["warm"],
         &["warm", "--look"],
+        &["evict", "--all"],
         &["purge", "--all", "--yes"],
     ] {
         desk.fails(5, ErrorKind::Closed, &at(&socket, command));

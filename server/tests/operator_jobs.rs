@@ -145,6 +145,12 @@ fn what_the_drive_has_of_a_namespace_comes_to_dram_and_is_read_from_there() {
         assert!(worker.read(block as u32) == *loaded, "block {block}");
     }
     assert_eq!(desk.field(&["warm", "--look"], "number"), 1);
+    // Out again, but for what a request holds; and back.
+    assert_eq!(desk.field(&["evict", "--all"], "kept_blocks"), SAVED);
+    worker.client.close(PATIENCE);
+    until("its leases are over", || desk.field(&["evict", "--namespace", &id[..12]], "kept_blocks") == 0);
+    assert_eq!(in_dram(&desk), 0);
+    assert_eq!(desk.field(&["warm"], "read_blocks"), SAVED);
     let (code, told) = desk.run(&["warm", "--namespace", &"0".repeat(64)]);
     assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
     stop(server, &worker);

@@ -1,10 +1,13 @@
-//! Long jobs of the server that an operator starts and looks at: they go on in the server, whoever asked for them.
+//! Long jobs of the server that an operator starts and looks at: they go on in the server, whoever asked for them. And the
+//! opposite of one of them.
 
-use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceId, Result, ScrubProgress, WarmRun};
+use std::time::Duration;
+
+use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, NamespaceId, Result, ScrubProgress, WarmRun};
 use serde::de::DeserializeOwned;
 
 use super::Client;
-use crate::proto::{JobAction, ScrubRequest, WarmRequest};
+use crate::proto::{EvictReply, EvictRequest, JobAction, ScrubRequest, WarmRequest};
 
 impl Client {
     /// Starts a scrub of the server's store now, at most so many bytes a second, 64 KiB to 16 GiB. It goes on by itself.
@@ -63,6 +66,20 @@ impl Client {
     /// As [`Client::stop_warming`].
     pub fn warming(&self) -> Result<WarmRun> {
         self.warm(JobAction::Look, &[])
+    }
+
+    /// Has all blocks of these namespaces, or of all if none is given, leave the server's DRAM but for those that its store does not
+    /// have yet and those that somebody holds.
+    ///
+    /// # Errors
+    /// `NotFound` for a namespace that it does not know, `Busy` if too many requests wait, `Closed` at once without a server,
+    /// `Timeout` after `timeout`: it goes on.
+    pub fn evict(&self, namespaces: &[NamespaceId], timeout: Duration) -> Result<EvictOutcome> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let namespaces = namespaces.iter().map(|id| id.as_bytes().to_vec().into()).collect();
+        let reply = self.call(timeout, async move { rpc.evict(EvictRequest { namespaces }).await })?;
+        let EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks } = reply;
+        Ok(EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks })
     }
 
     fn warm(&self, action: JobAction, namespaces: &[NamespaceId]) -> Result<WarmRun> {

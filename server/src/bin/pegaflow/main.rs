@@ -41,7 +41,7 @@ use scrub::ScrubOptions;
 use settings::ConfigCommand;
 use size::SizeOptions;
 use top::TopOptions;
-use warm::WarmOptions;
+use warm::{EvictOptions, WarmOptions};
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -175,6 +175,14 @@ enum Command {
     Warm {
         #[command(flatten)]
         options: WarmOptions,
+    },
+    /// Has all blocks of namespaces leave the DRAM of a running server, but for those that its drives do not have yet and those that
+    /// somebody uses. What the drives have stays there. `purge` takes namespaces out for good.
+    ///
+    /// Exit status 3 if nothing matches.
+    Evict {
+        #[command(flatten)]
+        options: EvictOptions,
     },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
@@ -355,6 +363,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             json!({ "in_use": true })
         }
         Command::Ls { options } => namespaces::ls(client, options, is_json)?,
+        Command::Evict { options } => warm::evict(client, options, is_json)?,
         Command::Purge { options } => namespaces::purge(client, options, is_json)?,
         Command::Explain { request, last } => {
             let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;

@@ -1,13 +1,26 @@
-//! `pegaflow warm`: has a running server bring to DRAM what its drives have of namespaces.
+//! `pegaflow warm` has a running server bring to DRAM what its drives have of namespaces; `pegaflow evict` has them leave it.
 
-use clap::Args;
+use std::time::Duration;
+
+use clap::{ArgGroup, Args};
 use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceId, Result, WarmRun, WarmRunState};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::Client;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::job::{self, Job};
 use crate::namespaces::{Which, ids};
+
+/// How long the server may take to go through its DRAM.
+const EVICT_PATIENCE: Duration = Duration::from_secs(300);
+
+/// Which namespaces are to leave.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("whose").required(true).args(["namespace", "tenant", "cache_salt", "all"])))]
+pub(crate) struct EvictOptions {
+    #[command(flatten)]
+    which: Which,
+}
 
 /// What is to be done.
 #[derive(Debug, Args)]
@@ -58,8 +71,7 @@ pub(crate) fn warm(client: &Client, options: &WarmOptions, is_json: bool) -> Res
     } else if options.stop {
         job::wait(client.stop_warming()?, || client.warming())?
     } else {
-        let wanted: Vec<NamespaceId> = if options.which.is_all() { Vec::new() } else { ids(client, &options.which)? };
-        let started = client.start_warming(&wanted)?;
+        let started = client.start_warming(&meant(client, &options.which)?)?;
         if options.no_wait { started } else { job::wait(started, || client.warming())? }
     };
     if !is_json {
@@ -71,6 +83,31 @@ pub(crate) fn warm(client: &Client, options: &WarmOptions, is_json: bool) -> Res
     Ok((told, if is_cut { ExitStatus::Failed } else { ExitStatus::Ok }))
 }
 
+/// The namespaces that are meant; none for all.
+fn meant(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+    if which.is_all() { Ok(Vec::new()) } else { ids(client, which) }
+}
+
+/// Has namespaces leave DRAM; what was done, as JSON, and as text if that is wanted.
+pub(crate) fn evict(client: &Client, options: &EvictOptions, is_json: bool) -> Result<Value> {
+    let evicted = client.evict(&meant(client, &options.which)?, EVICT_PATIENCE)?;
+    if !is_json {
+        println!(
+            "{} namespaces: {} blocks ({}) have left DRAM, {} stay, which the drive does not have yet or somebody uses",
+            evicted.namespaces,
+            evicted.dram_blocks,
+            ByteSize(evicted.dram_bytes),
+            evicted.kept_blocks
+        );
+    }
+    Ok(json!({
+        "namespaces": evicted.namespaces,
+        "dram_blocks": evicted.dram_blocks,
+        "dram_bytes": evicted.dram_bytes,
+        "kept_blocks": evicted.kept_blocks,
+    }))
+}
+
 fn print(run: &WarmRun) {
     let text = run.text();
     match run.state {
@@ -78,7 +115,7 @@ fn print(run: &WarmRun) {
         WarmRunState::Running => println!("going on: {text}"),
         WarmRunState::Done => println!("all is in DRAM: {text}"),
         WarmRunState::Full => {
-            println!("DRAM has no free room for the rest: {text}; more --dram, or fewer namespaces, make room");
+            println!("DRAM has no free room for the rest: {text}; pegaflow evict makes some");
         }
         WarmRunState::Stopped => println!("stopped: {text}"),
         WarmRunState::Failed => println!("failed: {text}; {}", run.error.as_deref().unwrap_or("no reason is known")),
