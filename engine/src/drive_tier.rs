@@ -99,6 +99,21 @@ impl DriveTier {
         self.current.read().clone()
     }
 
+    /// The store, for whoever can do nothing without it.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none, `Poisoned` while it is out of use.
+    pub(crate) fn usable(&self) -> Result<Arc<Store>> {
+        if !self.is_configured() {
+            return Err(Error::new(ErrorKind::NotFound, "there is no store; give a path for one"));
+        }
+        let out_of_use = |why: &str| Error::new(ErrorKind::Poisoned, format!("the store is out of use: {why}"));
+        match (self.degraded(), self.store()) {
+            (Some(degraded), _) => Err(out_of_use(&format!("{:#}", degraded.error))),
+            (None, store) => store.ok_or_else(|| out_of_use("it is being opened again; try again")),
+        }
+    }
+
     /// Whether this is the store of the moment.
     pub(crate) fn is_current(&self, store: &Arc<Store>) -> bool {
         self.current.read().as_ref().is_some_and(|current| Arc::ptr_eq(current, store))
@@ -213,17 +228,25 @@ impl DriveTier {
         store.map_or(Ok(()), |store| store.close(deadline))
     }
 
-    /// Does nothing for so long, or until the store goes out of use or comes back; false when the engine closes.
-    pub(crate) fn rest(&self, time: Duration) -> bool {
+    /// Does nothing for so long, or until the store goes out of use or comes back, or this is so ([`DriveTier::wake`] has it
+    /// looked at); false when the engine closes.
+    pub(crate) fn rest(&self, time: Duration, is_over: &dyn Fn() -> bool) -> bool {
         let until = Instant::now() + time;
         let mut state = self.state.lock();
         let was_degraded = state.degraded.is_some();
-        while !state.is_closing && state.degraded.is_some() == was_degraded {
+        while !state.is_closing && state.degraded.is_some() == was_degraded && !is_over() {
             if self.changed.wait_until(&mut state, until).timed_out() {
                 break;
             }
         }
         !state.is_closing
+    }
+
+    /// Has everybody who rests look whether that is over.
+    pub(crate) fn wake(&self) {
+        // Under the lock: nobody is between looking and resting.
+        let _state = self.state.lock();
+        self.changed.notify_all();
     }
 
     /// Says whether a scrub uses the store, which is not closed under it.

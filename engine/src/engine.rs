@@ -21,7 +21,7 @@ use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
 use crate::drive_tier::{DriveTier, Source};
 use crate::fetch::{FetchReason, Fetches};
-use crate::hot_set::WarmStart;
+use crate::hot_set::{WarmRuns, WarmStart};
 use crate::inner::{Inner, Workers};
 use crate::lease::{Hit, Leases};
 use crate::load::LoadJob;
@@ -34,6 +34,7 @@ use crate::registry::Registry;
 use crate::residency::{Residency, Resident};
 use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
+use crate::scrub::Scrubs;
 use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::write_budget::WriteBudget;
 use crate::{hot_set, lookup, objects, scheduler};
@@ -124,12 +125,14 @@ impl Engine {
             wear: Arc::default(),
             residency,
             requests: Requests::default(),
+            scrubs: Scrubs::default(),
             scrub_rate: Arc::new(AtomicU64::new(config.nvme.as_ref().map_or(0, |nvme| nvme.scrub.0))),
             arena,
             drive,
             leases: Leases::new(),
             load_choice: LoadChoice::new(config.load_policy),
             fetches,
+            warm_runs: WarmRuns::default(),
             warm_start: WarmStart::new(start, config.nvme.as_ref().is_some_and(|nvme| nvme.warm_start)),
             operations: Operations::default(),
             registry: Registry::default(),

@@ -15,7 +15,7 @@ use crate::config::EngineConfig;
 use crate::counters::Counters;
 use crate::drive_tier::DriveTier;
 use crate::fetch::Fetches;
-use crate::hot_set::WarmStart;
+use crate::hot_set::{WarmRuns, WarmStart};
 use crate::lease::Leases;
 use crate::load::LoadJob;
 use crate::load_choice::LoadChoice;
@@ -25,6 +25,7 @@ use crate::registry::Registry;
 use crate::residency::Residency;
 use crate::save::SaveJob;
 use crate::scheduler::{DrivePolicy, LiveCurve, Requests};
+use crate::scrub::Scrubs;
 use crate::wear::Wear;
 use crate::{hot_set, scheduler, scrub, spares, store_keeper};
 
@@ -55,10 +56,14 @@ pub(crate) struct Inner {
     pub(crate) load_choice: Arc<LoadChoice>,
     /// Bytes a second that are scrubbed; 0: none.
     pub(crate) scrub_rate: Arc<AtomicU64>,
+    /// Scrubs that somebody asks for.
+    pub(crate) scrubs: Scrubs,
     /// What is read beside everything else.
     pub(crate) fetches: Fetches,
     /// The hot set of the run before, on its way back.
     pub(crate) warm_start: WarmStart,
+    /// Namespaces that somebody wants in DRAM.
+    pub(crate) warm_runs: WarmRuns,
     pub(crate) operations: Operations,
     pub(crate) registry: Registry,
     pub(crate) counters: Counters,

@@ -8,16 +8,18 @@ pub use crate::api::{
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
+pub use crate::hot_set::{WarmRun, WarmRunState};
 pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
     BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
-pub use crate::purge::{NamespaceInfo, PurgeOutcome};
+pub use crate::purge::{EvictOutcome, NamespaceInfo, PurgeOutcome};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,
 };
+pub use crate::scrub::{ScrubProgress, ScrubState};
 pub use crate::tenants::{TENANT_FIELD, TenantId};
 pub use crate::transfer::{ImportBlock, ImportReport, KnownNamespace};
 pub use crate::write_budget::WriteBudget;

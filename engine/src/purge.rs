@@ -58,7 +58,30 @@ pub struct PurgeOutcome {
     pub is_swept: bool,
 }
 
+/// What an eviction has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EvictOutcome {
+    /// Namespaces that it was about.
+    pub namespaces: u32,
+    /// Blocks that have left DRAM; each shard of a block counts.
+    pub dram_blocks: u64,
+    /// Bytes of these, as they were saved.
+    pub dram_bytes: u64,
+    /// Blocks that stay: the drive does not have them yet, or a load or a lease holds them.
+    pub kept_blocks: u64,
+}
+
 impl Engine {
+    /// Has all blocks of these namespaces, or of all if none is given, leave DRAM but for those that the store does not have yet
+    /// and those that somebody holds. What the store has is found there from here on; what it was not given, and all without one,
+    /// is gone. Named objects stay.
+    ///
+    /// # Errors
+    /// `NotFound` for a namespace that is not known, `Closed`.
+    pub fn evict(&self, namespaces: &[NamespaceId]) -> Result<EvictOutcome> {
+        evict(self.inner()?, namespaces)
+    }
+
     /// All namespaces, by their digests: those that are registered, and those that the store has. Those of named objects are
     /// there if there are any. At most `most`, from the one behind `after` on. Of the index at most `rows_max` rows are counted in
     /// all (and what one namespace has of its last 8,192), about a million in a second; 0: the drive is not looked at.
@@ -184,6 +207,22 @@ fn purge(inner: &Arc<Inner>, id: &NamespaceId, deadline: Instant) -> Result<Opti
     }
     tracing::info!(namespace = %id, ?outcome, "a namespace was purged");
     Ok(Some(outcome))
+}
+
+fn evict(inner: &Inner, ids: &[NamespaceId]) -> Result<EvictOutcome> {
+    let rows = inner.drive.store().map(|store| store.namespaces()).unwrap_or_default().into_iter();
+    let known = inner.drive.namespaces.all().into_iter().map(|known| (known.descriptor.id(), known.handle));
+    let mut all: HashSet<(NamespaceId, NamespaceHandle)> = rows.map(|row| (row.id, row.handle)).chain(known).collect();
+    all.retain(|(id, handle)| *handle != NamespaceHandle(0) && (ids.is_empty() || ids.contains(id)));
+    let found: HashSet<NamespaceId> = all.iter().map(|(id, _)| *id).collect();
+    if let Some(unknown) = ids.iter().find(|id| !found.contains(*id)) {
+        return Err(Error::new(ErrorKind::NotFound, format!("there is no namespace {unknown}")));
+    }
+    let handles = all.into_iter().map(|(_, handle)| handle).collect();
+    let (InDram { blocks: dram_blocks, bytes: dram_bytes }, kept_blocks) = inner.residency.evict(&handles);
+    let outcome = EvictOutcome { namespaces: found.len() as u32, dram_blocks, dram_bytes, kept_blocks };
+    tracing::info!(?outcome, "namespaces were evicted from DRAM");
+    Ok(outcome)
 }
 
 /// Instances of a purged namespace get it anew, empty; without any it is forgotten.

@@ -497,3 +497,33 @@ fn while_the_writer_is_behind_no_more_is_read() {
     gate.open();
     assert_eq!(warmed(&worker).state, WarmState::Done);
 }
+
+/// What an operator asks for waits for the hot set, is alone, and ends when it is told to: see `warm_as_asked.rs`.
+#[test]
+fn a_run_that_was_asked_for_is_alone_and_can_be_stopped() {
+    let directory = directory();
+    let config = config(directory.path(), 16, PolicyChoice::Pegaflow);
+    closed_with(&config, &chains(0..12));
+    let busy = |worker: &Worker| worker.engine.start_warming(&[]).expect_err("one goes on").kind() == ErrorKind::Busy;
+    let (worker, gate) = behind_a_gate(config.clone());
+    wait("reads of the warm start", || gate.held() > 0);
+    assert!(busy(&worker), "the hot set is on its way");
+    gate.open();
+    assert_eq!(warmed(&worker).state, WarmState::Done);
+    worker.engine.close(soon()).expect("closed");
+
+    let (worker, gate) = behind_a_gate(with_nvme(config, |nvme| nvme.warm_start = false));
+    let run = || worker.engine.warming().expect("open");
+    worker.engine.start_warming(&[]).expect("begins");
+    wait("its first reads", || gate.held() > 0);
+    assert!(busy(&worker), "another one goes on");
+    assert_eq!(worker.engine.stop_warming().expect("told").state, WarmRunState::Running);
+    gate.open();
+    wait("its end", || run().state != WarmRunState::Running);
+    let all = 12 * u64::from(BLOCKS);
+    assert!(run().state == WarmRunState::Stopped && (1..all).contains(&run().read_blocks), "{:?}", run());
+    assert_eq!(worker.engine.stats().dram_blocks, run().read_blocks);
+    worker.engine.start_warming(&[]).expect("another one");
+    wait("its end", || run().state == WarmRunState::Done);
+    assert_eq!(worker.engine.stats().dram_blocks, all);
+}

@@ -22,7 +22,7 @@ use crate::limits::{REQUESTS_BURST_MAX, REQUESTS_PER_SECOND_MAX, SESSIONS_PER_CL
 pub enum Role {
     /// Counters, and nothing that names a block or a request.
     ReadOnly,
-    /// Runs the server: flush, reopen, purge, load policy, explanations.
+    /// Runs the server: flush, reopen, purge, scrub, warm, evict, load policy, explanations.
     Operator,
     /// Looks up, loads and saves.
     Engine,
@@ -79,6 +79,9 @@ const TABLE: &[(&str, &[Role])] = &[
     // Names models and tenants; no block and no request.
     ("ListNamespaces", &[Role::ReadOnly, Role::Operator]),
     ("Purge", &[Role::Operator]),
+    ("Scrub", &[Role::Operator]),
+    ("Warm", &[Role::Operator]),
+    ("Evict", &[Role::Operator]),
     ("LoadPolicy", &[Role::Operator]),
     // Names requests.
     ("Explain", &[Role::Operator]),

@@ -65,5 +65,7 @@ pub(crate) const COMPUTED_MAX: usize = 256;
 pub(crate) const NAMESPACES_MAX: usize = 64;
 /// The most rows of the index that one list of namespaces counts.
 pub(crate) const NAMESPACE_ROWS_MAX: u64 = 100_000_000;
+/// The most namespaces that one request names to be brought to DRAM, or to leave it.
+pub(crate) const NAMED_NAMESPACES_MAX: usize = 4096;
 /// The most decisions in one explanation.
 pub(crate) const DECISIONS_MAX: usize = 1024;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
-use pegaflow_engine::{Error, ErrorKind, LoadRequest, OperationId, Result, SaveRequest};
+use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
@@ -14,8 +14,8 @@ use crate::access::Caller;
 use crate::limits::{
     BLOCKS_MAX, DECISIONS_MAX, FLUSHES_MAX, KEY_BYTES, NAME_BYTES_MAX, NAMESPACE_ROWS_MAX, NAMESPACES_MAX,
 };
-use crate::proto;
 use crate::proto::pega_flow_server::PegaFlow;
+use crate::proto::{self, JobAction};
 use crate::session::Sessions;
 use crate::status::to_status;
 use crate::wire;
@@ -53,6 +53,11 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     reply(
         result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))),
     )
+}
+
+fn progress_json(progress: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(progress)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the progress as JSON: {error}")))
 }
 
 #[tonic::async_trait]
@@ -281,6 +286,47 @@ impl PegaFlow for Service {
                 destroyed_keys: purged.destroyed_keys,
                 is_swept: purged.is_swept,
             })
+        })
+        .await
+    }
+
+    async fn scrub(&self, request: Request<proto::ScrubRequest>) -> Result<Response<proto::ScrubReply>, Status> {
+        let request = request.into_inner();
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let progress = match request.action() {
+                JobAction::Look => engine.scrub_progress()?,
+                JobAction::Start => engine.start_scrub(ByteSize(request.bytes_per_second))?,
+                JobAction::Stop => engine.stop_scrub()?,
+            };
+            Ok(proto::ScrubReply { progress_json: progress_json(&progress)? })
+        })
+        .await
+    }
+
+    async fn warm(&self, request: Request<proto::WarmRequest>) -> Result<Response<proto::WarmReply>, Status> {
+        let request = request.into_inner();
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let run = match request.action() {
+                JobAction::Look => engine.warming()?,
+                JobAction::Start => engine.start_warming(&wire::named_namespaces(&request.namespaces)?)?,
+                JobAction::Stop => engine.stop_warming()?,
+            };
+            Ok(proto::WarmReply { progress_json: progress_json(&run)? })
+        })
+        .await
+    }
+
+    async fn evict(&self, request: Request<proto::EvictRequest>) -> Result<Response<proto::EvictReply>, Status> {
+        let namespaces = request.into_inner().namespaces;
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let evicted = engine.evict(&wire::named_namespaces(&namespaces)?)?;
+            let EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks } = evicted;
+            Ok(proto::EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks })
         })
         .await
     }

@@ -12,7 +12,7 @@ use prost::bytes::Bytes;
 
 use crate::limits::{
     BLOCKS_MAX, COMPUTED_MAX, FLUSH_TIMEOUT_MAX, GROUPS_MAX, KEY_BYTES, LEASE_BYTES, LEASE_MAX, NAME_BYTES_MAX,
-    NAMESPACE_BYTES_MAX, SHARDS_MAX,
+    NAMED_NAMESPACES_MAX, NAMESPACE_BYTES_MAX, SHARDS_MAX,
 };
 use crate::proto;
 
@@ -353,6 +353,14 @@ pub(crate) fn namespace_json(info: &NamespaceInfo) -> serde_json::Value {
         "lookup_blocks": info.lookup_blocks,
         "hit_blocks": info.hit_blocks,
     })
+}
+
+pub(crate) fn named_namespaces(namespaces: &[Bytes]) -> Result<Vec<NamespaceId>> {
+    if namespaces.len() > NAMED_NAMESPACES_MAX {
+        let message = format!("{} namespaces; give at most {NAMED_NAMESPACES_MAX}, or none for all", namespaces.len());
+        return Err(invalid(message));
+    }
+    namespaces.iter().map(|bytes| namespace_id(bytes)).collect()
 }
 
 pub(crate) fn flush_timeout(timeout_ms: u32) -> Result<Duration> {

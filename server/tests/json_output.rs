@@ -191,6 +191,35 @@ fn of_a_server(desk: &Desk) {
     let told = desk.meets("ls", 0, &at(&socket, &["ls", "--count", "0"]));
     assert_eq!(told["namespaces"][0]["drive"], Value::Null, "{told:#}");
     desk.meets("load-policy", 0, &at(&socket, &["load-policy", "never"]));
+    let told = desk.meets("scrub", 0, &at(&socket, &["scrub", "--look"]));
+    assert_eq!((&told["state"], &told["number"]), (&"none".into(), &0.into()), "{told:#}");
+    let told = desk.meets("scrub", 0, &at(&socket, &["scrub"]));
+    let count = Value::from(BLOCKS / 2);
+    assert_eq!(
+        (&told["state"], &told["records"], &told["bad_records"]),
+        (&"done".into(), &count, &0.into()),
+        "{told:#}"
+    );
+    assert_eq!((&told["regions"], told["bytes"].as_u64() > Some(0)), (&told["regions_total"], true), "{told:#}");
+    desk.meets("scrub", 0, &at(&socket, &["scrub", "--stop"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["scrub", "--rate", "1KiB"]));
+    let told = desk.meets("warm", 0, &at(&socket, &["warm", "--look"]));
+    assert_eq!((&told["state"], &told["number"]), (&"none".into(), &0.into()), "{told:#}");
+    let told = desk.meets("warm", 0, &at(&socket, &["warm"]));
+    assert_eq!(
+        (&told["state"], &told["seen_blocks"], &told["read_blocks"]),
+        (&"done".into(), &count, &0.into()),
+        "{told:#}"
+    );
+    desk.meets("warm", 0, &at(&socket, &["warm", "--stop"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["warm", "--tenant", "nobody"]));
+    // The lookup's lease holds them.
+    let told = desk.meets("evict", 0, &at(&socket, &["evict", "--all"]));
+    assert_eq!((&told["dram_blocks"], &told["kept_blocks"]), (&0.into(), &count), "{told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["evict", "--tenant", "nobody"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["evict"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["warm", "--look", "--all"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["scrub", "--look", "--stop"]));
     let vllm = desk.write("python", VLLM);
     std::fs::set_permissions(&vllm, std::fs::Permissions::from_mode(0o700)).expect("ours");
     let prompts = desk.write("prompts.jsonl", "{\"prompt\": \"one\"}\n{\"prompt\": \"two\"}\n");
@@ -215,6 +244,11 @@ fn of_a_server(desk: &Desk) {
         &["explain"],
         &["load-policy"],
         &["ls"],
+        &["scrub"],
+        &["scrub", "--look"],
+        &["warm"],
+        &["warm", "--look"],
+        &["evict", "--all"],
         &["purge", "--all", "--yes"],
     ] {
         desk.fails(5, ErrorKind::Closed, &at(&socket, command));

@@ -109,3 +109,28 @@ fn scripts_of_completion_and_pages_of_the_manual_name_commands_and_options() {
         assert!(page.contains(concat!("PegaFlow ", env!("CARGO_PKG_VERSION"))), "{page}");
     }
 }
+
+#[test]
+fn a_purge_asks_and_only_a_yes_purges() {
+    let mut local = Local::start();
+    let socket = local.socket.to_str().expect("UTF-8").to_owned();
+    let worker = local.worker();
+    let operation = worker.start_save(8).expect("accepted");
+    worker.wait(operation);
+    let purge = ["--socket", &socket, "purge", "--all"];
+    let found = || worker.lookup(8).expect("answers").hit_blocks;
+    // Ctrl-D answers nothing.
+    for no in ["n\n", "\n", "yesterday\n", "\u{4}"] {
+        let text = shown(&purge, no, false);
+        let is_asked = text.contains("(m)") && text.contains("Purge 1 namespaces, for good? [y/N]");
+        assert!(is_asked && text.contains("nothing was purged"), "{no:?}: {text:?}");
+        assert_eq!(found(), 8, "{no:?}");
+    }
+    let text = shown(&purge, "Yes\n", false);
+    assert!(text.contains("for good? [y/N]") && text.contains("1 namespaces purged, 0 keys destroyed"), "{text:?}");
+    assert_eq!(found(), 0);
+    let text = shown(&[&purge[..], &["--yes"]].concat(), "", false);
+    assert!(text.contains("namespaces purged") && !text.contains("[y/N]"), "{text:?}");
+    worker.client.close(support::PATIENCE);
+    local.stop().expect("stops");
+}

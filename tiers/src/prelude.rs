@@ -18,10 +18,11 @@ pub use crate::latency::{Latencies, LatencyHistogram};
 pub use crate::nvme::{
     Append, AppendDone, BlockIo, DepthOrigin, DriveConfig, DriveHealth, DriveSpeed, DriveUse, EncryptionKey,
     ExportReport, ExportedRecord, FileId, FsckFinding, FsckProblem, FsckProgress, FsckReport, HealthReader, IndexFill,
-    IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, Pages, PoisonHook,
-    PoisonReason, PurgeReport, ReadDepth, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport, RegionInfo, RegionPins,
-    RegionState, ResidentBlock, ScrubPace, Store, StoreConfig, StorePaths, StoreStats, StoreUse, Verified,
-    VerifyProgress, VerifyReport, WriteVolume, controllers_of, fsck, fsck_with_key, open_direct, open_engine,
+    IndexState, IoBuffer, IoChoice, IoCompletion, IoDone, IoKind, IoPriority, IoRequest, KnownRecord, Pages,
+    PoisonHook, PoisonReason, PurgeReport, ReadDepth, ReadDone, ReclaimPolicy, RecordInfo, RecoveryReport, RegionInfo,
+    RegionPins, RegionState, ResidentBlock, ScrubFrom, ScrubPace, ScrubStep, Store, StoreConfig, StorePaths,
+    StoreStats, StoreUse, Verified, VerifyProgress, VerifyReport, WriteVolume, controllers_of, fsck, fsck_with_key,
+    open_direct, open_engine,
 };
 #[cfg(any(test, feature = "fault-injection"))]
 pub use crate::nvme::{

@@ -4,7 +4,10 @@
 //! what they are worth, ancestors first ([`rank`]), and keeps the list as notes of the store ([`piece`]). After an open a
 //! thread of its own reads the list and fetches the blocks ([`warm`]), behind everything that somebody waits for. The list
 //! names blocks and says nothing of their bytes: whatever stands in it, each block is checked as in any read.
+//!
+//! Whoever asks for namespaces to be brought to DRAM ([`asked`]) has a list made of the index, and the same way.
 
+mod asked;
 mod keep;
 mod piece;
 mod rank;
@@ -15,6 +18,8 @@ use pegaflow_tiers::{BlockKey, NamespaceHandle, RecordId};
 
 use crate::policy::BlockMemory;
 
+pub(crate) use asked::WarmRuns;
+pub use asked::{WarmRun, WarmRunState};
 pub(crate) use keep::keep;
 pub(crate) use rank::Candidate;
 pub(crate) use warm::{WarmStart, warm};

@@ -91,12 +91,36 @@ impl WarmStart {
     fn change(&self, change: impl FnOnce(&mut WarmProgress)) {
         change(&mut self.progress.lock().progress);
     }
+
+    fn note(&self, step: WarmStep) {
+        self.change(|progress| match step {
+            WarmStep::Missing => progress.missing_blocks += 1,
+            WarmStep::Came { blocks, bytes } => {
+                progress.read_blocks += blocks;
+                progress.read_bytes += bytes;
+            }
+            WarmStep::At(_) => {}
+        });
+    }
+}
+
+/// What has come of a list so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum WarmStep {
+    /// One of its blocks is not in the store any more, or comes after one that is not.
+    Missing,
+    /// Blocks are in DRAM, each shard for itself.
+    Came { blocks: u64, bytes: u64 },
+    /// So many of its blocks were looked for.
+    At(usize),
 }
 
 /// The body of the thread.
 pub(crate) fn warm(inner: &Arc<Inner>) {
+    let note = |step| inner.warm_start.note(step);
+    let of_list = |(store, list)| Warming::new(inner, store, list, &note, &|| false).run();
     // A close on the way leaves the list as it is: it is better than what came back of it.
-    if let Some(state) = Warming::new(inner).map_or(Some(WarmState::Nothing), Warming::run) {
+    if let Some(state) = last_list(inner).map_or(Some(WarmState::Nothing), of_list) {
         let took_ms = inner.warm_start.opened.elapsed().as_millis() as u64;
         inner.warm_start.change(|progress| (progress.state, progress.took_ms) = (state, took_ms));
         let WarmProgress { listed_blocks, missing_blocks, read_blocks, read_bytes, .. } = inner.warm_start.progress();
@@ -114,6 +138,21 @@ pub(crate) fn warm(inner: &Arc<Inner>) {
         }
     }
     inner.drive.end_helper();
+}
+
+/// What the run before has kept; `None` if there is none.
+fn last_list(inner: &Inner) -> Option<(Arc<Store>, HotSet)> {
+    let store = inner.drive.store()?;
+    let note = |number| {
+        let found = store.note(&piece::name(number));
+        found.inspect_err(|error| tracing::warn!(%error, "which blocks were hot can not be read")).ok().flatten()
+    };
+    let list = piece::decode((0..piece::PIECES_MAX).filter_map(note))?;
+    let mut known = inner.warm_start.progress.lock();
+    known.last_list = list.written_unix_ms;
+    known.progress.listed_blocks = list.blocks.len() as u64;
+    drop(known);
+    Some((store, list))
 }
 
 /// A wish of a step has ended.
@@ -134,8 +173,11 @@ struct Step {
     ids: Vec<RecordId>,
 }
 
-struct Warming<'a> {
+/// Brings the blocks of a list to DRAM, in its order.
+pub(super) struct Warming<'a> {
     inner: &'a Arc<Inner>,
+    note: &'a dyn Fn(WarmStep),
+    is_unwanted: &'a dyn Fn() -> bool,
     store: Arc<Store>,
     blocks: Vec<HotBlock>,
     /// Seconds since the list was written.
@@ -166,22 +208,20 @@ enum Made {
 }
 
 impl<'a> Warming<'a> {
-    /// Reads the list; `None` if there is none.
-    fn new(inner: &'a Arc<Inner>) -> Option<Self> {
-        let store = inner.drive.store()?;
-        let note = |number| {
-            let found = store.note(&piece::name(number));
-            found.inspect_err(|error| tracing::warn!(%error, "which blocks were hot can not be read")).ok().flatten()
-        };
-        let HotSet { written_unix_ms, blocks } = piece::decode((0..piece::PIECES_MAX).filter_map(note))?;
-        let mut known = inner.warm_start.progress.lock();
-        known.last_list = written_unix_ms;
-        known.progress.listed_blocks = blocks.len() as u64;
-        drop(known);
+    /// `note` is told what comes of the list; `is_unwanted` is asked before each step.
+    pub(super) fn new(
+        inner: &'a Arc<Inner>,
+        store: Arc<Store>,
+        HotSet { written_unix_ms, blocks }: HotSet,
+        note: &'a dyn Fn(WarmStep),
+        is_unwanted: &'a dyn Fn() -> bool,
+    ) -> Self {
         let away_s = u32::try_from(unix_ms().saturating_sub(written_unix_ms) / 1000).unwrap_or(u32::MAX);
         let (sender, receiver) = bounded(STEPS * SIZES_MAX);
-        Some(Self {
+        Self {
             inner,
+            note,
+            is_unwanted,
             store,
             away_s,
             is_gone: vec![false; blocks.len()],
@@ -196,16 +236,17 @@ impl<'a> Warming<'a> {
             no_room_blocks: 0,
             sender,
             receiver,
-        })
+        }
     }
 
     /// How it ended; `None` if the engine closes.
-    fn run(mut self) -> Option<WarmState> {
+    pub(super) fn run(mut self) -> Option<WarmState> {
         let state = loop {
             if self.inner.is_closed() {
                 break None;
             }
-            if self.store.poison_reason().is_some() || !self.inner.drive.is_current(&self.store) {
+            if (self.is_unwanted)() || self.store.poison_reason().is_some() || !self.inner.drive.is_current(&self.store)
+            {
                 break Some(WarmState::Stopped);
             }
             if self.is_full {
@@ -280,6 +321,7 @@ impl<'a> Warming<'a> {
                 by_size.entry(block_bytes).or_default().extend(reads);
             }
         }
+        (self.note)(WarmStep::At(self.next));
         if ids.is_empty() {
             return Made::End;
         }
@@ -295,7 +337,7 @@ impl<'a> Warming<'a> {
             && let Some(is_gone @ false) = self.is_gone.get_mut(self.next)
         {
             *is_gone = true;
-            self.inner.warm_start.change(|progress| progress.missing_blocks += 1);
+            (self.note)(WarmStep::Missing);
         }
         found
     }
@@ -352,10 +394,7 @@ impl<'a> Warming<'a> {
         self.planned_bytes -= planned_bytes;
         let no_room_blocks = self.inner.fetches.totals(FetchReason::HotSet).no_room_blocks;
         let had_no_room = std::mem::replace(&mut self.no_room_blocks, no_room_blocks) < no_room_blocks;
-        self.inner.warm_start.change(|progress| {
-            progress.read_blocks += end.blocks;
-            progress.read_bytes += end.blocks * block_bytes;
-        });
+        (self.note)(WarmStep::Came { blocks: end.blocks, bytes: end.blocks * block_bytes });
         let Some(at) = self.steps.iter().position(|of| of.number == step) else { return };
         if had_no_room && self.is_growing() {
             // What has come of it meanwhile is not read again.

@@ -1,6 +1,7 @@
-//! The residency as a purge sees it: a namespace is given up at once, and what of it is in use goes when it is let go.
+//! The residency as a purge sees it: a namespace is given up at once, and what of it is in use goes when it is let go. And as
+//! an eviction does: what may leave leaves.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Bound;
 
 use pegaflow_tiers::{NamespaceHandle, RecordId};
@@ -28,7 +29,7 @@ impl Residency {
         loop {
             let mut policies = self.policies.lock();
             let mut state = self.state.lock();
-            let (ids, last) = state.piece(after, namespace);
+            let (ids, last) = state.piece(after, |of| of == namespace);
             let gone: Vec<_> = ids.iter().filter_map(|id| state.detach(id, &mut policies)).collect();
             drop((state, policies));
             dropped.blocks += gone.len() as u64;
@@ -39,6 +40,31 @@ impl Residency {
             if after.is_none() {
                 self.notify_room();
                 return dropped;
+            }
+        }
+    }
+
+    /// Has all blocks of these namespaces leave that may: not those that the store does not have yet, and not those that
+    /// somebody holds, which are counted second.
+    pub(crate) fn evict(&self, namespaces: &HashSet<NamespaceHandle>) -> (InDram, u64) {
+        let (mut dropped, mut kept, mut after) = (InDram::default(), 0, None);
+        loop {
+            let mut policies = self.policies.lock();
+            let mut state = self.state.lock();
+            let (mut ids, last) = state.piece(after, |of| namespaces.contains(&of));
+            let found = ids.len();
+            ids.retain(|id| state.may_leave(id));
+            kept += (found - ids.len()) as u64;
+            let gone: Vec<_> = ids.iter().filter_map(|id| state.detach(id, &mut policies)).collect();
+            drop((state, policies));
+            dropped.blocks += gone.len() as u64;
+            dropped.bytes += gone.iter().map(|block| block.payload_bytes).sum::<u64>();
+            // Slots go back to the arena here, outside of the locks.
+            drop(gone);
+            after = last;
+            if after.is_none() {
+                self.notify_room();
+                return (dropped, kept);
             }
         }
     }
@@ -81,15 +107,15 @@ impl State {
         !self.purged.is_empty() && self.purged.contains(&namespace)
     }
 
-    /// Those of the next blocks that are of a namespace, and where to go on; `None` after the last.
+    /// Those of the next blocks that are of such a namespace, and where to go on; `None` after the last.
     fn piece(
         &self,
         after: Option<(u32, RecordId)>,
-        namespace: NamespaceHandle,
+        is_meant: impl Fn(NamespaceHandle) -> bool,
     ) -> (Vec<RecordId>, Option<(u32, RecordId)>) {
         let places = self.by_chunk.range((after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded));
         let places: Vec<_> = places.take(BLOCKS_AT_ONCE).copied().collect();
         let last = places.last().copied().filter(|_| places.len() == BLOCKS_AT_ONCE);
-        (places.into_iter().map(|(_, id)| id).filter(|id| id.namespace == namespace).collect(), last)
+        (places.into_iter().map(|(_, id)| id).filter(|id| is_meant(id.namespace)).collect(), last)
     }
 }

@@ -10,6 +10,7 @@ mod completions;
 mod config;
 mod copies;
 mod driver;
+mod jobs;
 mod link;
 mod operations;
 mod shared;

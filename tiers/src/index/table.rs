@@ -76,6 +76,12 @@ impl Table {
         self.shard(spread).read().get(fingerprint, spread).map(Entry::parent)
     }
 
+    /// How often and when the record was used, if it is known.
+    pub fn uses(&self, fingerprint: u64) -> Option<Uses> {
+        let spread = spread(fingerprint);
+        self.shard(spread).read().get(fingerprint, spread).map(Entry::uses)
+    }
+
     /// Counts a use of a record in this epoch (see [`Uses`]); the record as it was before, if it is known.
     pub fn note_use(&self, fingerprint: u64, epoch: u16) -> Option<TableEntry> {
         let spread = spread(fingerprint);

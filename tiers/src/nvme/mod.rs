@@ -76,8 +76,8 @@ pub use regions::RegionPins;
 #[cfg(any(test, feature = "fault-injection"))]
 pub use simulation::{DamageTally, SimBias, SimFailure, SimFailureKind, SimOptions, SimTally, Simulator, SweepTally};
 pub use stats::{StoreStats, WriteVolume};
-pub use store::{PurgeReport, Store, StoreUse};
+pub use store::{KnownRecord, PurgeReport, Store, StoreUse};
 #[cfg(any(test, feature = "fault-injection"))]
 pub use switches::Sabotage;
-pub use verify::{ScrubPace, VerifyProgress, VerifyReport};
+pub use verify::{ScrubFrom, ScrubPace, ScrubStep, VerifyProgress, VerifyReport};
 pub use wear::{DriveHealth, HealthReader, controllers_of};

@@ -39,7 +39,7 @@ use super::shared::Shared;
 use super::stats::{StoreStats, WriteVolume};
 use super::superblock::{SUPERBLOCK_COPIES, Superblock};
 use super::switches::{self, is_off};
-use super::verify::{ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
+use super::verify::{ScrubFrom, ScrubPace, VerifyProgress, VerifyReport, scrub, scrub_state, verify};
 use super::version::StoreUuid;
 use super::writer::{Writer, WriterConfig};
 use crate::block::{GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, RecordId, RecordKind};
@@ -51,8 +51,10 @@ use crate::latency::Latencies;
 
 mod keys;
 mod purge;
+mod survey;
 
 pub use purge::{PurgeReport, StoreUse};
+pub use survey::KnownRecord;
 
 /// How long dropping a store waits for its threads.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -543,15 +545,15 @@ impl Store {
         export(&self.shared, &index, &paths, namespace, each)
     }
 
-    /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces, from
-    /// the region on in which the last one was stopped, also before a restart. `pace` is called after every piece: it
-    /// returns when the next one may be read, or false to stop. Must have ended before the store is closed.
+    /// Goes on with a scrub, or begins one: reads and checks every record as [`Store::verify`] does, in small pieces. `pace` is
+    /// called after every piece: it returns when the next one may be read, or false to stop. Must have ended before the store
+    /// is closed.
     ///
     /// # Errors
     /// As [`Store::verify`].
-    pub fn scrub(&self, pace: &ScrubPace) -> Result<VerifyReport> {
+    pub fn scrub(&self, from: ScrubFrom, pace: &ScrubPace) -> Result<VerifyReport> {
         let (index, paths) = self.long_job()?;
-        scrub(&self.shared, &index, &paths, pace)
+        scrub(&self.shared, &index, &paths, from, pace)
     }
 
     /// When the last scrub that saw everything ended, in milliseconds since 1970; 0 for never.

@@ -60,8 +60,34 @@ pub struct VerifyProgress {
     pub records_total: u64,
 }
 
-/// Called by a scrub after each piece, with its bytes: returns when the next one may be read, or false to stop.
-pub type ScrubPace = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+/// A piece that a scrub has read, and how far it has come with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubStep {
+    /// Bytes of the piece.
+    pub bytes: u64,
+    /// The region in which it lies; those before it are done.
+    pub region: u32,
+    /// Regions of the store.
+    pub regions_total: u32,
+    /// Records that this call has checked.
+    pub records: u64,
+    /// Records of the store now.
+    pub records_total: u64,
+    /// Of those that were checked, damaged ones.
+    pub corrupt: u64,
+}
+
+/// Called by a scrub after each piece: returns when the next one may be read, or false to stop.
+pub type ScrubPace = Arc<dyn Fn(&ScrubStep) -> bool + Send + Sync>;
+
+/// Where a scrub begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScrubFrom {
+    /// At the region in which the last one was stopped, also before a restart; where it comes to is noted.
+    WhereItWas,
+    /// At the first region; where another one was stopped stays noted until this one has seen everything.
+    Start,
+}
 
 /// Reads the region files in large pieces.
 trait Reader {
@@ -79,8 +105,8 @@ struct Job {
     /// The regions, by drive.
     files: Vec<File>,
     progress: Sender<VerifyProgress>,
-    /// For a scrub: how fast.
-    pace: Option<ScrubPace>,
+    /// For a scrub: where it begins, and how fast it is.
+    scrub: Option<(ScrubFrom, ScrubPace)>,
 }
 
 /// Verifies; see [`super::store::Store::verify`].
@@ -88,7 +114,7 @@ pub(super) fn verify(
     shared: &Arc<Shared>,
     index: &Arc<IndexLog>,
     paths: &[PathBuf],
-    pace: Option<&ScrubPace>,
+    scrub: Option<(ScrubFrom, &ScrubPace)>,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
     // What is not in the table could not be taken out of it.
@@ -98,8 +124,9 @@ pub(super) fn verify(
     for attempt in attempts.into_iter().flatten() {
         let (sender, receiver) = bounded(PROGRESS_MAX);
         let files = paths.iter().map(|path| open_direct(path).map(|(file, ..)| file)).collect::<Result<_>>()?;
-        let (shared, index, pace) = (Arc::clone(shared), Arc::clone(index), pace.cloned());
-        let job = Job { shared, index, files, progress: sender, pace };
+        let (shared, index) = (Arc::clone(shared), Arc::clone(index));
+        let scrub = scrub.map(|(from, pace)| (from, Arc::clone(pace)));
+        let job = Job { shared, index, files, progress: sender, scrub };
         let started = std::thread::Builder::new().name("pega-verify-store".into()).spawn(move || attempt(&job));
         let thread = started.map_err(|source| Error::from_io("starting the verification", source))?;
         receiver.iter().for_each(&mut *progress);
@@ -112,14 +139,15 @@ pub(super) fn verify(
     Err(last)
 }
 
-/// Goes on with a scrub from where the last one was stopped; see [`super::store::Store::scrub`].
+/// Goes on with a scrub, or begins one; see [`super::store::Store::scrub`].
 pub(super) fn scrub(
     shared: &Arc<Shared>,
     index: &Arc<IndexLog>,
     paths: &[PathBuf],
+    from: ScrubFrom,
     pace: &ScrubPace,
 ) -> Result<VerifyReport> {
-    let report = verify(shared, index, paths, Some(pace), &mut drop)?;
+    let report = verify(shared, index, paths, Some((from, pace)), &mut drop)?;
     if !report.is_stopped {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         note_scrub(index, 0, now)?;
@@ -205,9 +233,10 @@ impl Job {
         let total = self.shared.table.len() as u64;
         let mut report = VerifyReport { engine, ..VerifyReport::default() };
         let regions = self.shared.regions.count();
-        let at_once = if self.pace.is_some() { SCRUB_RECORDS_AT_ONCE } else { RECORDS_AT_ONCE };
+        let at_once = if self.scrub.is_some() { SCRUB_RECORDS_AT_ONCE } else { RECORDS_AT_ONCE };
         let step = (u64::from(regions) / (total / at_once + 1)).max(1) as u32;
-        let mut next = if self.pace.is_some() { scrub_state(&self.index)?.0 } else { 0 };
+        let is_resumed = matches!(self.scrub, Some((ScrubFrom::WhereItWas, _)));
+        let mut next = if is_resumed { scrub_state(&self.index)?.0 } else { 0 };
         next = if next < regions { next } else { 0 };
         let mut noted = Instant::now();
         while next < regions {
@@ -221,7 +250,7 @@ impl Job {
                     return Ok(report);
                 }
                 if let Some((location, _)) = of_one_region.first()
-                    && self.pace.is_some()
+                    && is_resumed
                     && noted.elapsed() >= SCRUB_NOTE_INTERVAL
                 {
                     noted = Instant::now();
@@ -256,7 +285,7 @@ impl Job {
         places: &[(Location, RecordId)],
         report: &mut VerifyReport,
     ) -> bool {
-        let piece_bytes = if self.pace.is_some() { SCRUB_READ_BYTES } else { READ_BYTES };
+        let piece_bytes = if self.scrub.is_some() { SCRUB_READ_BYTES } else { READ_BYTES };
         let Some((first, _)) = places.first() else { return true };
         let mut rest = places;
         while let Some((start, _)) = rest.first() {
@@ -271,10 +300,18 @@ impl Job {
             let Ok(pins) = self.shared.regions.pin(&[*first]) else { return true };
             self.check_piece(reader, *start, pages, now, report);
             drop(pins);
-            if let Some(pace) = &self.pace {
+            if let Some((_, pace)) = &self.scrub {
                 let bytes = u64::from(pages) * PAGE_BYTES as u64;
                 add(&self.shared.counts.scrubbed_bytes, bytes);
-                if !pace(bytes) {
+                let step = ScrubStep {
+                    bytes,
+                    region: first.region,
+                    regions_total: self.shared.regions.count(),
+                    records: report.records,
+                    records_total: self.shared.table.len() as u64,
+                    corrupt: report.corrupt,
+                };
+                if !pace(&step) {
                     return false;
                 }
             }
@@ -337,7 +374,7 @@ impl Job {
         if checked.is_none() && self.shared.forget_at(id, location) {
             report.corrupt += 1;
             add(&self.shared.counts.bad_reads, 1);
-            add(&self.shared.counts.scrub_bad_records, u64::from(self.pace.is_some()));
+            add(&self.shared.counts.scrub_bad_records, u64::from(self.scrub.is_some()));
             tracing::warn!(?id, ?location, "a record is damaged; it is quarantined");
             self.shared.inbox.push_bad_record(*id, *location);
         }

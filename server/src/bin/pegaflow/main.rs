@@ -2,15 +2,18 @@
 #![deny(unsafe_code)]
 
 mod doctor;
+mod job;
 mod manual;
 mod namespaces;
 mod pack;
 mod policy;
 mod prewarm;
 mod remote;
+mod scrub;
 mod settings;
 mod size;
 mod top;
+mod warm;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -35,9 +38,11 @@ use pegaflow_server::settings::{Settings, told};
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use remote::TokenCommand;
+use scrub::ScrubOptions;
 use settings::ConfigCommand;
 use size::SizeOptions;
 use top::TopOptions;
+use warm::{EvictOptions, WarmOptions};
 
 /// Asks a running pegaflow-server, or checks a store that none has open.
 ///
@@ -155,6 +160,31 @@ enum Command {
         )]
         encryption_key_command: Option<String>,
     },
+    /// Has a running server read and check every record of its store now, beside its background scrub, whose pace and place
+    /// stay as they are. Damaged records are found no more. Ctrl-C ends the waiting, not the scrub: `--look` shows it, `--stop`
+    /// ends it.
+    ///
+    /// Exit status 1 if damaged records were found or not all were seen, 5 if one is running already.
+    Scrub {
+        #[command(flatten)]
+        options: ScrubOptions,
+    },
+    /// Has a running server bring to DRAM what its drives have of namespaces, or of all: the most used blocks first, then the
+    /// youngest, as far as there is free room. Ctrl-C ends the waiting, not the run: `--look` shows it, `--stop` ends it.
+    ///
+    /// Exit status 0 also if DRAM has no room for all, 1 if it was stopped or failed, 5 if another run goes on.
+    Warm {
+        #[command(flatten)]
+        options: WarmOptions,
+    },
+    /// Has all blocks of namespaces leave the DRAM of a running server, but for those that its drives do not have yet and those that
+    /// somebody uses. What the drives have stays there. `purge` takes namespaces out for good.
+    ///
+    /// Exit status 3 if nothing matches.
+    Evict {
+        #[command(flatten)]
+        options: EvictOptions,
+    },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
         /// vLLM's name of the request, with or without its random end. Without it: the latest of all requests.
@@ -254,7 +284,7 @@ fn main() -> ExitCode {
         Command::Man { folder } => manual::man(Options::command(), folder, options.json).map(|()| ExitStatus::Ok),
         Command::Size { options: of_model } => size::size(of_model, options.json).map(|()| ExitStatus::Ok),
         Command::Token { command } => remote::token(command, options.json).map(|()| ExitStatus::Ok),
-        _ => run(&options).map(|()| ExitStatus::Ok),
+        _ => run(&options),
     };
     match outcome {
         Ok(status) => status.into(),
@@ -276,7 +306,7 @@ fn failed(error: &Error, is_json: bool) -> ExitCode {
     ExitStatus::from(error.kind()).into()
 }
 
-fn run(options: &Options) -> Result<()> {
+fn run(options: &Options) -> Result<ExitStatus> {
     let endpoint = remote::endpoint(options)?;
     check_there(&endpoint)?;
     let mut config = ClientConfig::new(endpoint, "pegaflow command line");
@@ -286,14 +316,18 @@ fn run(options: &Options) -> Result<()> {
     if let Command::Top { options: top } = &options.command {
         let shown = top::top(&client, top, options.json);
         client.close(Duration::from_secs(1));
-        return shown;
+        return shown.map(|()| ExitStatus::Ok);
     }
-    let answer = ask(&client, &options.command, options.json)?;
+    let (answer, status) = match &options.command {
+        Command::Scrub { options: of_scrub } => scrub::scrub(&client, of_scrub, options.json)?,
+        Command::Warm { options: of_warm } => warm::warm(&client, of_warm, options.json)?,
+        command => (ask(&client, command, options.json)?, ExitStatus::Ok),
+    };
     if options.json {
         println!("{answer}");
     }
     client.close(Duration::from_secs(1));
-    Ok(())
+    Ok(status)
 }
 
 /// What the server says, as JSON; also as text if that is wanted.
@@ -322,6 +356,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             json!({ "in_use": true })
         }
         Command::Ls { options } => namespaces::ls(client, options, is_json)?,
+        Command::Evict { options } => warm::evict(client, options, is_json)?,
         Command::Purge { options } => namespaces::purge(client, options, is_json)?,
         Command::Explain { request, last } => {
             let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;
@@ -346,7 +381,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
             tell(&format_args!("pegaflow-server {version} answered in {ms:.1} ms"));
             json!({ "server_version": version, "answered_ms": ms })
         }
-        // None of these asks a server; see `main`.
+        // None of these asks a server, or not here; see `main` and `run`.
         Command::Verify { .. }
         | Command::Policy { .. }
         | Command::Token { .. }
@@ -355,6 +390,8 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Size { .. }
         | Command::Serve { .. }
         | Command::Top { .. }
+        | Command::Scrub { .. }
+        | Command::Warm { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceDescriptor, NamespaceId, Result, TENANT_FIELD, TenantId};
 use pegaflow_server::client::Client;
 use serde_json::{Value, json};
@@ -25,6 +25,7 @@ pub(crate) struct ListOptions {
 
 /// Which namespaces, and how sure that is.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("whose").required(true).args(["namespace", "tenant", "cache_salt", "all"])))]
 pub(crate) struct PurgeOptions {
     #[command(flatten)]
     which: Which,
@@ -36,9 +37,10 @@ pub(crate) struct PurgeOptions {
     timeout: u64,
 }
 
+/// Which namespaces.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-struct Which {
+#[group(multiple = false)]
+pub(crate) struct Which {
     /// The one whose name begins with this, as `pegaflow ls` shows it.
     #[arg(long, value_name = "ID-PREFIX")]
     namespace: Option<String>,
@@ -55,6 +57,11 @@ struct Which {
 }
 
 impl Which {
+    /// Whether none is left out.
+    pub(crate) fn is_all(&self) -> bool {
+        self.namespace.is_none() && self.tenant.is_none() && self.cache_salt.is_none()
+    }
+
     fn tenant(&self) -> Option<String> {
         let of_salt = self.cache_salt.as_deref().map(|salt| TenantId::of_cache_salt(salt).to_string());
         self.tenant.clone().or(of_salt)
@@ -216,6 +223,11 @@ pub(crate) fn purge(client: &Client, options: &PurgeOptions, is_json: bool) -> R
         println!("{} namespaces purged, {} keys destroyed", told["namespaces"], told["destroyed_keys"]);
     }
     Ok(told)
+}
+
+/// The names of those that are meant, never none.
+pub(crate) fn ids(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+    Ok(chosen(list(client, 0)?, which)?.into_iter().map(|namespace| namespace.id).collect())
 }
 
 /// Those that are meant, never none.

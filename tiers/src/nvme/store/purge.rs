@@ -12,7 +12,7 @@ use crate::nvme::append::Done;
 /// Rows that are taken out of the index at once, while commits wait: a few milliseconds.
 const ROWS_AT_ONCE: usize = 1024;
 /// Rows that are counted between two looks at the limit.
-const ROWS_COUNTED_AT_ONCE: usize = 8192;
+pub(super) const ROWS_COUNTED_AT_ONCE: usize = 8192;
 
 /// What a purge has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -145,6 +145,6 @@ impl Store {
 }
 
 /// Comes before all records of a namespace; none has it.
-fn first_of(namespace: NamespaceHandle) -> RecordId {
+pub(super) fn first_of(namespace: NamespaceHandle) -> RecordId {
     RecordId { namespace, group: 0, shard: 0, key: BlockKey::ROOT }
 }

@@ -338,14 +338,15 @@ fn a_scrub_goes_on_where_it_was_and_finds_every_damage() {
     let pieces = Arc::new(std::sync::atomic::AtomicU64::new(0));
     let after = |most: u64| -> ScrubPace {
         let pieces = Arc::clone(&pieces);
-        Arc::new(move |bytes| {
-            assert!(bytes <= (1 << 20), "small pieces");
+        Arc::new(move |step| {
+            assert!(step.bytes <= (1 << 20), "small pieces");
+            assert!(step.region < step.regions_total && step.records <= step.records_total + step.corrupt, "{step:?}");
             pieces.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 < most
         })
     };
-    let first = store.scrub(&after(5)).expect("stopped");
+    let first = store.scrub(ScrubFrom::WhereItWas, &after(5)).expect("stopped");
     assert!(first.is_stopped && first.records < 300 && store.stats().scrub_passes == 0);
-    let report = store.scrub(&after(u64::MAX)).expect("scrubbed");
+    let report = store.scrub(ScrubFrom::WhereItWas, &after(u64::MAX)).expect("scrubbed");
     let stats = store.stats();
     assert!(!report.is_stopped && stats.scrub_bad_records == 3 && stats.scrub_passes == 1, "{report:?} {stats:?}");
     assert!(stats.scrubbed_bytes > 0 && stats.scrub_last_pass_unix_ms > 0);
@@ -353,6 +354,9 @@ fn a_scrub_goes_on_where_it_was_and_finds_every_damage() {
         assert_eq!(store.locate(&object_id(name)).is_none(), [3, 150, 299].contains(&name));
     }
     let ended = stats.scrub_last_pass_unix_ms;
+    let again = store.scrub(ScrubFrom::Start, &after(u64::MAX)).expect("scrubbed");
+    assert_eq!((again.records, again.corrupt, store.stats().scrub_passes), (297, 0, 2));
+    let ended = ended.max(store.stats().scrub_last_pass_unix_ms);
     close(store);
     let (store, _) = place.open();
     assert_eq!(store.last_scrub_unix_ms().expect("read"), ended, "kept across opens");
