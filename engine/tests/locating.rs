@@ -90,7 +90,9 @@ fn a_block_is_as_far_away_as_its_farthest_shard() {
     let mut workers: Vec<_> = (0..2)
         .map(|shard| {
             let session = engine.start_session();
-            Worker { shard, ..Worker::beside(engine.clone(), session, instance.clone()) }
+            let mut worker = Worker::beside(engine.clone(), session, instance.clone());
+            worker.shard = shard;
+            worker
         })
         .collect();
     let register = |worker: &Worker| {

@@ -148,7 +148,7 @@ def test_a_full_table_forgets_the_oldest_and_says_so(block_events: BlockEvents, 
     assert router == {one: {"CPU"} for one in hashes_of(newest)}
 
 
-def test_removals_that_nobody_takes_are_bounded_too(block_events: BlockEvents, cache: FakeCache) -> None:
+def test_what_nobody_takes_is_bounded(block_events: BlockEvents, cache: FakeCache) -> None:
     router: dict[Any, set[str]] = {}
     for number in range(16):
         blocks = chain(8, name=f"chain {number}")

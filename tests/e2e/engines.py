@@ -52,7 +52,7 @@ class VllmSettings:
     extra_environment: Mapping[str, str] = field(default_factory=dict)
     # Where KV events are published, if they are.
     events_endpoint: str | None = None
-    # Whether scheduler and worker share a process, as an embedded engine wants it.
+    # All of vLLM in one process, as an engine inside it needs it.
     is_one_process: bool = False
     # Of the OpenAI server only, named as in Python.
     serve_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +70,7 @@ class VllmSettings:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if self.is_one_process else {}),
             **self.extra_environment,
         }
 

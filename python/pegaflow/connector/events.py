@@ -120,7 +120,8 @@ class BlockEvents:
         self._changed: dict[bytes, None] = {}
         """Those of which the published events are not right any more."""
         self._forgotten: dict[bytes, int] = {}
-        """Published blocks that are not in the table any more, with their tier. At most twice as many as it holds."""
+        """Published blocks that are not in the table any more, with their tier. Bounded, because a step takes as many
+        from here as it publishes."""
         self._last_answer = clock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -142,8 +143,8 @@ class BlockEvents:
             for block in blocks:
                 if block.block_hash in self._table:
                     continue
-                if len(self._table) >= self._blocks_max and not self._forget_oldest():
-                    return
+                if len(self._table) >= self._blocks_max:
+                    self._forget(next(iter(self._table)))
                 block.published = self._forgotten.pop(block.block_hash, NOWHERE)
                 self._table[block.block_hash] = block
                 self._new[block.block_hash] = None
@@ -243,13 +244,6 @@ class BlockEvents:
             self._changed.pop(block.block_hash, None)
             if tier == NOWHERE:
                 del self._table[block.block_hash]
-
-    def _forget_oldest(self) -> bool:
-        """Makes room for one; false if too many removals wait to be published."""
-        if len(self._forgotten) >= self._blocks_max:
-            return False
-        self._forget(next(iter(self._table)))
-        return True
 
     def _forget(self, block_hash: bytes) -> None:
         block = self._table.pop(block_hash)
