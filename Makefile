@@ -76,7 +76,7 @@ export PEGAFLOW_HAS_NEXTEST := 1
 endif
 
 .PHONY: help run test test-vllm lint fuzz torture stress observe soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
-.PHONY: bench-l2 bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
+.PHONY: bench-l2 sglang bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
 .PHONY: toolchain tools vllm wheel story server
 
 help: ## List the recipes
@@ -187,6 +187,15 @@ check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, serve
 bench-l2: wheel ## LMCache's own bench over its L2 adapters and ours, with verification. DIR=folder on the drive, OPTIONS='--keys 32 --kib 1024'
 	@benches/lmcache/install.sh $(TARGET)/lmcache $(VENV)
 	@$(TARGET)/lmcache/bin/python benches/lmcache/bench_l2.py --lmcache $(TARGET)/lmcache/bin/lmcache --dir $(or $(DIR),$(TARGET)) $(OPTIONS)
+
+sglang: $(TARGET)/sglang/.unpacked ## SGLang's wheel, unpacked: the tests of its storage backend load the interface out of it
+
+$(TARGET)/sglang/.unpacked: python/tests/sglang.txt
+	@rm -rf $(TARGET)/sglang
+	@python3 -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
+	    --python-version 311 --platform manylinux_2_34_x86_64 --dest $(TARGET)/sglang -r python/tests/sglang.txt
+	@python3 -m zipfile -e $(TARGET)/sglang/sglang-*.whl $(TARGET)/sglang
+	@touch $@
 
 check-bytes: ## Loaded bytes against saved ones, bit by bit, in a real vLLM. PYTHON= TP=2
 	@$(call TTFT,check_bytes) $(OPTIONS)

@@ -149,6 +149,19 @@ pub enum HitTier {
     Nvme,
 }
 
+/// A question where blocks are, each by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocateRequest {
+    /// Whose namespace to look in.
+    pub instance: InstanceId,
+    /// On whose behalf; only what was saved on the same behalf is there.
+    pub tenant: Option<TenantId>,
+    /// The group.
+    pub group: u16,
+    /// The keys, at most 65,536, in any order.
+    pub keys: Vec<BlockKey>,
+}
+
 /// What a lookup found.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct LookupReply {

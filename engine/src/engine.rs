@@ -13,8 +13,8 @@ use pegaflow_tiers::{
 
 use crate::admission::{Admission, Admit, ByWorth, SeenBefore, SystemClock};
 use crate::api::{
-    DecisionRecord, InstanceId, InstanceSpec, LatencyStats, LeaseId, LoadOutcome, LoadRequest, LookupReply,
-    LookupRequest, OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
+    DecisionRecord, HitTier, InstanceId, InstanceSpec, LatencyStats, LeaseId, LoadOutcome, LoadRequest, LocateRequest,
+    LookupReply, LookupRequest, OperationId, SaveOutcome, SaveRequest, SessionId, Stats,
 };
 use crate::arbiter::LoadPolicy;
 use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
@@ -37,7 +37,7 @@ use crate::scheduler::{DrivePolicy, LiveCurve, Requests, SizePolicies};
 use crate::scrub::Scrubs;
 use crate::spill::{BUDGET_NOTE, offer_again};
 use crate::write_budget::WriteBudget;
-use crate::{hot_set, lookup, objects, scheduler};
+use crate::{hot_set, locate, lookup, objects, scheduler};
 
 /// A group commit happens at the latest after this many bytes.
 const COMMIT_BYTES: u64 = 64 << 20;
@@ -205,6 +205,16 @@ impl Engine {
     /// at the most leases.
     pub fn lookup(&self, session: SessionId, request: &LookupRequest) -> Result<LookupReply> {
         lookup::lookup(self.inner()?, session, request)
+    }
+
+    /// Where each of some blocks is: the tier from which all its shards can be had, `None` if one of them is nowhere. In
+    /// memory only; takes no lease, and is no use of the blocks.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown session, instance or group, `InvalidInput` for too many keys, `Busy` while not all workers
+    /// of the instance have registered, or the index of the store is still being read.
+    pub fn locate(&self, session: SessionId, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
+        locate::locate(self.inner()?, session, request)
     }
 
     /// Whether what lookups find is loaded.

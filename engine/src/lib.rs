@@ -17,6 +17,7 @@ mod known_namespaces;
 mod lease;
 mod load;
 mod load_choice;
+mod locate;
 mod look_aside;
 mod lookup;
 mod miss_ratio;

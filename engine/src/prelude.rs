@@ -2,8 +2,8 @@
 
 pub use crate::api::{
     BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LatencyStats,
-    LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LookupReply, LookupRequest, OperationId, Places,
-    SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
+    LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LocateRequest, LookupReply, LookupRequest, OperationId,
+    Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pegaflow_engine::{
-    ArenaId, BlockKey, BlockSave, ComputedTokens, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HostMemory,
-    InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadQuestion, LookupRequest, NamespaceDescriptor, OperationId, Place,
-    RangeFragment, Result, SaveTarget, TenantId,
+    ArenaId, BlockKey, BlockSave, ComputedTokens, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HitTier,
+    HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupRequest,
+    NamespaceDescriptor, OperationId, Place, RangeFragment, Result, SaveTarget, TenantId,
 };
 use pegaflow_tiers::CudaMemory;
 use pyo3::prelude::*;
@@ -210,6 +210,32 @@ impl Cache {
             None => (None, PyBytes::new(py, &[])),
         };
         Ok((reply.hit_blocks, reply.dram_blocks, lease, arena, places, reply.decision, reply.fetch_us as f64 / 1e6))
+    }
+
+    /// Where each of some blocks (keys of 32 bytes, in any order) is: a byte for each, 0 nowhere, 1 in DRAM, 2 on the drive, in
+    /// all shards. Takes no lease and is no use of the blocks.
+    #[pyo3(signature = (instance, group, keys, *, tenant = None))]
+    fn locate<'py>(
+        &self,
+        py: Python<'py>,
+        instance: &str,
+        group: u16,
+        keys: &[u8],
+        tenant: Option<&str>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let tenant = tenant_of(py, tenant)?;
+        let keys = keys_of(keys).map_err(|error| to_python(py, &error))?;
+        let request = LocateRequest { instance: InstanceId(instance.into()), tenant, group, keys };
+        let tiers = detached(py, || match &self.0 {
+            Port::Embedded(embedded) => embedded.locate(&request),
+            Port::Remote(remote) => remote.locate(&request),
+        })?;
+        let number = |tier: Option<HitTier>| match tier {
+            None => 0,
+            Some(HitTier::Dram) => 1,
+            Some(HitTier::Nvme) => 2,
+        };
+        Ok(PyBytes::new(py, &tiers.into_iter().map(number).collect::<Vec<u8>>()))
     }
 
     /// The name of the arena that this worker's device can reach wholly by now: 16 bytes, or `None`.

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pegaflow_engine::{
-    ArenaId, ArenaView, BlockSave, CopyDirection, DeviceMemory, Engine, EngineConfig, Error, ErrorKind, InstanceId,
-    InstanceSpec, KvCache, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LocalKvCache, LookupReply, LookupRequest,
-    OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveOutcome, SaveRequest, SaveTarget, SessionId,
+    ArenaId, ArenaView, BlockSave, CopyDirection, DeviceMemory, Engine, EngineConfig, Error, ErrorKind, HitTier,
+    InstanceId, InstanceSpec, KvCache, LeaseId, LoadBlock, LoadOutcome, LoadRequest, LocalKvCache, LocateRequest,
+    LookupReply, LookupRequest, OperationId, Place, PlacedCopy, PlacedLoads, Result, SaveOutcome, SaveRequest,
+    SaveTarget, SessionId,
 };
 
 struct Opened {
@@ -277,6 +278,10 @@ impl Embedded {
 
     pub(crate) fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
         self.shared.engine.lookup(self.session(), request)
+    }
+
+    pub(crate) fn locate(&self, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
+        self.shared.engine.locate(self.session(), request)
     }
 
     pub(crate) fn release(&self, lease: LeaseId) {

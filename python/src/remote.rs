@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    ArenaId, BlockSave, DeviceMemory, Error, ErrorKind, InstanceId, InstanceSpec, LeaseId, LoadBlock, LookupReply,
-    LookupRequest, OperationId, Result, SaveTarget,
+    ArenaId, BlockSave, DeviceMemory, Error, ErrorKind, HitTier, InstanceId, InstanceSpec, LeaseId, LoadBlock,
+    LocateRequest, LookupReply, LookupRequest, OperationId, Result, SaveTarget,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 
@@ -89,6 +89,10 @@ impl Remote {
 
     pub(crate) fn lookup(&self, request: &LookupRequest) -> Result<LookupReply> {
         self.present()?.lookup(request)
+    }
+
+    pub(crate) fn locate(&self, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
+        self.present()?.locate(request)
     }
 
     pub(crate) fn release(&self, lease: LeaseId) {

@@ -84,6 +84,8 @@ class FakeCache:
     """On whose behalf lookups and saves came."""
     fetch_s: float | None = None
     """What is found is on the drive, and takes so long to fetch."""
+    on_drive: set[bytes] = field(default_factory=set)
+    """Of what is stored, what is not in DRAM."""
     tags: dict[int, int] = field(default_factory=dict)
 
     def _reached(self) -> None:
@@ -138,6 +140,12 @@ class FakeCache:
         # Shard 1's third block lies at 102.
         told = [100 * shard + block for shard in range(self.shards) for block in range(hit)]
         return hit, hit, number, self.dram_arena, b"".join(place.to_bytes(4, "little") for place in told), decision, 0.0
+
+    def locate(self, instance: str, group: int, keys: bytes, *, tenant: str | None = None) -> bytes:
+        self._reached()
+        self.calls.append(("locate", (instance, len(keys) // KEY, tenant)))
+        split = [keys[at : at + KEY] for at in range(0, len(keys), KEY)]
+        return bytes((2 if key in self.on_drive else 1) if key in self.stored else 0 for key in split)
 
     def release(self, lease: int) -> None:
         self.leases.remove(lease)

@@ -66,6 +66,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("Stats", &[Role::ReadOnly, Role::Operator, Role::Engine]),
     // Says whether a text was cached: no counter.
     ("Lookup", &[Role::Engine]),
+    ("Locate", &[Role::Engine]),
     ("Register", &[Role::Engine]),
     ("ShareArena", &[Role::Engine]),
     ("Load", &[Role::Engine]),

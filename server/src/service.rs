@@ -124,6 +124,17 @@ impl PegaFlow for Service {
         if is_small { reply(look()) } else { blocking(look).await }
     }
 
+    async fn locate(&self, request: Request<proto::LocateRequest>) -> Result<Response<proto::LocateReply>, Status> {
+        let request = request.into_inner();
+        let sessions = Arc::clone(&self.sessions);
+        blocking(move || {
+            let session = sessions.get(request.session)?;
+            let tiers = sessions.engine().locate(session.engine_id, &wire::locate_request(&request)?)?;
+            Ok(proto::LocateReply { tiers: tiers.iter().map(wire::tier_byte).collect::<Vec<_>>().into() })
+        })
+        .await
+    }
+
     async fn load(&self, request: Request<proto::LoadRequest>) -> Result<Response<proto::LoadReply>, Status> {
         let request = request.into_inner();
         let load = || {

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use pegaflow_engine::{
-    ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, InstanceId, InstanceSpec, LeaseId,
-    LoadBlock, LoadQuestion, LookupReply, LookupRequest, NamespaceDescriptor, NamespaceId, NamespaceInfo, Place,
-    Places, Result, SaveTarget, TenantId,
+    ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, HitTier, InstanceId, InstanceSpec,
+    LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupReply, LookupRequest, NamespaceDescriptor, NamespaceId,
+    NamespaceInfo, Place, Places, Result, SaveTarget, TenantId,
 };
 use prost::bytes::Bytes;
 
@@ -243,6 +243,46 @@ fn question_to_wire(question: &LoadQuestion) -> proto::LoadQuestion {
         load_share: question.load_share,
         policy: question.policy.map(|policy| policy.to_string()).unwrap_or_default(),
         computed: computed.collect(),
+    }
+}
+
+/// A question where blocks are.
+pub(crate) fn locate_request(request: &proto::LocateRequest) -> Result<LocateRequest> {
+    Ok(LocateRequest {
+        instance: instance(&request.instance)?,
+        tenant: tenant(&request.tenant)?,
+        group: group(request.group)?,
+        keys: keys("keys", &request.keys)?,
+    })
+}
+
+/// The wire form of [`locate_request`].
+pub(crate) fn locate_to_wire(session: u64, request: &LocateRequest) -> proto::LocateRequest {
+    proto::LocateRequest {
+        session,
+        instance: request.instance.to_string(),
+        tenant: tenant_to_wire(request.tenant.as_ref()),
+        group: request.group.into(),
+        keys: join_keys(request.keys.iter()),
+    }
+}
+
+/// The wire form of a tier.
+pub(crate) fn tier_byte(tier: &Option<HitTier>) -> u8 {
+    match tier {
+        None => 0,
+        Some(HitTier::Dram) => 1,
+        Some(HitTier::Nvme) => 2,
+    }
+}
+
+/// A tier out of a reply.
+pub(crate) fn tier(byte: u8) -> Result<Option<HitTier>> {
+    match byte {
+        0 => Ok(None),
+        1 => Ok(Some(HitTier::Dram)),
+        2 => Ok(Some(HitTier::Nvme)),
+        _ => Err(invalid(format!("tier {byte} of a block; there are 0 to 2"))),
     }
 }
 

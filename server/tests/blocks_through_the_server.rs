@@ -7,7 +7,7 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pegaflow_engine::{ErrorKind, GroupGeometry, LeaseId, LoadBlock, LoadOutcome, OperationId, SaveOutcome};
+use pegaflow_engine::{ErrorKind, GroupGeometry, HitTier, LeaseId, LoadBlock, LoadOutcome, OperationId, SaveOutcome};
 use pegaflow_server::ServerConfig;
 use pegaflow_server::client::{ClientConfig, CompletionResult, Endpoint};
 use support::{BLOCKS, Local, PATIENCE, Worker, until};
@@ -32,6 +32,8 @@ fn what_was_saved_is_loaded_bit_for_bit() {
     assert_eq!(worker.wait(operation), saved(0, count));
     let found = worker.lookup(count + 1).expect("answers");
     assert_eq!((found.hit_blocks, found.dram_blocks), (count, count));
+    let told = worker.locate(&[count, 0, count - 1]).expect("answers");
+    assert_eq!(told, [None, Some(HitTier::Dram), Some(HitTier::Dram)]);
     let operation = worker.start_load(count);
     assert_eq!(worker.wait(operation), loaded(count));
     for block in 0..count {

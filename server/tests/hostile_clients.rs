@@ -15,8 +15,8 @@ use pegaflow_server::limits::{BLOCKS_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SES
 use pegaflow_server::proto::pega_flow_client::PegaFlowClient;
 use pegaflow_server::proto::session_event::Event;
 use pegaflow_server::proto::{
-    ConsumeRequest, CopyEndedRequest, Group, LoadRequest, LookupReply, LookupRequest, OpenSessionRequest,
-    RegisterRequest, SaveRequest, SessionEvent, ShareArenaRequest,
+    ConsumeRequest, CopyEndedRequest, Group, LoadRequest, LocateRequest, LookupReply, LookupRequest,
+    OpenSessionRequest, RegisterRequest, SaveRequest, SessionEvent, ShareArenaRequest,
 };
 use pegaflow_server::{ERROR_KIND, ServerConfig, memory_socket_path};
 use support::{BLOCK_BYTES, BLOCKS, Local, PATIENCE, until};
@@ -69,6 +69,10 @@ fn lookup(session: u64, keys: usize) -> LookupRequest {
     LookupRequest { session, instance: "engine".into(), keys: vec![1; keys * 32].into(), ..Default::default() }
 }
 
+fn locate(session: u64, keys: usize) -> LocateRequest {
+    LocateRequest { session, instance: "engine".into(), keys: vec![1; keys * 32].into(), ..Default::default() }
+}
+
 fn save(session: u64, count: usize) -> SaveRequest {
     SaveRequest {
         session,
@@ -103,6 +107,7 @@ fn requests_over_a_limit_are_refused_and_those_at_it_are_not() {
         let invalid = refusal(Code::InvalidArgument, "invalid_input");
         for (keys, expected) in [(BLOCKS_MAX - 1, Ok(())), (BLOCKS_MAX, Ok(())), (BLOCKS_MAX + 1, invalid.clone())] {
             assert_eq!(reason(rpc.lookup(lookup(session, keys)).await), expected, "{keys} keys");
+            assert_eq!(reason(rpc.locate(locate(session, keys)).await), expected, "{keys} keys");
         }
         assert_eq!(reason(rpc.lookup(LookupRequest { keys: vec![1; 33].into(), ..lookup(session, 1) }).await), invalid);
         let (no_worker, _events) = open(&mut rpc).await;

@@ -50,6 +50,10 @@ class VllmSettings:
     logs: Path
     connector: dict[str, Any] | None = None
     extra_environment: Mapping[str, str] = field(default_factory=dict)
+    # Where KV events are published, if they are.
+    events_endpoint: str | None = None
+    # All of vLLM in one process, as an engine inside it needs it.
+    is_one_process: bool = False
     # Of the OpenAI server only, named as in Python.
     serve_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,6 +70,7 @@ class VllmSettings:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if self.is_one_process else {}),
             **self.extra_environment,
         }
 
@@ -83,6 +88,14 @@ class VllmSettings:
         }
         if self.connector is not None:
             arguments["kv_transfer_config"] = self.connector
+        if self.is_one_process:
+            arguments["distributed_executor_backend"] = "uni"
+        if self.events_endpoint is not None:
+            arguments["kv_events_config"] = {
+                "enable_kv_cache_events": True,
+                "publisher": "zmq",
+                "endpoint": self.events_endpoint,
+            }
         return arguments
 
 

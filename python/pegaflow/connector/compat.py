@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import vllm
+from vllm.distributed import kv_events
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core import kv_cache_utils
 
 from pegaflow.errors import UnsupportedError
@@ -114,6 +116,73 @@ def local_blocks(request: Request, block_pool: Any) -> int:
         else:
             high = middle
     return low
+
+
+# --- KV events --------------------------------------------------------------------------------------------------------
+
+_LABELS: Final = {
+    name: value
+    for name, value in (("group_idx", 0), ("locality", "LOCAL"), ("ownership", "pegaflow"))
+    if name in BlockStored.__struct_fields__
+}
+"""What events say besides: the only group, and whose they are. `locality` and `ownership`: later versions only."""
+
+
+MEDIUM_DRAM: Final = "CPU"
+MEDIUM_NVME: Final = "STORAGE" if "MEDIUM_STORAGE" in vars(kv_events) else "FS"
+"""The tiers by the names that vLLM's own offloading gives to such media. Some early versions: `FS`."""
+
+
+def wants_kv_events(config: VllmConfig) -> bool:
+    """Whether vLLM publishes KV events. All versions."""
+    return config.kv_events_config is not None and bool(config.kv_events_config.enable_kv_cache_events)
+
+
+def block_hashes(request: Request, block_size: int) -> Sequence[bytes]:
+    """vLLM's hashes of the request's blocks; none without prefix caching, or if they are of smaller blocks."""
+    hashes: Sequence[bytes] = request.block_hashes
+    return hashes if len(hashes) <= request.num_tokens // block_size else ()
+
+
+def event_extra_keys(request: Request, start: int, end: int) -> tuple[Any, ...] | None:
+    """What a block's hash has besides tokens, as events have it: untagged in all versions."""
+    if not (request.lora_request or request.mm_features or request.cache_salt or request.prompt_embeds is not None):
+        return None
+    keys: tuple[Any, ...] | None
+    keys, _ = kv_cache_utils.generate_block_hash_extra_keys(request, start, end, 0)
+    if _TAGS_EXTRA_KEYS:
+        (keys,) = kv_cache_utils.to_event_extra_keys([keys])
+    return keys
+
+
+def block_stored(
+    *,
+    hashes: Sequence[bytes],
+    parent: bytes | None,
+    token_ids: list[int],
+    block_size: int,
+    lora: tuple[int, str] | None,
+    medium: str,
+    extra_keys: list[tuple[Any, ...] | None],
+) -> Any:
+    """vLLM's event for blocks that are there now, with hashes as in its own events."""
+    return BlockStored(
+        block_hashes=[kv_cache_utils.maybe_convert_block_hash(block_hash) for block_hash in hashes],
+        parent_block_hash=kv_cache_utils.maybe_convert_block_hash(parent) if parent is not None else None,
+        token_ids=token_ids,
+        block_size=block_size,
+        lora_id=lora[0] if lora is not None else None,
+        medium=medium,
+        lora_name=lora[1] if lora is not None else None,
+        extra_keys=extra_keys,
+        **_LABELS,
+    )
+
+
+def block_removed(hashes: Sequence[bytes], medium: str) -> Any:
+    """vLLM's event for blocks that have gone."""
+    converted = [kv_cache_utils.maybe_convert_block_hash(block_hash) for block_hash in hashes]
+    return BlockRemoved(block_hashes=converted, medium=medium, **_LABELS)
 
 
 # --- extra keys -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from pegaflow.connector import compat
 from pegaflow.connector.config import ConnectorConfig, KillSwitch
+from pegaflow.connector.events import BlockEvents
 from pegaflow.connector.metadata import PegaMetadata
 from pegaflow.connector.metrics import PegaPromMetrics, PegaStats
 from pegaflow.connector.port import open_cache
@@ -17,8 +18,11 @@ from pegaflow.connector.worker import PegaWorker
 from pegaflow.errors import PegaError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -68,6 +72,7 @@ class PegaKVConnector(KVConnectorBase_V1):
                 workers,
                 KillSwitch(config),
                 step_tokens_max=vllm_config.scheduler_config.max_num_batched_tokens,
+                events=BlockEvents(cache, self._instance, block_size) if compat.wants_kv_events(vllm_config) else None,
             )
         else:
             shard = parallel.rank % workers
@@ -202,6 +207,10 @@ class PegaKVConnector(KVConnectorBase_V1):
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request is over; whether its blocks are still needed, and what is told to its asker."""
         return self._on_scheduler.ended(request, block_ids)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """KV events of what has changed since the last call."""
+        return self._on_scheduler.take_events()
 
     def reset_cache(self) -> bool | None:
         """vLLM forgets its prefix cache, for example because the weights were changed."""

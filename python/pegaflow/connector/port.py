@@ -114,6 +114,11 @@ class CachePort(Protocol):
         is fetched or that is not known. Only what was saved for the same `tenant` is found.
         """
 
+    def locate(self, instance: str, group: int, keys: bytes, *, tenant: str | None = None) -> bytes:
+        """Where each of some blocks is, in any order: a byte for each, 0 nowhere, 1 in DRAM, 2 on the drive. Takes no
+        lease, and is no use of the blocks.
+        """
+
     def release(self, lease: int) -> None:
         """Gives a lease back."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pegaflow import _native
 from pegaflow.connector import compat
+from pegaflow.connector.events import announced_blocks
 from pegaflow.connector.identity import LoraDigests
 from pegaflow.connector.metadata import PLACE_BYTES, LoadOrder, PegaMetadata, PegaWorkerMetadata, SaveOrder
 from pegaflow.connector.metrics import PegaStats
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from pegaflow.connector.config import ConnectorConfig, KillSwitch
+    from pegaflow.connector.events import Announced, BlockEvents
     from pegaflow.connector.port import CachePort
 
 logger = logging.getLogger("vllm.pegaflow")
@@ -137,6 +139,7 @@ class PegaScheduler:
         kill_switch: KillSwitch,
         clock: Callable[[], float] = time.monotonic,
         step_tokens_max: int = 8192,
+        events: BlockEvents | None = None,
     ) -> None:
         self._config = config
         self._cache = cache
@@ -174,6 +177,12 @@ class PegaScheduler:
         self._unasked: set[str] = set()
         """All that have arrived and that vLLM has not asked for yet."""
         self.stats = PegaStats()
+        self._events = events
+        """Tells routers outside what is in the cache, if vLLM publishes KV events."""
+        self._saving: dict[int, list[Announced]] = {}
+        """What saves in flight are to make known."""
+        if events is not None:
+            events.start()
 
     def bind_block_pool(self, block_pool: Any) -> None:
         """Makes vLLM's own cache known."""
@@ -257,6 +266,10 @@ class PegaScheduler:
         else:
             tracked.loading = order.operation
         tracked.stored_blocks = max(tracked.stored_blocks, found.hit_blocks)
+        if self._events is not None:
+            # An earlier run may have saved them.
+            keys = bytes(tracked.keys[: last * _KEY])
+            self._events.announce(announced_blocks(request, keys, 0, self._block_size, tracked.tenant))
         # Which blocks are on the drive is not told: the later ones of a chain leave DRAM first.
         nvme = min(wanted, found.hit_blocks - found.dram_blocks)
         tracked.loaded_from = (wanted - nvme, nvme)
@@ -444,8 +457,14 @@ class PegaScheduler:
                 self._waiting_for[operation] = left
                 continue
             self._waiting_for.pop(operation, None)
+            if self._events is not None:
+                self._events.announce(self._saving.pop(operation, ()))
             if tracked := self._tracked.get(self._saver.pop(operation, "")):
                 tracked.saving.discard(operation)
+
+    def take_events(self) -> Iterable[Any]:
+        """vLLM's KV events of what has changed."""
+        return self._events.take() if self._events is not None else ()
 
     def reset(self) -> None:
         """Starts a new epoch: nothing that was saved before is found, because the weights may be others now.
@@ -455,10 +474,15 @@ class PegaScheduler:
         self._instance = f"{self._base_instance}#{uuid.uuid4().hex}"
         self._take_back()
         self._meta.instance = self._instance
+        if self._events is not None:
+            self._saving.clear()
+            self._events.reset(self._instance)
         logger.info("PegaFlow: the cache was reset; a new epoch starts")
 
     def close(self, timeout: float) -> None:
         """Ends the session."""
+        if self._events is not None:
+            self._events.close(timeout)
         self._cache.close(timeout)
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -656,6 +680,10 @@ class PegaScheduler:
                 tenant=tracked.tenant,
             )
             self._meta.saves.append(order)
+            if self._events is not None:
+                self._saving[order.operation] = announced_blocks(
+                    tracked.request, order.keys, start, self._block_size, tracked.tenant
+                )
             self.stats.count("offered_blocks", (end - start) * self._workers)
             tracked.saving.add(order.operation)
             self._waiting_for[order.operation] = self._workers
@@ -690,6 +718,7 @@ class PegaScheduler:
         """Takes back a save that no worker has seen."""
         self.stats.count("saved_blocks:withdrawn", len(order.blocks) * self._workers)
         self._waiting_for.pop(order.operation, None)
+        self._saving.pop(order.operation, None)
         self._saver.pop(order.operation, None)
         if tracked := self._tracked.get(order.request_id):
             tracked.saving.discard(order.operation)

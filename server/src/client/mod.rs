@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pegaflow_engine::{
-    ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, InstanceSpec, LeaseId, LoadBlock, LoadPolicy,
-    LookupReply, LookupRequest, NamespaceId, OperationId, Place, PlacedCopy, PlacedLoads, PurgeOutcome, Result,
-    SaveTarget,
+    ArenaId, BlockSave, CopyDirection, DeviceMemory, Error, ErrorKind, HitTier, InstanceSpec, LeaseId, LoadBlock,
+    LoadPolicy, LocateRequest, LookupReply, LookupRequest, NamespaceId, OperationId, Place, PlacedCopy, PlacedLoads,
+    PurgeOutcome, Result, SaveTarget,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -149,6 +149,26 @@ impl Client {
         let request = wire::lookup_to_wire(session, request);
         let found = self.call(self.inner.config.lookup_timeout, async move { rpc.lookup(request).await })?;
         wire::lookup_reply(&found)
+    }
+
+    /// Where each of some blocks is: the tier from which all its shards can be had, if there is one.
+    ///
+    /// # Errors
+    /// `Closed` at once without a server, `Timeout`, and what the engine gives.
+    pub fn locate(&self, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
+        let asked = request.keys.len();
+        if asked > BLOCKS_MAX {
+            let message = format!("{asked} keys; give at most {BLOCKS_MAX} in one request");
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        let (mut rpc, session) = self.inner.shared.session()?;
+        let request = wire::locate_to_wire(session, request);
+        let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.locate(request).await })?;
+        if reply.tiers.len() != asked {
+            let message = format!("the server told of {} blocks, not of {asked}", reply.tiers.len());
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        reply.tiers.iter().copied().map(wire::tier).collect()
     }
 
     /// Gives a lease back; best effort, it runs out by itself.

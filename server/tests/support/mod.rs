@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pegaflow_engine::{
-    BlockKey, BlockSave, ByteSize, Engine, EngineConfig, Fragment, GroupGeometry, HostMemory, InstanceId, InstanceSpec,
-    LoadBlock, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
+    BlockKey, BlockSave, ByteSize, Engine, EngineConfig, Fragment, GroupGeometry, HitTier, HostMemory, InstanceId,
+    InstanceSpec, LoadBlock, LocateRequest, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 use pegaflow_server::{Access, Listeners, Metrics, Readiness, Role, Server, ServerConfig, TcpService};
@@ -188,6 +188,12 @@ impl Worker {
             question: None,
             prefetch: false,
         })
+    }
+
+    /// Where the blocks of these numbers are.
+    pub(crate) fn locate(&self, indexes: &[u32]) -> pegaflow_engine::Result<Vec<Option<HitTier>>> {
+        let keys = indexes.iter().map(|index| Self::key(*index)).collect();
+        self.client.locate(&LocateRequest { instance: Self::spec().instance, tenant: None, group: 0, keys })
     }
 
     /// Starts a load of the first `count` blocks into the last `count` blocks of the memory.
