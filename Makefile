@@ -77,13 +77,13 @@ endif
 
 .PHONY: help run test test-vllm lint fuzz torture stress observe soak bench bench-index bench-nvme bench-warm bench-policy bench-arbiter load-or-compute bench-gpu bench-ttft bench-pairs
 .PHONY: bench-l2 sglang bench-interference check-bytes check-prewarm check-router kill-workers fixtures metrics-doc ptx doc clean
-.PHONY: toolchain tools vllm wheel story server
+.PHONY: toolchain tools vllm wheel installed story server
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 run: story ## Show that a real vLLM is warm after kill -9. DIR=folder keeps the cache, FLIP=1 must fail, VERSION=0.32.0
-	@$(VENV)/bin/python tests/e2e/run.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	@$(VENV)/bin/python tests/e2e/run.py --model $(MODEL) --server $(VENV)/bin/pegaflow-server \
 	    --report $(TARGET)/run/report.json --logs $(TARGET)/run/logs $(if $(DIR),--dir '$(DIR)') $(if $(FLIP),--flip) $(if $(CHECK_FLIP),--check-flip)
 
 test: toolchain ## Unit, conformance and integration tests, Python tests, and the story with a real vLLM
@@ -110,7 +110,7 @@ lint: toolchain tools ## Format, clippy, rustdoc, dependencies, ruff and mypy; w
 	@echo "lint: clean" >&2
 
 check-router: story ## Prefill and decode apart behind pegaflow-router, real vLLMs, engines killed. CHATS=100
-	@$(VENV)/bin/python tests/e2e/router.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	@$(VENV)/bin/python tests/e2e/router.py --model $(MODEL) --server $(VENV)/bin/pegaflow-server \
 	    --dir $(or $(DIR),$(TARGET)/run) --chats $(CHATS) $(OPTIONS)
 
 server: toolchain
@@ -159,9 +159,9 @@ bench-arbiter: toolchain ## Load or recompute, simulated: how far from the best,
 	@cargo run --release --quiet --locked -p pegaflow-benches --bin bench_arbiter -- $(if $(SEED),--seed $(SEED)) \
 	    $(if $(ZERO_HIT),--zero-hit '$(ZERO_HIT)') $(OPTIONS)
 
-load-or-compute: wheel ## Load or recompute with a real vLLM: what a request costs that finds nothing, decisions, tokens. REQUESTS=30
+load-or-compute: installed ## Load or recompute with a real vLLM: what a request costs that finds nothing, decisions, tokens. REQUESTS=30
 	@$(VENV)/bin/python tests/e2e/model.py $(MODEL)
-	@$(VENV)/bin/python tests/e2e/load_or_compute.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	@$(VENV)/bin/python tests/e2e/load_or_compute.py --model $(MODEL) --server $(VENV)/bin/pegaflow-server \
 	    --dir $(or $(DIR),$(TARGET)/run) --requests $(REQUESTS) $(OPTIONS)
 
 bench-gpu: toolchain ## Copies between GPU and DRAM beside the raw link. TPOT=file merges what a running vLLM lost
@@ -181,10 +181,10 @@ bench-interference: ## What loads and saves at full speed cost a decode batch. P
 	@$(call TTFT,interference) $(OPTIONS)
 
 check-prewarm: story ## Prewarm offline with a real vLLM, kill and resume, serve, pack, import, serve. PROMPTS=200
-	@$(VENV)/bin/python tests/e2e/prewarm.py --model $(MODEL) --server $(CARGO_OUT)/release/pegaflow-server \
+	@$(VENV)/bin/python tests/e2e/prewarm.py --model $(MODEL) --server $(VENV)/bin/pegaflow-server \
 	    --logs $(TARGET)/prewarm/logs --prompts $(PROMPTS)
 
-bench-l2: wheel ## LMCache's own bench over its L2 adapters and ours, with verification. DIR=folder on the drive, OPTIONS='--keys 32 --kib 1024'
+bench-l2: installed ## LMCache's own bench over its L2 adapters and ours, with verification. DIR=folder on the drive, OPTIONS='--keys 32 --kib 1024'
 	@benches/lmcache/install.sh $(TARGET)/lmcache $(VENV)
 	@$(TARGET)/lmcache/bin/python benches/lmcache/bench_l2.py --lmcache $(TARGET)/lmcache/bin/lmcache --dir $(or $(DIR),$(TARGET)) $(OPTIONS)
 
@@ -210,6 +210,24 @@ metrics-doc: toolchain ## Write docs/metrics.md anew, after a change of the tabl
 ptx: ## Compile the copy kernel again, after a change of its source. Needs no GPU
 	@python3 tiers/src/gpu/cuda/build_ptx.py --nvrtc $(TARGET)/nvrtc
 
+# Maturin takes what lies in $(WHEEL_DATA) along: scripts/ goes to the environment's bin/. Its check refuses a module that needs
+# more than the tag of the wheel says; tests/e2e/test_wheel.py holds the programs to the same.
+WHEEL_DATA := python/pegaflow._native.data
+PROGRAMS := pegaflow pegaflow-server pegaflow-router
+
+wheel: toolchain tools ## One wheel for all Pythons from 3.11 on, CUDA or none: module and programs. Prints its path last
+	@.ci/system-packages strip:binutils
+	@echo "building the programs and the wheel" >&2
+	@cargo build --release --locked -p pegaflow-server --bins
+	@rm -rf $(TARGET)/wheels $(WHEEL_DATA)
+	@mkdir -p $(WHEEL_DATA)/scripts
+	@for program in $(PROGRAMS); do strip -o $(WHEEL_DATA)/scripts/$$program $(CARGO_OUT)/release/$$program; done
+	@python3 .ci/licences.py $(WHEEL_DATA)/data/share/licenses/pegaflow
+	@$(TOOLS)/bin/maturin build --release --locked --quiet --manifest-path python/Cargo.toml --target-dir $(CARGO_OUT) \
+	    --interpreter $(TOOLS)/bin/python --auditwheel check --out $(TARGET)/wheels
+	@rm -rf $(WHEEL_DATA)
+	@echo $(TARGET)/wheels/pegaflow-*.whl
+
 doc: toolchain ## The documentation of all crates
 	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	@echo "$(CARGO_OUT)/doc/pegaflow_engine/index.html"
@@ -230,14 +248,9 @@ tools:
 vllm:
 	@tests/e2e/vllm_cpu/install.sh $(VERSION) $(VENV)
 
-# The server binary, and the wheel in vLLM's environment; both of the release profile, so that they share their dependencies.
-wheel: toolchain tools vllm
-	@echo "building pegaflow-server and the wheel" >&2
-	@cargo build --release --locked -p pegaflow-server --bins
-	@rm -rf $(TARGET)/wheels
-	@$(TOOLS)/bin/maturin build --release --locked --quiet --manifest-path python/Cargo.toml --target-dir $(CARGO_OUT) \
-	    --interpreter $(VENV)/bin/python --compatibility linux --auditwheel skip --out $(TARGET)/wheels
+# The wheel in vLLM's environment: its programs are those that the story runs.
+installed: wheel vllm
 	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --reinstall $(TARGET)/wheels/pegaflow-*.whl
 
-story: wheel
+story: installed
 	@$(VENV)/bin/python tests/e2e/model.py $(MODEL)

@@ -370,6 +370,17 @@ impl Engine {
         objects::get(self.inner()?, name)
     }
 
+    /// Gets many named objects, up to 64 of them at a time from the drives, and hands each to `each` as soon as it is
+    /// there: its place among the names, and what [`Engine::get`] returns. Every place is handed on once, in any order.
+    /// What `each` lets go of makes room for the next.
+    ///
+    /// # Errors
+    /// `Closed`; those of the objects go to `each`.
+    pub fn get_each(&self, names: &[&[u8]], each: &mut dyn FnMut(usize, Result<Option<ObjectBytes>>)) -> Result<()> {
+        objects::get_each(self.inner()?, names, each);
+        Ok(())
+    }
+
     /// Removes a named object; whether it was there. Durable after the next commit or [`Engine::flush`].
     ///
     /// # Errors

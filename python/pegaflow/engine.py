@@ -10,6 +10,7 @@ from pegaflow import _native
 from pegaflow.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
     from types import TracebackType
 
@@ -54,6 +55,22 @@ class PegaEngine:
     def contains(self, key: str | bytes) -> bool:
         """Whether there is such an object."""
         return self._engine.contains(_name(key))
+
+    def put_new(self, keys: Sequence[str | bytes], data: Sequence[Any]) -> list[bool | str]:
+        """Stores many objects in one call, except those whose key is there: for each whether it was stored, or the kind
+        of the error (`PegaError.kind`).
+        """
+        return self._engine.put_new([_name(key) for key in keys], [_buffer(one) for one in data])
+
+    def get_into(self, keys: Sequence[str | bytes], into: Sequence[Any]) -> list[bool | str]:
+        """Copies many objects into as many writable buffers, read side by side: for each whether it was there, or the
+        kind of the error. `size`: the object is not as long as its buffer, which stays as it was.
+        """
+        return self._engine.get_into([_name(key) for key in keys], [_buffer(one) for one in into])
+
+    def contains_each(self, keys: Sequence[str | bytes]) -> list[bool]:
+        """For each of many keys whether there is such an object."""
+        return self._engine.contains_each([_name(key) for key in keys])
 
     def __contains__(self, key: str | bytes) -> bool:
         return self.contains(key)

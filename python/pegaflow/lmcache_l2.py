@@ -4,9 +4,10 @@ bytes, checked when it is read, and durable.
 `{"type": "plugin", "module_path": "pegaflow.lmcache_l2", "class_name": "PegaL2Adapter", "adapter_params": {"path":
 "/mnt/nvme/lmcache", "nvme": "512GiB", "dram": "8GiB"}}`. The engine runs in LMCache's server; one engine to a store.
 
-Submitting never waits: work is cut into pieces for a few threads, and what finds their queue full has failed, and is
-counted. LMCache locks objects between a lookup and their load; here they stay by being used, and a load of what is gone
-all the same fails, which LMCache expects. Its keys say nothing of weights and types: `namespace` is for that.
+Submitting never waits: stores and loads are cut into pieces for a few threads, each one native call, and what finds
+their queue full has failed, and is counted. A lookup asks an index in memory, so it is answered at once. LMCache locks
+objects between a lookup and their load; here they stay by being used, and a load of what is gone all the same fails,
+which LMCache expects. Its keys say nothing of weights and types: `namespace` is for that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pegaflow.lmcache")
 
-_PIECE_KEYS = 4
-_LOOKUP_PIECE_KEYS = 1_024
+_PIECE_KEYS = 16
+_LOOKUP_KEYS_AT_ONCE = 4_096
+"""A lookup of more goes to a thread: this many take LMCache's thread some milliseconds."""
 _CLOSE_S = 60.0
 
 
@@ -57,10 +58,10 @@ class AdapterSettings:
     namespace: str = ""
     """Keeps what it names apart: set it to another text when weights, types or layout change under the same model
     name."""
-    threads: int = 8
-    """Objects that are stored or loaded at a time. 1 to 64."""
+    threads: int = 4
+    """Pieces of work that are stored or loaded at a time. 1 to 64."""
     queue_pieces: int = 4_096
-    """Pieces of work that may wait, of four objects each. 1 to 65,536."""
+    """Pieces of work that may wait, of 16 objects each. 1 to 65,536."""
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> AdapterSettings:
@@ -159,7 +160,11 @@ class PegaL2Adapter(L2AdapterInterface):
         group_layout_descs: dict[int, MemoryLayoutDesc],  # noqa: ARG002
     ) -> int:
         """Finds out which objects are there."""
-        return self._submit("lookup", keys, [], _LOOKUP_PIECE_KEYS)
+        if len(keys) <= _LOOKUP_KEYS_AT_ONCE and not self._is_closed:
+            task = Task(next(self._numbers), "lookup", keys, [], pending=1)
+            self._do(task, range(len(keys)))
+            return task.number
+        return self._submit("lookup", keys, [], _LOOKUP_KEYS_AT_ONCE)
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
         """What a lookup found, once; `None` before."""
@@ -242,46 +247,41 @@ class PegaL2Adapter(L2AdapterInterface):
 
     def _work(self) -> None:
         """A thread: works off pieces until there is a `None`."""
-        do = {"store": self._store, "lookup": self._look_up, "load": self._load}
         while (item := self._queue.get()) is not None:
-            task, piece = item
-            for place in piece:
-                try:
-                    is_done = do[task.kind](task, place)
-                except PegaError as error:
-                    is_done = False
-                    self._failed(task.kind, error.kind, 1)
-                    logger.debug("PegaFlow: %s of an object: %s", task.kind, error)
-                except Exception:
-                    is_done = False
-                    self._failed(task.kind, "unexpected", 1)
-                    logger.exception("PegaFlow: %s of an object failed", task.kind)
-                if is_done:
-                    task.done.add(place)
-            self._piece_done(task)
+            self._do(*item)
 
-    def _store(self, task: Task, place: int) -> bool:
-        name = self._name(task.keys[place])
-        if not self._engine.contains(name):
-            self._engine.put(name, task.objects[place].byte_array)
-            task.stored.append(place)
-        return True
+    def _do(self, task: Task, piece: range) -> None:
+        """One piece, whatever comes of it."""
+        try:
+            names = [self._name(task.keys[place]) for place in piece]
+            outcomes = self._call(task, piece, names)
+        except PegaError as error:
+            outcomes = [error.kind] * len(piece)
+        except Exception:
+            outcomes = ["unexpected"] * len(piece)
+            logger.exception("PegaFlow: %s of %d objects failed", task.kind, len(piece))
+        for place, outcome in zip(piece, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._failed(task.kind, outcome, 1)
+            elif outcome or task.kind == "store":
+                task.done.add(place)
+                if task.kind == "store" and outcome:
+                    task.stored.append(place)
+        self._piece_done(task)
 
-    def _look_up(self, task: Task, place: int) -> bool:
-        return self._engine.contains(self._name(task.keys[place]))
-
-    def _load(self, task: Task, place: int) -> bool:
-        name = self._name(task.keys[place])
-        found = self._engine.get(name)
-        if found is None:
-            return False
-        wanted = np.frombuffer(task.objects[place].byte_array, np.uint8)
-        if found.nbytes != wanted.nbytes:
-            logger.warning("PegaFlow: an object has %d bytes in place of %d; removed", found.nbytes, wanted.nbytes)
-            self._engine.remove(name)
-            return False
-        np.copyto(wanted, np.frombuffer(found, np.uint8))
-        return True
+    def _call(self, task: Task, piece: range, names: list[bytes]) -> Sequence[bool | str]:
+        """The native call of a piece: of each object whether it was stored, found or loaded, or why that failed."""
+        if task.kind == "lookup":
+            return self._engine.contains_each(names)
+        buffers = [task.objects[place].byte_array for place in piece]
+        if task.kind == "store":
+            return self._engine.put_new(names, buffers)
+        outcomes = self._engine.get_into(names, buffers)
+        for name, outcome in zip(names, outcomes, strict=True):
+            if outcome == "size":
+                logger.warning("PegaFlow: an object is not as long as the memory for it; removed")
+                self._engine.remove(name)
+        return outcomes
 
     def _removed(self, key: ObjectKey) -> bool:
         try:

@@ -10,6 +10,7 @@ use pegaflow_engine::{ByteSize, Engine as CacheEngine, EngineConfig, NvmeConfig,
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyString;
 
 use crate::embedded::{self, SharedEngine};
@@ -68,6 +69,56 @@ impl Engine {
         Ok(detached(py, || self.engine().get(name))?.map(Object))
     }
 
+    /// Stores copies of many buffers under as many names, except those that are there: for each whether it was stored,
+    /// or the kind of the error.
+    fn put_new<'py>(
+        &self,
+        py: Python<'py>,
+        names: Vec<PyBackedBytes>,
+        data: Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<Vec<Outcome>> {
+        let data = data.iter().map(Contiguous::of).collect::<PyResult<Vec<_>>>()?;
+        same_number(names.len(), data.len())?;
+        let put = |(name, data): (&PyBackedBytes, &Contiguous)| {
+            if self.engine().contains(name) {
+                return Outcome::Is(false);
+            }
+            self.engine().put(name, data.bytes()).map_or_else(Outcome::failed, |()| Outcome::Is(true))
+        };
+        Ok(py.detach(|| names.iter().zip(&data).map(put).collect()))
+    }
+
+    /// Copies many objects into as many buffers, read side by side: for each whether it is there now, or the kind of the
+    /// error; `size` if the object is not as long as its buffer, which stays as it was then.
+    fn get_into<'py>(
+        &self,
+        py: Python<'py>,
+        names: Vec<PyBackedBytes>,
+        into: Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<Vec<Outcome>> {
+        let into = into.iter().map(Contiguous::writable).collect::<PyResult<Vec<_>>>()?;
+        same_number(names.len(), into.len())?;
+        let names: Vec<&[u8]> = names.iter().map(|name| &**name).collect();
+        let mut outcomes = vec![Outcome::Is(false); names.len()];
+        detached(py, || {
+            self.engine().get_each(&names, &mut |place, got| {
+                let (Some(outcome), Some(into)) = (outcomes.get_mut(place), into.get(place)) else { return };
+                *outcome = match got {
+                    Ok(Some(object)) if into.fill(&object) => Outcome::Is(true),
+                    Ok(Some(_)) => Outcome::Failed("size"),
+                    Ok(None) => Outcome::Is(false),
+                    Err(error) => Outcome::failed(error),
+                };
+            })
+        })?;
+        Ok(outcomes)
+    }
+
+    /// For each of many names whether the object is there.
+    fn contains_each(&self, py: Python<'_>, names: Vec<PyBackedBytes>) -> Vec<bool> {
+        py.detach(|| names.iter().map(|name| self.engine().contains(name)).collect())
+    }
+
     /// Removes an object; whether it was there.
     fn remove(&self, py: Python<'_>, name: &[u8]) -> PyResult<bool> {
         detached(py, || self.engine().remove(name))
@@ -112,6 +163,27 @@ pub(crate) fn duration(seconds: f64) -> PyResult<Duration> {
         })
 }
 
+/// What became of one object among many.
+#[derive(Clone, IntoPyObject)]
+enum Outcome {
+    Is(bool),
+    /// The kind of the error.
+    Failed(&'static str),
+}
+
+impl Outcome {
+    fn failed(error: pegaflow_engine::Error) -> Self {
+        Self::Failed(error.kind().as_str())
+    }
+}
+
+fn same_number(names: usize, buffers: usize) -> PyResult<()> {
+    if names == buffers {
+        return Ok(());
+    }
+    Err(pyo3::exceptions::PyValueError::new_err(format!("{names} names for {buffers} buffers; give one for each")))
+}
+
 /// A C-contiguous buffer that Python lends for the time of a call.
 struct Contiguous(PyBuffer<u8>);
 
@@ -129,6 +201,28 @@ impl Contiguous {
             view.call_method1("cast", ("B",))?
         };
         Ok(Self(PyBuffer::get(&view)?))
+    }
+
+    /// One that may be written to.
+    fn writable(data: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = Self::of(data)?;
+        if buffer.0.readonly() {
+            return Err(PyBufferError::new_err("the buffer is read-only; give one that can be written to"));
+        }
+        Ok(buffer)
+    }
+
+    /// Copies `bytes` in, if they are as many as the buffer has; whether they were.
+    fn fill(&self, bytes: &[u8]) -> bool {
+        if bytes.len() != self.0.item_count() {
+            return false;
+        }
+        // SAFETY: the view is contiguous, has one byte an item, can be written to and is as long as `bytes`; `self` holds
+        // it, so the exporter keeps the memory in place. `bytes` lie in the cache's own memory, which no such buffer can
+        // be over: what the cache hands out is read-only. Another thread that uses its own buffer meanwhile can see torn
+        // bytes, never anything else.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.buf_ptr().cast(), bytes.len()) };
+        true
     }
 
     fn bytes(&self) -> &[u8] {

@@ -147,3 +147,36 @@ def test_every_kind_of_error_has_its_class() -> None:
     assert {"invalid_input", "locked", "timeout", "poisoned", "newer_format"} <= kinds
     assert type(errors.of_kind("something_new", "text")) is pegaflow.PegaError
     assert errors.of_kind("something_new", "text").kind == "something_new"
+
+
+def test_many_objects_at_once(engine: PegaEngine) -> None:
+    assert engine.put_new(["a", "b"], [b"first", b"second"]) == [True, True]
+    assert engine.put_new(["b", "c"], [b"other", b"third"]) == [False, True]
+    into = [bytearray(5), bytearray(6), bytearray(3), bytearray(4)]
+    assert engine.get_into(["a", "b", "d", "c"], into) == [True, True, False, "size"]
+    assert into == [b"first", b"second", bytes(3), bytes(4)]
+    assert engine.contains_each(["a", "d", "c"]) == [True, False, True]
+    assert engine.get_into([], []) == []
+    assert engine.put_new(["e"], [b""]) == ["invalid_input"]
+
+
+def test_many_objects_need_memory_to_go_to(engine: PegaEngine) -> None:
+    engine.put("a", b"value")
+    with pytest.raises(BufferError, match="read-only"):
+        engine.get_into(["a"], [bytes(5)])
+    with pytest.raises(ValueError, match="2 names for 1 buffers"):
+        engine.get_into(["a", "b"], [bytearray(5)])
+    with pytest.raises(ValueError, match="1 names for 0 buffers"):
+        engine.put_new(["a"], [])
+
+
+def test_more_objects_than_dram_holds_come_from_the_drive(store_path: Path) -> None:
+    size, count = 1 << 20, 48
+    names = [f"{number}" for number in range(count)]
+    with PegaEngine(store_path, dram="32MiB", nvme="128MiB") as engine:
+        assert engine.put_new(names, [bytes([number]) * size for number in range(count)]) == [True] * count
+    with PegaEngine(store_path, dram="16MiB", nvme="128MiB") as engine:
+        into = [bytearray(size) for _ in range(2 * count)]
+        # Each of them twice, side by side.
+        assert engine.get_into(names + names, into) == [True] * (2 * count)
+        assert all(into[place] == bytes([place % count]) * size for place in range(2 * count))

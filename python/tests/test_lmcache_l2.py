@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,47 @@ def test_an_object_of_another_size_is_a_miss_and_is_gone(make: Callable[..., Peg
     store(adapter, keys, objects(1))
     small = make_memory_objects(torch.empty(SIZE, dtype=torch.uint8), 1, SIZE // 2, 0)
     assert load(adapter, keys, small) == [False]
+    assert small[0].raw_data.eq(0).all(), "nothing was written"
     assert found(adapter, keys) == [False]
+
+
+def test_batches_of_many_pieces_keep_their_places(make: Callable[..., PegaL2Adapter]) -> None:
+    """More than DRAM has room for, in many pieces; every other object is there."""
+    adapter, count = make(), 40 * COUNT
+    keys, what = make_object_keys(count), objects(count)
+    assert store(adapter, keys[::2], what[::2]).is_successful()
+    there = [place % 2 == 0 for place in range(count)]
+    assert found(adapter, keys) == there
+    into = objects(count, fill=100)
+    assert load(adapter, keys, into) == there
+    untouched = objects(count, fill=100)
+    for place, is_there in enumerate(there):
+        assert torch.equal(into[place].raw_data, (what if is_there else untouched)[place].raw_data), place
+
+
+def test_a_lookup_of_very_many_keys_goes_to_a_thread(
+    make: Callable[..., PegaL2Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, seen = make(), set()
+    call = adapter._call
+
+    def noted(*piece: Any) -> Any:
+        seen.add(threading.current_thread())
+        return call(*piece)
+
+    monkeypatch.setattr(adapter, "_call", noted)
+    assert found(adapter, make_object_keys(4_096)) == [False] * 4_096
+    assert seen == {threading.current_thread()}
+    assert found(adapter, make_object_keys(4_097)) == [False] * 4_097
+    assert len(seen) > 1
+
+
+def test_what_fails_is_counted_by_its_kind(make: Callable[..., PegaL2Adapter]) -> None:
+    adapter, keys = make(dram="16MiB"), make_object_keys(2)
+    large = make_memory_objects(torch.empty(16 << 20, dtype=torch.uint8), 2, 8 << 20, 0)
+    assert not store(adapter, keys, large).is_successful()
+    assert adapter.report_status()["failed"] == {"store:invalid_input": 2}
+    assert found(adapter, keys) == [False] * 2
 
 
 def test_deleted_objects_are_gone_and_told(make: Callable[..., PegaL2Adapter]) -> None:
@@ -158,14 +199,12 @@ def test_deleted_objects_are_gone_and_told(make: Callable[..., PegaL2Adapter]) -
 def test_beyond_the_queue_work_fails_at_once_and_is_counted(
     make: Callable[..., PegaL2Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
-    adapter, keys = make(threads=1, queue_pieces=1), make_object_keys(COUNT)
+    # Three pieces a batch; one is being worked on, one waits.
+    adapter, keys = make(threads=1, queue_pieces=1), make_object_keys(3 * COUNT)
     free = threading.Event()
-    monkeypatch.setattr(adapter, "_look_up", lambda *_: free.wait(WAIT_S))
-    monkeypatch.setattr(adapter, "_store", lambda *_: free.wait(WAIT_S))
+    monkeypatch.setattr(adapter, "_call", lambda _task, piece, _names: [free.wait(WAIT_S)] * len(piece))
     start = time.monotonic()
-    tasks = [adapter.submit_store_task(keys, objects()) for _ in range(3)]
+    tasks = [adapter.submit_store_task(keys, objects(3 * COUNT)) for _ in range(3)]
     assert time.monotonic() - start < 1.0
     assert adapter.report_status()["failed"]["store:queue"] >= COUNT
     free.set()
@@ -204,3 +243,14 @@ def test_all_that_is_wrong_with_the_settings_is_told_at_once() -> None:
         PegaL2Adapter({"threads": 0, "pth": "/x", "namespace": 5})
     for part in ("threads is 0", "'pth' is not a setting", "path is missing", "namespace is 5"):
         assert part in str(caught.value)
+
+
+def test_what_nobody_expected_fails_its_objects_only(
+    make: Callable[..., PegaL2Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, keys = make(threads=1), make_object_keys(COUNT)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_name", lambda _: 1 / 0)
+        assert not store(adapter, keys, objects()).is_successful()
+    assert adapter.report_status()["failed"] == {"store:unexpected": COUNT}
+    assert store(adapter, keys, objects()).is_successful()

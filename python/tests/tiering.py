@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -175,9 +176,8 @@ class Host:
 
 
 def server_binary() -> Path | None:
-    """`pegaflow-server`, if it was built."""
-    target = Path(os.environ.get("CARGO_TARGET_DIR") or Path(__file__).parents[2] / "target")
-    binary = Path(os.environ.get("PEGAFLOW_SERVER_BINARY") or target / "release" / "pegaflow-server")
+    """`pegaflow-server`, if the wheel is installed."""
+    binary = Path(os.environ.get("PEGAFLOW_SERVER_BINARY") or Path(sys.executable).with_name("pegaflow-server"))
     return binary if binary.is_file() else None
 
 
