@@ -388,7 +388,7 @@ fn many_objects_keep_their_places_and_need_no_more_room_than_there_is() {
     let bytes = |number: u8| vec![number; MIB as usize];
     let names: Vec<[u8; 1]> = (0..40).map(|number| [number]).collect();
     let engine = Engine::open(config(directory.path(), 64, IoEngineChoice::Auto)).expect("open");
-    for name in names.iter().filter(|name| name[0] % 3 != 0) {
+    for name in names.iter().filter(|name| !name[0].is_multiple_of(3)) {
         engine.put(name, &bytes(name[0])).expect("put");
     }
     engine.close(soon()).expect("close");
@@ -398,7 +398,7 @@ fn many_objects_keep_their_places_and_need_no_more_room_than_there_is() {
     let mut seen = vec![0; names.len()];
     let take = &mut |place: usize, got: Result<Option<ObjectBytes>>| {
         seen[place] += 1;
-        let expected = (place % 3 != 0).then(|| bytes(place as u8));
+        let expected = (!place.is_multiple_of(3)).then(|| bytes(place as u8));
         assert!(got.expect("no error").as_deref() == expected.as_deref(), "object {place}");
     };
     engine.get_each(&names, take).expect("get");
@@ -407,8 +407,7 @@ fn many_objects_keep_their_places_and_need_no_more_room_than_there_is() {
     // Whoever keeps them all has as many as there is room for, and waits once for more.
     let timeout = Duration::from_secs(1);
     engine.close(soon()).expect("close");
-    let short =
-        EngineConfig { load_timeout_seconds: timeout.as_secs(), ..config(directory.path(), 64, IoEngineChoice::Auto) };
+    let short = EngineConfig { load_timeout_ms: 1_000, ..config(directory.path(), 64, IoEngineChoice::Auto) };
     let engine = Engine::open(short).expect("open");
     let (mut kept, mut busy, start) = (Vec::new(), 0, Instant::now());
     let keep = &mut |_, got: Result<Option<ObjectBytes>>| match got {
@@ -417,6 +416,6 @@ fn many_objects_keep_their_places_and_need_no_more_room_than_there_is() {
     };
     engine.get_each(&names, keep).expect("get");
     assert!(busy > 5 && kept.len() > 5, "{busy} without room, {} kept", kept.len());
-    assert_eq!(busy + kept.len(), names.iter().filter(|name| name[0] % 3 != 0).count());
+    assert_eq!(busy + kept.len(), names.iter().filter(|name| !name[0].is_multiple_of(3)).count());
     assert!(start.elapsed() < timeout * 4, "{:?}", start.elapsed());
 }
