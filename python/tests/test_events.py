@@ -267,6 +267,7 @@ def test_a_reset_removes_all_and_answers_about_the_time_before_do_not_count(
         return answer
 
     monkeypatch.setattr(cache, "locate", reset_meanwhile)
+    cache.on_drive |= {block.key for block in blocks}
     block_events.ask()
     assert believed(block_events.take(), router) == router, "announced again, and not asked about yet"
     monkeypatch.setattr(cache, "locate", locate)

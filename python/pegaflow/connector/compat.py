@@ -120,13 +120,15 @@ def local_blocks(request: Request, block_pool: Any) -> int:
 
 # --- KV events --------------------------------------------------------------------------------------------------------
 
-_LABELS: Final = {
-    name: value
-    for name, value in (("group_idx", 0), ("locality", "LOCAL"), ("ownership", "pegaflow"))
-    if name in BlockStored.__struct_fields__
-}
-"""What events say besides: the only group, and whose they are. `locality` and `ownership`: later versions only."""
 
+def _labels(event: Any) -> dict[str, Any]:
+    """What an event says besides: the only group, and whose blocks they are, as far as this vLLM has fields for it."""
+    labels = {"group_idx": 0, "locality": "LOCAL", "ownership": "pegaflow"}
+    return {name: value for name, value in labels.items() if name in event.__struct_fields__}
+
+
+_STORED_LABELS: Final = _labels(BlockStored)
+_REMOVED_LABELS: Final = _labels(BlockRemoved)
 
 MEDIUM_DRAM: Final = "CPU"
 MEDIUM_NVME: Final = "STORAGE" if "MEDIUM_STORAGE" in vars(kv_events) else "FS"
@@ -175,14 +177,14 @@ def block_stored(
         medium=medium,
         lora_name=lora[1] if lora is not None else None,
         extra_keys=extra_keys,
-        **_LABELS,
+        **_STORED_LABELS,
     )
 
 
 def block_removed(hashes: Sequence[bytes], medium: str) -> Any:
     """vLLM's event for blocks that have gone."""
     converted = [kv_cache_utils.maybe_convert_block_hash(block_hash) for block_hash in hashes]
-    return BlockRemoved(block_hashes=converted, medium=medium, **_LABELS)
+    return BlockRemoved(block_hashes=converted, medium=medium, **_REMOVED_LABELS)
 
 
 # --- extra keys -------------------------------------------------------------------------------------------------------

@@ -192,9 +192,9 @@ class BlockEvents:
                 tiers = self._cache.locate(instance, _GROUP, keys, tenant=tenant)
             except PegaError as error:
                 logger.debug("PegaFlow: asking where blocks are: %s", error)
-                self._unanswered(blocks, instance, is_busy=isinstance(error, BusyError))
+                self._unanswered(blocks, is_busy=isinstance(error, BusyError))
             else:
-                self._note(blocks, tiers, instance)
+                self._note(blocks, tiers)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -216,26 +216,24 @@ class BlockEvents:
         # What was forgotten meanwhile is asked about no more.
         return [block for block_hash in hashes if (block := self._table.get(block_hash))]
 
-    def _note(self, blocks: Sequence[Announced], tiers: bytes, instance: str) -> None:
+    def _note(self, blocks: Sequence[Announced], tiers: bytes) -> None:
         with self._lock:
             self._last_answer = self._clock()
-            if instance != self._instance:
-                return
             for block, tier in zip(blocks, tiers, strict=True):
                 self._set_tier(block, tier)
 
-    def _unanswered(self, blocks: Sequence[Announced], instance: str, *, is_busy: bool) -> None:
+    def _unanswered(self, blocks: Sequence[Announced], *, is_busy: bool) -> None:
         """The cache did not say. Nothing is known then, for a while."""
         with self._lock:
             if is_busy:
                 self._last_answer = self._clock()
-            if instance == self._instance and self._clock() - self._last_answer >= _UNREACHABLE_S:
+            if self._clock() - self._last_answer >= _UNREACHABLE_S:
                 for block in blocks:
                     self._set_tier(block, NOWHERE)
 
     def _set_tier(self, block: Announced, tier: int) -> None:
         if self._table.get(block.block_hash) is not block:
-            return
+            return  # forgotten while the cache was asked; what has its hash now is of a later epoch
         block.tier = tier
         self._new.pop(block.block_hash, None)
         if block.tier != block.published:
