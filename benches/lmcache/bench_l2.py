@@ -173,7 +173,9 @@ def main() -> int:
                     continue
                 print(f"[bench-l2] {name}, turn {turn + 1}", file=sys.stderr, flush=True)
                 try:
-                    turns.setdefault(name, []).append(row(name, options.lmcache, known[name], load, folder))
+                    measured = row(name, options.lmcache, known[name], load, folder)
+                    print(f"[bench-l2] {json.dumps(measured)}", file=sys.stderr, flush=True)
+                    turns.setdefault(name, []).append(measured)
                 except (AdapterError, subprocess.TimeoutExpired, KeyError) as error:
                     skipped[name] = f"{type(error).__name__}: {error}"[:400]
                 shutil.rmtree(folder / name, ignore_errors=True)
