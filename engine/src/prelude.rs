@@ -19,6 +19,7 @@ pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,
     replay_optimal, replay_prefetch,
 };
+pub use crate::scheduler::{Clock, SizePolicies};
 pub use crate::scrub::{ScrubProgress, ScrubState};
 pub use crate::tenants::{TENANT_FIELD, TenantId};
 pub use crate::transfer::{ImportBlock, ImportReport, KnownNamespace};

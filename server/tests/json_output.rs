@@ -339,6 +339,8 @@ fn without_either(desk: &Desk) {
     desk.fails(1, ErrorKind::Unsupported, &["size", "--model", &hybrid, "--gpu", "h200", "--dram", "1GiB"]);
     desk.fails(3, ErrorKind::NotFound, &["size", "--model", "/none", "--gpu", "h200", "--dram", "1GiB"]);
     desk.meets("policy-cost", 0, &["policy", "cost", "--blocks", "1000", "--policies", "lru"]);
+    let shared = ["policy", "cost", "--blocks", "1000", "--policies", "pegaflow", "--namespaces", "1040"];
+    desk.meets("policy-cost", 0, &shared);
     for wrong in [&["no-such-command"][..], &[], &["ping", "--frequency", "3"], &["explain", "--last", "0"]] {
         desk.fails(2, ErrorKind::InvalidInput, wrong);
     }

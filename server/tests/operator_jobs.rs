@@ -146,6 +146,7 @@ fn what_the_drive_has_of_a_namespace_comes_to_dram_and_is_read_from_there() {
     }
     assert_eq!(desk.field(&["warm", "--look"], "number"), 1);
     // Out again, but for what a request holds; and back.
+    assert_eq!(worker.lookup(SAVED).expect("answers").dram_blocks, SAVED);
     assert_eq!(desk.field(&["evict", "--all"], "kept_blocks"), SAVED);
     worker.client.close(PATIENCE);
     until("its leases are over", || desk.field(&["evict", "--namespace", &id[..12]], "kept_blocks") == 0);

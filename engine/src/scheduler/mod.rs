@@ -16,9 +16,7 @@ pub(crate) use drive::DrivePolicy;
 pub(crate) use learned::first_learned;
 pub(crate) use requests::{Asked, Requests};
 pub(crate) use run::{LEARNED_NOTE, keep_learned, run};
-#[cfg(test)]
-pub(crate) use sizes::Clock;
-pub(crate) use sizes::SizePolicies;
+pub use sizes::{Clock, SizePolicies};
 
 #[cfg(test)]
 mod tests;

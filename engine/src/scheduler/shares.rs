@@ -34,8 +34,8 @@ impl Shares {
 
     /// The account of a tenant, always the same one; it is opened if there is room.
     pub(super) fn open(&mut self, tenant: u64) -> u64 {
-        let own = self.accounts.keys().filter(|account| **account != OTHERS).count();
-        let account = if self.accounts.contains_key(&tenant) || own < ACCOUNTS_MAX { tenant } else { OTHERS };
+        let has_room = || self.accounts.keys().filter(|account| **account != OTHERS).count() < ACCOUNTS_MAX;
+        let account = if self.accounts.contains_key(&tenant) || has_room() { tenant } else { OTHERS };
         self.accounts.entry(account).or_default();
         account
     }
@@ -64,18 +64,28 @@ impl Shares {
         }
     }
 
-    /// The accounts, who gives way first in front: those that are above their guarantee by most bytes.
+    /// Who gives way first: the account that is above its guarantee by most bytes.
+    pub(super) fn first_to_give_way(&self, now_ms: u64) -> Option<u64> {
+        self.by_need(now_ms).min().map(|(_, name)| name)
+    }
+
+    /// The accounts, who gives way first in front.
     pub(super) fn give_way(&self, now_ms: u64) -> Vec<u64> {
-        let is_active = |account: &Account| account.asked_ms.is_some_and(|at| now_ms.saturating_sub(at) < ACTIVE_MS);
-        let active = self.accounts.values().filter(|account| is_active(account)).count() as u64;
-        let part = (self.capacity_bytes / 100 * GUARANTEED_PERCENT).checked_div(active).unwrap_or(0);
-        let above = |account: &Account| {
-            let guaranteed = if is_active(account) { part } else { 0 };
-            i128::from(account.bytes) - i128::from(guaranteed)
-        };
-        let mut order: Vec<(i128, u64)> = self.accounts.iter().map(|(name, of)| (-above(of), *name)).collect();
+        let mut order: Vec<(i128, u64)> = self.by_need(now_ms).collect();
         order.sort_unstable();
         order.into_iter().map(|(_, name)| name).collect()
+    }
+
+    /// How many bytes each account has less than its guarantee; one above it has a number below zero.
+    fn by_need(&self, now_ms: u64) -> impl Iterator<Item = (i128, u64)> {
+        let is_active =
+            move |account: &Account| account.asked_ms.is_some_and(|at| now_ms.saturating_sub(at) < ACTIVE_MS);
+        let active = self.accounts.values().filter(|account| is_active(account)).count() as u64;
+        let part = (self.capacity_bytes / 100 * GUARANTEED_PERCENT).checked_div(active).unwrap_or(0);
+        self.accounts.iter().map(move |(name, account)| {
+            let guaranteed = if is_active(account) { part } else { 0 };
+            (i128::from(guaranteed) - i128::from(account.bytes), *name)
+        })
     }
 }
 
@@ -100,6 +110,7 @@ mod tests {
             let add = |shares: &mut Shares, account: u64| {
                 if shares.accounts.values().map(|of| of.bytes).sum::<u64>() >= capacity {
                     let before = shares.accounts.clone();
+                    assert_eq!(shares.first_to_give_way(1), shares.give_way(1).first().copied());
                     let victim = shares.give_way(1).into_iter().find(|at| bytes(shares, *at) > 0).expect("full");
                     assert!(before[&victim].bytes > part, "{victim} loses what is guaranteed to it, seed {seed}");
                     shares.leave(victim, 1);

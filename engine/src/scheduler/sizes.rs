@@ -18,7 +18,7 @@ const REMEMBERED: usize = 1 << 16;
 const STILL_MS: u64 = 1000;
 
 /// Ms since any fixed time.
-pub(crate) type Clock = Box<dyn Fn() -> u64 + Send>;
+pub type Clock = Box<dyn Fn() -> u64 + Send>;
 
 struct OfTenant {
     policy: Box<dyn Policy>,
@@ -31,8 +31,8 @@ struct OfSize {
     tenants: BTreeMap<u64, OfTenant>,
 }
 
-/// See the module.
-pub(crate) struct SizePolicies {
+/// What stays in a memory that several tenants share, see the module.
+pub struct SizePolicies {
     choice: PolicyChoice,
     config: PegaflowConfig,
     capacity_bytes: u64,
@@ -48,20 +48,20 @@ pub(crate) struct SizePolicies {
 
 impl SizePolicies {
     /// Empty policies for a memory of `capacity_bytes`.
-    pub(crate) fn new(choice: PolicyChoice, config: PegaflowConfig, capacity_bytes: u64, clock: Clock) -> Self {
+    pub fn new(choice: PolicyChoice, config: PegaflowConfig, capacity_bytes: u64, clock: Clock) -> Self {
         let (by_size, learned, expected, chain) = (BTreeMap::new(), Vec::new(), HashMap::default(), Vec::new());
         let shares = Shares::new(capacity_bytes);
         Self { choice, config, capacity_bytes, clock, by_size, shares, learned, expected, chain }
     }
 
     /// Whether the policies take the blocks of a request from the last to the first.
-    pub(crate) fn take_last_first(&self) -> bool {
+    pub fn take_last_first(&self) -> bool {
         self.choice != PolicyChoice::Pegaflow
     }
 
     /// A request for a chain of blocks, by their fingerprints, each of which takes `slot_bytes`. Objects (`is_block` is
     /// false) make no policy for their size.
-    pub(crate) fn request(&mut self, slot_bytes: usize, is_block: bool, tenant: u64, keys: impl Iterator<Item = u64>) {
+    pub fn request(&mut self, slot_bytes: usize, is_block: bool, tenant: u64, keys: impl Iterator<Item = u64>) {
         let now_ms = (self.clock)();
         if !is_block && !self.by_size.contains_key(&slot_bytes) {
             return;
@@ -84,7 +84,7 @@ impl SizePolicies {
     }
 
     /// A tenant's block is here and may leave from now on; objects are those of tenant 0. As in [`SizePolicies::request`].
-    pub(crate) fn enter(&mut self, slot_bytes: usize, key: u64, parent: Option<u64>, tenant: u64) {
+    pub fn enter(&mut self, slot_bytes: usize, key: u64, parent: Option<u64>, tenant: u64) {
         let now_ms = (self.clock)();
         if tenant == 0 && !self.by_size.contains_key(&slot_bytes) {
             return;
@@ -148,18 +148,20 @@ impl SizePolicies {
 
     /// Takes out the block that is worth least among those of a size that `may_leave`, of the tenant that is most above its
     /// guarantee and has one. Who is within its guarantee loses a block only if no other may leave.
-    pub(crate) fn evict(&mut self, slot_bytes: usize, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+    pub fn evict(&mut self, slot_bytes: usize, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
         let of_size = self.by_size.get_mut(&slot_bytes)?;
-        // Most often there is one tenant, and nothing to compare.
-        let order = if of_size.tenants.len() > 1 {
-            self.shares.give_way((self.clock)())
-        } else {
-            of_size.tenants.keys().copied().collect()
-        };
-        order.into_iter().find_map(|account| {
+        let shares = &mut self.shares;
+        let mut evict_of = |account: u64, shares: &mut Shares| {
             let victim = of_size.tenants.get_mut(&account)?.policy.evict(may_leave)?;
-            self.shares.leave(account, slot_bytes as u64);
+            shares.leave(account, slot_bytes as u64);
             Some(victim)
+        };
+        let now_ms = (self.clock)();
+        // Most often it has one: the order of all is for when it has not.
+        let first = shares.first_to_give_way(now_ms)?;
+        evict_of(first, shares).or_else(|| {
+            let order = shares.give_way(now_ms).into_iter().filter(|account| *account != first);
+            order.into_iter().find_map(|account| evict_of(account, shares))
         })
     }
 
@@ -180,7 +182,7 @@ impl SizePolicies {
     }
 
     /// Whether the policy of the size knows a tenant's block as one that is here.
-    pub(crate) fn contains(&self, slot_bytes: usize, key: u64, tenant: u64) -> bool {
+    pub fn contains(&self, slot_bytes: usize, key: u64, tenant: u64) -> bool {
         let of_tenant = self.by_size.get(&slot_bytes).and_then(|of| of.tenants.get(&self.shares.account(tenant)));
         of_tenant.is_some_and(|of_tenant| of_tenant.policy.contains(key))
     }

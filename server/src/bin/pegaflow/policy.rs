@@ -36,6 +36,9 @@ pub(crate) enum PolicyCommand {
         /// Only these policies.
         #[arg(long, value_delimiter = ',', default_values_t = PolicyChoice::ALL)]
         policies: Vec<PolicyChoice>,
+        /// Blocks of so many namespaces, with their shares of the tier, as in DRAM; without it a policy alone.
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1040))]
+        namespaces: Option<u64>,
     },
 }
 
@@ -79,8 +82,8 @@ pub(crate) fn policy(command: &PolicyCommand, is_json: bool) -> Result<()> {
     match command {
         PolicyCommand::Replay(options) => replay(options, is_json),
         PolicyCommand::Prefetch(options) => prefetch::prefetch(options, is_json),
-        PolicyCommand::Cost { blocks, policies } => {
-            cost::measure(*blocks, policies, is_json);
+        PolicyCommand::Cost { blocks, policies, namespaces } => {
+            cost::measure(*blocks, policies, *namespaces, is_json);
             Ok(())
         }
     }

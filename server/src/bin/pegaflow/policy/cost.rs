@@ -1,6 +1,9 @@
 //! What policies cost: CPU time for each block that a request touches, and memory for each block in the tier.
 
-use pegaflow_engine::{MissRatioCurve, PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pegaflow_engine::{MissRatioCurve, PegaflowConfig, Policy, PolicyBlock, PolicyChoice, PolicyRequest, SizePolicies};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, json};
@@ -13,7 +16,7 @@ const TOUCHES: usize = 4_000_000;
 const REQUESTS_PER_S: u64 = 1000;
 
 /// Prints a table, and a JSON object as the last line; with `is_json` that object only.
-pub(super) fn measure(blocks: u64, policies: &[PolicyChoice], is_json: bool) {
+pub(super) fn measure(blocks: u64, policies: &[PolicyChoice], namespaces: Option<u64>, is_json: bool) {
     if !is_json {
         println!("{:<10} {:>16} {:>16}", "policy", "ns per touch", "bytes per block");
     }
@@ -21,7 +24,12 @@ pub(super) fn measure(blocks: u64, policies: &[PolicyChoice], is_json: bool) {
     for choice in policies {
         let before = resident_bytes();
         let config = PegaflowConfig { remembered_max: 1 << 16, ..PegaflowConfig::default() };
-        let mut load = Load::new(choice.build(blocks, config), blocks as usize);
+        let policy = match namespaces {
+            Some(_) => Box::new(Shared::new(*choice, config, blocks)),
+            None => choice.build(blocks, config),
+        };
+        let mut load = Load::new(policy, blocks as usize);
+        load.namespaces = namespaces.unwrap_or(1);
         while load.policy.len() < blocks as usize {
             load.request();
         }
@@ -40,7 +48,11 @@ pub(super) fn measure(blocks: u64, policies: &[PolicyChoice], is_json: bool) {
     if !is_json {
         println!("{:<10} {curve_ns:>16.0}", "curve");
     }
-    println!("{}", json!({ "blocks": blocks, "policies": report, "curve_ns_per_touch": curve_ns }));
+    let mut all = json!({ "blocks": blocks, "policies": report, "curve_ns_per_touch": curve_ns });
+    if let (Some(all), Some(namespaces)) = (all.as_object_mut(), namespaces) {
+        all.insert("namespaces".into(), namespaces.into());
+    }
+    println!("{all}");
 }
 
 /// The same for the live miss-ratio curve, as a server keeps it, once so many blocks were touched.
@@ -62,6 +74,61 @@ fn measure_curve(blocks: u64) -> f64 {
     ask(TOUCHES)
 }
 
+/// The policies of all namespaces as one, each block of one byte.
+struct Shared {
+    policies: SizePolicies,
+    now_ms: Arc<AtomicU64>,
+    /// Of the last request.
+    tenant: u64,
+    blocks: usize,
+}
+
+impl Shared {
+    const SLOT_BYTES: usize = 1;
+
+    fn new(choice: PolicyChoice, config: PegaflowConfig, blocks: u64) -> Self {
+        let now_ms = Arc::new(AtomicU64::new(0));
+        let clock = now_ms.clone();
+        let clock = Box::new(move || clock.load(Ordering::Relaxed));
+        Self { policies: SizePolicies::new(choice, config, blocks, clock), now_ms, tenant: 0, blocks: 0 }
+    }
+}
+
+impl Policy for Shared {
+    fn request(&mut self, request: &PolicyRequest<'_>) {
+        self.now_ms.store(request.now_ms, Ordering::Relaxed);
+        self.tenant = request.tenant;
+        let keys = request.chain.iter().map(|block| block.key);
+        self.policies.request(Self::SLOT_BYTES, true, request.tenant, keys);
+    }
+
+    fn insert(&mut self, block: &PolicyBlock, parent: Option<u64>) {
+        self.policies.enter(Self::SLOT_BYTES, block.key, parent, self.tenant);
+        self.blocks += 1;
+    }
+
+    fn evict(&mut self, may_leave: &mut dyn FnMut(u64) -> bool) -> Option<u64> {
+        let victim = self.policies.evict(Self::SLOT_BYTES, may_leave)?;
+        self.blocks -= 1;
+        Some(victim)
+    }
+
+    /// Nothing leaves here but by eviction.
+    fn remove(&mut self, _key: u64) {}
+
+    fn contains(&self, key: u64) -> bool {
+        self.policies.contains(Self::SLOT_BYTES, key, self.tenant)
+    }
+
+    fn len(&self) -> usize {
+        self.blocks
+    }
+
+    fn takes_last_first(&self) -> bool {
+        self.policies.take_last_first()
+    }
+}
+
 /// Conversations that begin all the time; every other request goes on with one of the past.
 struct Load {
     policy: Box<dyn Policy>,
@@ -70,13 +137,18 @@ struct Load {
     /// Blocks of each conversation so far.
     conversations: Vec<u32>,
     requests: u64,
+    /// Which the conversations belong to in turn, from number 1 on.
+    namespaces: u64,
+    /// Of the last request.
+    tenant: u64,
     chain: Vec<PolicyBlock>,
 }
 
 impl Load {
     fn new(policy: Box<dyn Policy>, capacity: usize) -> Self {
         let random = StdRng::seed_from_u64(1);
-        Self { policy, capacity, random, conversations: Vec::new(), requests: 0, chain: Vec::new() }
+        let (conversations, chain) = (Vec::new(), Vec::new());
+        Self { policy, capacity, random, conversations, requests: 0, namespaces: 1, tenant: 0, chain }
     }
 
     fn run(&mut self, touches: usize) -> usize {
@@ -96,6 +168,7 @@ impl Load {
             self.conversations.push(0);
             self.conversations.len() - 1
         };
+        self.tenant = 1 + at as u64 % self.namespaces;
         let Some(blocks) = self.conversations.get_mut(at) else { return };
         *blocks += if *blocks == 0 { FIRST_BLOCKS } else { TURN_BLOCKS };
         let key =
@@ -108,7 +181,7 @@ impl Load {
     fn request(&mut self) -> usize {
         self.ask();
         let now_ms = self.requests * 1000 / REQUESTS_PER_S;
-        self.policy.request(&PolicyRequest { chain: &self.chain, tenant: 0, now_ms });
+        self.policy.request(&PolicyRequest { chain: &self.chain, tenant: self.tenant, now_ms });
         let last_first = self.policy.takes_last_first();
         for step in 0..self.chain.len() {
             let place = if last_first { self.chain.len() - 1 - step } else { step };
