@@ -17,7 +17,7 @@ from store_server import ServerSettings, StoreServer
 WHEELS = sorted((Path(__file__).resolve().parents[2] / "target" / "wheels").glob("pegaflow-*.whl"))
 PROGRAMS = ("pegaflow", "pegaflow-server", "pegaflow-router")
 LIMIT_SECONDS = 120.0
-# What the Python half does without vLLM: objects through the module, and the connector's name as vLLM resolves it.
+# What the Python half does without vLLM: objects through the module. The connector runs out of the wheel in the story.
 OBJECTS = """
 import sys
 from pegaflow import PegaEngine
