@@ -354,6 +354,15 @@ class PegaFlow(System):
         }
 
 
+def _offloading(settings: Settings, **more: Any) -> dict[str, Any]:
+    """`kv_transfer_config` of vLLM's OffloadingConnector."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": settings.dram_bytes, **more},
+    }
+
+
 class VllmOffload(System):
     """vLLM's OffloadingConnector, host memory only."""
 
@@ -362,11 +371,7 @@ class VllmOffload(System):
 
     def connector(self) -> dict[str, Any] | None:
         """See `System`."""
-        return {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": self.settings.dram_bytes},
-        }
+        return _offloading(self.settings)
 
 
 class VllmFiles(System):
@@ -377,15 +382,8 @@ class VllmFiles(System):
 
     def connector(self) -> dict[str, Any] | None:
         """See `System`."""
-        return {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                "cpu_bytes_to_use": self.settings.dram_bytes,
-                "spec_name": "TieringOffloadingSpec",
-                "secondary_tiers": [{"type": "fs", "root_dir": str(self.folder)}],
-            },
-        }
+        files = {"type": "fs", "root_dir": str(self.folder)}
+        return _offloading(self.settings, spec_name="TieringOffloadingSpec", secondary_tiers=[files])
 
     def start(self, *, empty: bool) -> None:
         """See `System`. A restart of everything finds nothing in the page cache, if that may be emptied here."""
@@ -417,17 +415,10 @@ class VllmPegaFlow(PegaFlow):
 
     def connector(self) -> dict[str, Any] | None:
         """See `System`."""
-        return {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                "cpu_bytes_to_use": self.settings.dram_bytes,
-                # Ours is vLLM's own, which knows the tier by its name in 0.26 too.
-                "spec_name": "PegaTieringSpec",
-                "spec_module_path": "pegaflow.vllm_tier.spec",
-                "secondary_tiers": [{"type": "PegaTier", "address": str(self._socket)}],
-            },
-        }
+        # Our specification is vLLM's own, which knows the tier by its name in 0.26 too.
+        specification = {"spec_name": "PegaTieringSpec", "spec_module_path": "pegaflow.vllm_tier.spec"}
+        tier = {"type": "PegaTier", "address": str(self._socket)}
+        return _offloading(self.settings, **specification, secondary_tiers=[tier])
 
     def environment(self) -> dict[str, str]:
         """See `System` and `VllmFiles`."""

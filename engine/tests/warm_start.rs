@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pegaflow_engine::*;
 use pegaflow_tiers::{BlockIo, FileId, IndexLog, IoKind, IoPriority, IoRequest, ReadDepth};
-use support::{BLOCK, BLOCKS, Worker, keys};
+use support::{BLOCK, BLOCKS, Worker, expected, keys, read, save, soon};
 
 /// What a block of `BLOCK` takes in DRAM.
 const SLOT: u64 = 12 << 10;
@@ -33,38 +33,6 @@ fn with_nvme(mut config: EngineConfig, change: impl FnOnce(&mut NvmeConfig)) -> 
 
 fn directory() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
-
-fn expected(key: &BlockKey) -> Vec<u8> {
-    let bytes = key.as_bytes().iter().copied().cycle().enumerate();
-    bytes.map(|(i, byte)| byte ^ (i / 32) as u8).take(BLOCK as usize).collect()
-}
-
-fn save(worker: &mut Worker, keys: &[BlockKey]) {
-    for (block, key) in keys.iter().enumerate() {
-        worker.memory.block(block as u32).copy_from_slice(&expected(key));
-    }
-    // As vLLM does: it asks, finds nothing, computes and saves.
-    worker.lookup(keys);
-    assert_eq!(worker.save(keys, BlockKey::ROOT).saved, keys.len() as u32);
-    worker.engine.flush(soon()).expect("durable");
-}
-
-/// Loads what is found of a chain and compares; (from DRAM, from the drive).
-fn read(worker: &mut Worker, keys: &[BlockKey]) -> (u32, u32) {
-    let reply = worker.lookup(keys);
-    let Some(lease) = reply.lease else { return (0, 0) };
-    (0..BLOCKS).for_each(|block| worker.memory.block(block).fill(0xa5));
-    let outcome = worker.load(lease, (0..reply.hit_blocks).map(|index| LoadBlock { index, block: index }).collect());
-    assert_eq!(outcome.failed.len(), 0);
-    for (index, key) in keys.iter().enumerate().take(reply.hit_blocks as usize) {
-        assert!(worker.memory.block(index as u32) == expected(key), "wrong bytes in block {index}");
-    }
-    (outcome.loaded_dram, outcome.loaded_nvme)
 }
 
 fn wait(what: &str, is_so: impl Fn() -> bool) {

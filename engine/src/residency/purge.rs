@@ -24,36 +24,28 @@ impl Residency {
     /// bytes as long as he does.
     pub(crate) fn purge(&self, namespace: NamespaceHandle) -> InDram {
         self.state.lock().purged.insert(namespace);
-        let mut dropped = InDram::default();
-        let mut after = None;
-        loop {
-            let mut policies = self.policies.lock();
-            let mut state = self.state.lock();
-            let (ids, last) = state.piece(after, |of| of == namespace);
-            let gone: Vec<_> = ids.iter().filter_map(|id| state.detach(id, &mut policies)).collect();
-            drop((state, policies));
-            dropped.blocks += gone.len() as u64;
-            dropped.bytes += gone.iter().map(|block| block.payload_bytes).sum::<u64>();
-            // Slots go back to the arena here, outside of the locks.
-            drop(gone);
-            after = last;
-            if after.is_none() {
-                self.notify_room();
-                return dropped;
-            }
-        }
+        self.take_out(|of| of == namespace, |_, _| true).0
     }
 
     /// Has all blocks of these namespaces leave that may: not those that the store does not have yet, and not those that
     /// somebody holds, which are counted second.
     pub(crate) fn evict(&self, namespaces: &HashSet<NamespaceHandle>) -> (InDram, u64) {
+        self.take_out(|of| namespaces.contains(&of), State::may_leave)
+    }
+
+    /// Takes out the blocks of such namespaces that may go; what they had, and how many stay.
+    fn take_out(
+        &self,
+        is_meant: impl Fn(NamespaceHandle) -> bool,
+        may_go: impl Fn(&State, &RecordId) -> bool,
+    ) -> (InDram, u64) {
         let (mut dropped, mut kept, mut after) = (InDram::default(), 0, None);
         loop {
             let mut policies = self.policies.lock();
             let mut state = self.state.lock();
-            let (mut ids, last) = state.piece(after, |of| namespaces.contains(&of));
+            let (mut ids, last) = state.piece(after, &is_meant);
             let found = ids.len();
-            ids.retain(|id| state.may_leave(id));
+            ids.retain(|id| may_go(&state, id));
             kept += (found - ids.len()) as u64;
             let gone: Vec<_> = ids.iter().filter_map(|id| state.detach(id, &mut policies)).collect();
             drop((state, policies));

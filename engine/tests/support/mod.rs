@@ -9,7 +9,7 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use pegaflow_engine::*;
@@ -164,4 +164,38 @@ pub(crate) fn assert_geometry_is_kept(engine: &Engine, session: SessionId) {
     other.namespace = other.namespace.with("dtype", "other");
     engine.register(session, other).expect("another namespace");
     engine.register(session, spec(&instance, BLOCK, 1, 0)).expect("the same as at first");
+}
+
+pub(crate) fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// The bytes of a block: no two keys have the same.
+pub(crate) fn expected(key: &BlockKey) -> Vec<u8> {
+    let bytes = key.as_bytes().iter().copied().cycle().enumerate();
+    bytes.map(|(i, byte)| byte ^ (i / 32) as u8).take(BLOCK as usize).collect()
+}
+
+/// Saves a chain of blocks with the bytes that are expected of them; durable when it returns.
+pub(crate) fn save(worker: &mut Worker, keys: &[BlockKey]) {
+    for (block, key) in keys.iter().enumerate() {
+        worker.memory.block(block as u32).copy_from_slice(&expected(key));
+    }
+    // As vLLM does: it asks, finds nothing, computes and saves.
+    worker.lookup(keys);
+    assert_eq!(worker.save(keys, BlockKey::ROOT).saved, keys.len() as u32);
+    worker.engine.flush(soon()).expect("durable");
+}
+
+/// Loads what is found of a chain and compares; (from DRAM, from the drive).
+pub(crate) fn read(worker: &mut Worker, keys: &[BlockKey]) -> (u32, u32) {
+    let reply = worker.lookup(keys);
+    let Some(lease) = reply.lease else { return (0, 0) };
+    (0..BLOCKS).for_each(|block| worker.memory.block(block).fill(0xa5));
+    let outcome = worker.load(lease, (0..reply.hit_blocks).map(|index| LoadBlock { index, block: index }).collect());
+    assert_eq!(outcome.failed.len(), 0);
+    for (index, key) in keys.iter().enumerate().take(reply.hit_blocks as usize) {
+        assert!(worker.memory.block(index as u32) == expected(key), "wrong bytes in block {index}");
+    }
+    (outcome.loaded_dram, outcome.loaded_nvme)
 }
