@@ -12,6 +12,7 @@ pub mod fuzzing;
 mod http;
 mod http_listener;
 pub mod limits;
+mod lookup_socket;
 mod memory_socket;
 mod metrics;
 mod owner_only;

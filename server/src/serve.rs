@@ -13,12 +13,12 @@ use tonic::transport::Server as Transport;
 use crate::access::AccessLayer;
 use crate::http::Readiness;
 use crate::limits::{CONNECTION_REQUESTS_MAX, MESSAGE_BYTES_MAX};
-use crate::memory_socket;
 use crate::proto::pega_flow_server::PegaFlowServer;
 use crate::service::Service;
 use crate::session::Sessions;
 use crate::tcp;
 use crate::transport::{Listeners, SocketFiles, Tcp, unix_connections};
+use crate::{lookup_socket, memory_socket};
 
 /// HTTP/2 windows: a full message goes out without waiting for the other side.
 const STREAM_WINDOW_BYTES: u32 = MESSAGE_BYTES_MAX as u32;
@@ -65,6 +65,7 @@ pub struct Server {
     stop: watch::Sender<bool>,
     rpc: Vec<JoinHandle<Result<(), tonic::transport::Error>>>,
     memory: JoinHandle<()>,
+    lookups: JoinHandle<()>,
     files: SocketFiles,
 }
 
@@ -100,7 +101,7 @@ impl Server {
                 let _ended = stopped.wait_for(|stop| *stop).await;
             }
         };
-        let Listeners { rpc, memory, tcp, files } = listeners;
+        let Listeners { rpc, memory, lookups, tcp, files } = listeners;
         let mut tasks = vec![tokio::spawn(
             transport().add_service(served()).serve_with_incoming_shutdown(unix_connections(rpc), stopped()),
         )];
@@ -112,8 +113,9 @@ impl Server {
             tasks.push(tokio::spawn(serve));
         }
         let memory = tokio::spawn(memory_socket::serve(memory, sessions.tokens(), config.memory_socket_timeout));
+        let lookups = tokio::spawn(lookup_socket::serve(lookups, Arc::clone(&sessions)));
         readiness.serving(&sessions);
-        Self { sessions, stop, rpc: tasks, memory, files }
+        Self { sessions, stop, rpc: tasks, memory, lookups, files }
     }
 
     /// The sockets' path.
@@ -137,10 +139,11 @@ impl Server {
     pub async fn stop(self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         self.sessions.refuse_new();
-        let Self { sessions, stop, rpc, memory, files } = self;
+        let Self { sessions, stop, rpc, memory, lookups, files } = self;
         // A client that looks for a server now finds none instead of one that refuses.
         drop(files);
         memory.abort();
+        lookups.abort();
         stop.send_replace(true);
         if tokio::time::timeout(timeout / 2, sessions.drained()).await.is_err() {
             tracing::warn!(operations = sessions.operations(), "operations still in flight; they are cut off");

@@ -49,10 +49,30 @@ fn reply<T>(result: Result<T>) -> Result<Response<T>, Status> {
 
 /// Runs what may wait on the blocking pool.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Response<T>, Status> {
+    reply(on_blocking_pool(work).await)
+}
+
+async fn on_blocking_pool<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let result = tokio::task::spawn_blocking(work).await;
-    reply(
-        result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log"))),
-    )
+    result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the request's task panicked; see the server's log")))
+}
+
+/// Answers a lookup, however it came.
+///
+/// # Errors
+/// `NotFound` for an unknown session, and what the engine gives.
+///
+/// # Cancel safety
+/// Dropped, it may have taken its lease.
+pub(crate) async fn look_up(sessions: &Arc<Sessions>, request: proto::LookupRequest) -> Result<proto::LookupReply> {
+    let is_small = request.keys.len() <= INLINE_KEYS_MAX * KEY_BYTES;
+    let sessions = Arc::clone(sessions);
+    let look = move || {
+        let session = sessions.get(request.session)?;
+        let request = wire::lookup_request(&request)?;
+        sessions.engine().lookup(session.engine_id, &request).map(|found| wire::lookup_reply_to_wire(&found))
+    };
+    if is_small { look() } else { on_blocking_pool(look).await }
 }
 
 fn progress_json(progress: &impl serde::Serialize) -> Result<String> {
@@ -113,15 +133,7 @@ impl PegaFlow for Service {
     }
 
     async fn lookup(&self, request: Request<proto::LookupRequest>) -> Result<Response<proto::LookupReply>, Status> {
-        let request = request.into_inner();
-        let sessions = Arc::clone(&self.sessions);
-        let is_small = request.keys.len() <= INLINE_KEYS_MAX * KEY_BYTES;
-        let look = move || {
-            let session = sessions.get(request.session)?;
-            let request = wire::lookup_request(&request)?;
-            sessions.engine().lookup(session.engine_id, &request).map(|found| wire::lookup_reply_to_wire(&found))
-        };
-        if is_small { reply(look()) } else { blocking(look).await }
+        reply(look_up(&self.sessions, request.into_inner()).await)
     }
 
     async fn locate(&self, request: Request<proto::LocateRequest>) -> Result<Response<proto::LocateReply>, Status> {

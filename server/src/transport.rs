@@ -1,5 +1,5 @@
-//! Where the server listens: a Unix socket that only its user can reach, the second socket for descriptors beside it, and
-//! loopback TCP if asked for. A stale socket is replaced, a living server never.
+//! Where the server listens: a Unix socket that only its user can reach, two more for descriptors and for lookups beside it,
+//! and loopback TCP if asked for. A stale socket is replaced, a living server never.
 
 use std::io;
 use std::net::SocketAddr;
@@ -42,6 +42,11 @@ pub fn memory_socket_path(socket: &Path) -> PathBuf {
     with_suffix(socket, ".mem")
 }
 
+/// The third socket beside `socket`: `<socket>.ask`.
+pub(crate) fn lookup_socket_path(socket: &Path) -> PathBuf {
+    with_suffix(socket, ".ask")
+}
+
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -78,6 +83,7 @@ pub(crate) async fn accept_unix(listener: &UnixListener) -> UnixStream {
 pub struct Listeners {
     pub(crate) rpc: UnixListener,
     pub(crate) memory: UnixListener,
+    pub(crate) lookups: UnixListener,
     pub(crate) tcp: Option<Tcp>,
     pub(crate) files: SocketFiles,
 }
@@ -115,7 +121,7 @@ impl SocketFiles {
 
 impl Drop for SocketFiles {
     fn drop(&mut self) {
-        for path in [self.path.clone(), memory_socket_path(&self.path)] {
+        for path in [self.path.clone(), memory_socket_path(&self.path), lookup_socket_path(&self.path)] {
             if let Err(error) = std::fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
             {
@@ -126,7 +132,7 @@ impl Drop for SocketFiles {
 }
 
 impl Listeners {
-    /// Binds `socket` and `<socket>.mem`, and `tcp` if given. Makes the last directory of the path if missing. To be
+    /// Binds `socket`, `<socket>.mem` and `<socket>.ask`, and `tcp` if given. Makes the last directory of the path if missing. To be
     /// called inside a tokio runtime.
     ///
     /// # Errors
@@ -168,11 +174,13 @@ impl Listeners {
         }
         prepare_directory(socket)?;
         let lock = lock(socket)?;
-        let memory_socket = memory_socket_path(socket);
-        check_replaceable(socket).await?;
-        check_replaceable(&memory_socket).await?;
-        // The second socket comes first: whoever can connect to the first finds both.
+        let (memory_socket, lookup_socket) = (memory_socket_path(socket), lookup_socket_path(socket));
+        for path in [socket, &memory_socket, &lookup_socket] {
+            check_replaceable(path).await?;
+        }
+        // The first socket comes last: whoever can connect to it finds all.
         let memory = bind_owner_only(&memory_socket, socket)?;
+        let lookups = bind_owner_only(&lookup_socket, socket)?;
         let rpc = bind_owner_only(socket, socket)?;
         let files = SocketFiles { path: socket.to_owned(), _lock: lock };
         let tcp = match tcp {
@@ -183,7 +191,7 @@ impl Listeners {
             }
             None => None,
         };
-        Ok(Self { rpc, memory, tcp, files })
+        Ok(Self { rpc, memory, lookups, tcp, files })
     }
 
     /// The TCP address in use, if any.
@@ -346,13 +354,14 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("made/p.sock");
         let listeners = bind(&path).await.expect("free");
-        for socket in [path.clone(), memory_socket_path(&path)] {
-            let mode = std::fs::metadata(&socket).expect("there").mode();
+        let all = [path.clone(), memory_socket_path(&path), lookup_socket_path(&path)];
+        for socket in &all {
+            let mode = std::fs::metadata(socket).expect("there").mode();
             assert_eq!(mode & 0o777, 0o600, "{}", socket.display());
         }
         assert_eq!(std::fs::metadata(dir.path().join("made")).expect("there").mode() & 0o777, 0o700);
         drop(listeners);
-        assert!(!path.exists() && !memory_socket_path(&path).exists());
+        assert!(!all.iter().any(|socket| socket.exists()));
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ mod driver;
 mod jobs;
 mod link;
 mod operations;
+mod questions;
 mod shared;
 
 use std::sync::Arc;
@@ -42,6 +43,7 @@ use config::Registration;
 use copies::CopyThreads;
 use driver::{Command, Driver};
 use operations::Work;
+use questions::Questions;
 use shared::Shared;
 
 /// Calls waiting for the client's task; more are refused with `Busy`.
@@ -59,6 +61,7 @@ struct Inner {
     commands: mpsc::Sender<Command>,
     copies: Arc<CopyThreads>,
     registration: Mutex<Option<Registration>>,
+    questions: Arc<Questions>,
     runtime: Option<Runtime>,
 }
 
@@ -90,7 +93,15 @@ impl Client {
         let copies = Arc::new(CopyThreads::start()?);
         let driver = Driver::new(config.clone(), Arc::clone(&shared), receiver, Arc::clone(&copies));
         runtime.spawn(driver.run());
-        let inner = Inner { config, shared, commands, copies, registration: Mutex::default(), runtime: Some(runtime) };
+        let inner = Inner {
+            config,
+            shared,
+            commands,
+            copies,
+            registration: Mutex::default(),
+            questions: Arc::default(),
+            runtime: Some(runtime),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -145,9 +156,15 @@ impl Client {
                 format!("{} keys; give at most {BLOCKS_MAX} in one lookup", request.keys.len()),
             ));
         }
-        let (mut rpc, session) = self.inner.shared.session()?;
+        let Inner { config, shared, questions, runtime, .. } = &*self.inner;
+        let (mut rpc, session) = shared.session()?;
         let request = wire::lookup_to_wire(session, request);
-        let found = self.call(self.inner.config.lookup_timeout, async move { rpc.lookup(request).await })?;
+        if let (Endpoint::Unix(socket), Some(runtime)) = (&config.endpoint, runtime)
+            && let Some(answer) = questions.ask(&request, socket, runtime, config.lookup_timeout)
+        {
+            return wire::lookup_reply(&answer?);
+        }
+        let found = self.call(config.lookup_timeout, async move { rpc.lookup(request).await })?;
         wire::lookup_reply(&found)
     }
 
