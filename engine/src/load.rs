@@ -226,9 +226,13 @@ impl LoadJob {
     /// Waits for at least one read to end; what came well goes to DRAM and to the device. Returns how many ended, 0 at
     /// the deadline.
     fn finish_reads(&mut self, receiver: &Receiver<ReadEnd>, deadline: Instant) -> usize {
-        let Ok(first) = receiver.recv_deadline(deadline) else { return 0 };
+        let span = tracing::debug_span!("read", blocks = tracing::field::Empty);
+        let waited = span.in_scope(|| receiver.recv_deadline(deadline));
+        let Ok(first) = waited else { return 0 };
         let ends: Vec<ReadEnd> = std::iter::once(first).chain(receiver.try_iter()).collect();
         let ended = ends.len();
+        span.record("blocks", ended);
+        drop(span);
         self.queued.ended(ended);
         let mut good = Vec::new();
         for ReadEnd { position, id, slot, result } in ends {
@@ -280,6 +284,7 @@ impl LoadJob {
                 to(*position).map(|block| BlockCopy { block, slot: Arc::clone(&resident.slot) })
             })
             .collect();
+        let _span = tracing::debug_span!("copy", blocks = batch.len(), block_bytes = self.block_bytes).entered();
         let mut running = Arc::clone(&self.request.memory).copy(CopyDirection::ToDevice, copies)?;
         wait_copies(running.as_mut())
     }

@@ -194,9 +194,11 @@ impl SaveJob {
         }
         let batch_blocks = batch.len() as u32;
         let copies = batch.iter().map(|p| BlockCopy { block: p.block.block, slot: Arc::clone(&p.slot) }).collect();
-        let copied = Arc::clone(&self.request.memory)
-            .copy(CopyDirection::ToSlots, copies)
-            .and_then(|mut running| wait_copies(running.as_mut()));
+        let block_bytes = self.view.geometry.block_bytes;
+        let copied = tracing::debug_span!("copy", blocks = batch.len(), block_bytes).in_scope(|| {
+            let mut running = Arc::clone(&self.request.memory).copy(CopyDirection::ToSlots, copies)?;
+            wait_copies(running.as_mut())
+        });
         if let Err(error) = copied {
             tracing::warn!(%error, blocks = batch.len(), "copying blocks out of the device failed; they are not saved");
             self.dropped.not_copied += batch_blocks;

@@ -4,10 +4,15 @@
 use std::io::Stderr;
 use std::time::{Duration, Instant};
 
+use opentelemetry_sdk::trace::SdkTracer;
 use pegaflow_engine::{Engine, Error, ErrorKind, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, reload};
 
+use crate::otlp::{Exporter, Spans};
 use crate::settings::{Loaded, LogFormat, Settings};
 use crate::{
     ExitStatus, HttpServer, Listeners, Metrics, Readiness, Server, ServerConfig, TcpService, Tokens,
@@ -25,7 +30,10 @@ type LogHandle = Box<dyn Fn(EnvFilter) -> bool>;
 /// # Errors
 /// What the store, the sockets or the runtime report; `Timeout` if it did not end in order.
 pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
-    let log = start_logging(&loaded.settings.log, loaded.settings.log_format);
+    let settings = &loaded.settings;
+    let spans = settings.otlp_endpoint().map(|_| Spans::new(settings.trace_sample));
+    let tracer = spans.as_ref().map(|spans| spans.tracer.clone());
+    let log = start_logging(&settings.log, settings.log_format, tracer);
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)))
@@ -34,30 +42,29 @@ pub fn run_server(loaded: &Loaded, read: Reload<'_>) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|error| Error::from_io("cannot start the runtime", error))?;
-    let outcome = runtime.block_on(run(loaded, read, &log));
+    let outcome = runtime.block_on(run(loaded, read, &log, spans));
     // Whatever hangs must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
 }
 
-fn start_logging(filter: &str, format: LogFormat) -> LogHandle {
-    let filter = EnvFilter::try_new(filter).unwrap_or_default();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr as fn() -> Stderr);
-    let log = log.with_ansi(false);
-    match format {
-        LogFormat::Text => {
-            let log = log.with_filter_reloading();
-            let handle = log.reload_handle();
-            log.init();
-            Box::new(move |filter| handle.reload(filter).is_ok())
-        }
-        LogFormat::Json => {
-            let log = log.json().with_current_span(false).with_filter_reloading();
-            let handle = log.reload_handle();
-            log.init();
-            Box::new(move |filter| handle.reload(filter).is_ok())
-        }
-    }
+/// Logs to standard error, and has sampled spans started by `tracer` where it is given.
+fn start_logging(filter: &str, format: LogFormat, tracer: Option<SdkTracer>) -> LogHandle {
+    let (filter, handle) = reload::Layer::new(EnvFilter::try_new(filter).unwrap_or_default());
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr as fn() -> Stderr).with_ansi(false);
+    let log = match format {
+        LogFormat::Text => log.boxed(),
+        LogFormat::Json => log.json().with_current_span(false).boxed(),
+    };
+    // Whoever asks for traces does not have to ask for their logs.
+    let ours =
+        Targets::new().with_target("pegaflow", LevelFilter::DEBUG).with_target("pegaflow_otlp", LevelFilter::OFF);
+    let traces = tracer.map(|tracer| {
+        let layer = tracing_opentelemetry::layer().with_tracer(tracer);
+        layer.with_location(false).with_threads(false).with_tracked_inactivity(false).with_filter(ours)
+    });
+    tracing_subscriber::registry().with(log.with_filter(filter)).with(traces).init();
+    Box::new(move |filter| handle.reload(filter).is_ok())
 }
 
 /// Every client takes a few descriptors: as many as the system allows.
@@ -78,14 +85,18 @@ fn report_file_size_limit() -> Result<()> {
     handler.map_err(|error| Error::from_io("cannot listen for signals", error))
 }
 
-async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
+async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle, spans: Option<Spans>) -> Result<()> {
     let settings = &loaded.settings;
     let mut stop = StopSignals::new()?;
     let mut hang_up =
         signal(SignalKind::hangup()).map_err(|error| Error::from_io("cannot listen for signals", error))?;
     report_file_size_limit()?;
     let metrics = Metrics::new();
-    let readiness = Readiness::new(metrics);
+    let mut readiness = Readiness::new(metrics);
+    let exporter = spans.zip(settings.otlp_endpoint()).map(|(Spans { ended, counts, .. }, endpoint)| {
+        readiness = readiness.clone().with_spans(counts);
+        Exporter::start(endpoint, ended, readiness.clone(), settings.otlp_metrics_interval())
+    });
     let http = match settings.http_address() {
         Some(address) => Some(HttpServer::start(address, readiness.clone()).await?),
         None => None,
@@ -152,7 +163,11 @@ async fn run(loaded: &Loaded, read: Reload<'_>, log: &LogHandle) -> Result<()> {
     let timeout = Duration::from_secs(current.settings.shutdown_timeout);
     tracing::info!(?timeout, "stopping: no new connections, operations end, the store is flushed");
     stop.exit_at_next();
-    server.stop(timeout).await.inspect(|()| tracing::info!("stopped"))
+    let stopped = server.stop(timeout).await.inspect(|()| tracing::info!("stopped"));
+    if let Some(exporter) = exporter {
+        exporter.stop().await;
+    }
+    stopped
 }
 
 /// Takes up a changed certificate and changed tokens. What can not be read changes nothing.

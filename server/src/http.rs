@@ -13,11 +13,13 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use pegaflow_engine::{Error, ErrorKind, Result};
 use tokio::net::TcpListener;
 
 use crate::http_listener::HttpListener;
 use crate::metrics::{Metrics, ServerGauges};
+use crate::otlp::SpanCounts;
 use crate::session::Sessions;
 
 /// What HTTP answers from: empty until the server serves.
@@ -25,13 +27,23 @@ use crate::session::Sessions;
 pub struct Readiness {
     sessions: Arc<OnceLock<Arc<Sessions>>>,
     metrics: Metrics,
+    spans: Arc<SpanCounts>,
     started: Instant,
 }
 
 impl Readiness {
     /// Not ready until a server is started with it.
     pub fn new(metrics: Metrics) -> Self {
-        Self { sessions: Arc::default(), metrics, started: Instant::now() }
+        Self { sessions: Arc::default(), metrics, spans: Arc::default(), started: Instant::now() }
+    }
+
+    /// Also tells what became of these spans.
+    pub(crate) fn with_spans(self, spans: Arc<SpanCounts>) -> Self {
+        Self { spans, ..self }
+    }
+
+    pub(crate) fn spans(&self) -> &SpanCounts {
+        &self.spans
     }
 
     pub(crate) fn serving(&self, sessions: &Arc<Sessions>) {
@@ -49,15 +61,23 @@ impl Readiness {
 
     fn text(&self) -> String {
         match self.sessions.get() {
-            Some(sessions) => self.metrics.render(
-                &sessions.engine().stats(),
-                ServerGauges {
-                    sessions: sessions.count(),
-                    operations: sessions.operations(),
-                    is_ready: sessions.engine().ready().is_ok(),
-                },
-            ),
+            Some(sessions) => self.metrics.render(&sessions.engine().stats(), self.gauges(sessions)),
             None => self.metrics.render_starting(),
+        }
+    }
+
+    /// All metrics for a collector; `None` until the server serves.
+    pub(crate) fn otlp(&self) -> Option<ExportMetricsServiceRequest> {
+        let sessions = self.sessions.get()?;
+        Some(self.metrics.otlp(&sessions.engine().stats(), self.gauges(sessions)))
+    }
+
+    fn gauges(&self, sessions: &Sessions) -> ServerGauges {
+        ServerGauges {
+            sessions: sessions.count(),
+            operations: sessions.operations(),
+            is_ready: sessions.engine().ready().is_ok(),
+            spans: self.spans.read(),
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod limits;
 mod lookup_socket;
 mod memory_socket;
 mod metrics;
+mod otlp;
 mod owner_only;
 #[doc(hidden)]
 pub mod pack;

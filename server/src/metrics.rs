@@ -11,12 +11,14 @@ use std::fmt::Write;
 use std::time::SystemTime;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use pegaflow_engine::{Latencies, Stats};
 
-pub(crate) use metric::ServerGauges;
-use metric::{Kind, Metric, Now, Value};
+pub(crate) use metric::{Kind, Metric, Now, Sample, ServerGauges, Unit, Value};
 use process::Process;
 use table::GROUPS;
+
+use crate::otlp;
 
 /// The counters and gauges of one server as Prometheus text.
 #[derive(Debug, Clone)]
@@ -38,6 +40,12 @@ impl Metrics {
     pub(crate) fn render(&self, stats: &Stats, server: ServerGauges) -> String {
         let metrics = GROUPS.iter().flat_map(|group| group.metrics);
         text(metrics, &Now { stats, server, process: Process::read(self.started) })
+    }
+
+    /// The same, to be pushed to a collector.
+    pub(crate) fn otlp(&self, stats: &Stats, server: ServerGauges) -> ExportMetricsServiceRequest {
+        let metrics = GROUPS.iter().flat_map(|group| group.metrics);
+        otlp::metrics_request(metrics, &Now { stats, server, process: Process::read(self.started) }, self.started)
     }
 
     /// The text while there is no engine yet.

@@ -9,6 +9,7 @@ use futures::{Stream, StreamExt};
 use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
+use tracing::field::Empty;
 
 use crate::access::Caller;
 use crate::limits::{
@@ -70,7 +71,20 @@ pub(crate) async fn look_up(sessions: &Arc<Sessions>, request: proto::LookupRequ
     let look = move || {
         let session = sessions.get(request.session)?;
         let request = wire::lookup_request(&request)?;
-        sessions.engine().lookup(session.engine_id, &request).map(|found| wire::lookup_reply_to_wire(&found))
+        let span = tracing::debug_span!(
+            "lookup",
+            instance = %request.instance,
+            session = session.engine_id.0,
+            request = request.question.as_ref().map(|question| &*question.request),
+            asked_blocks = request.keys.len(),
+            hit_blocks = Empty,
+            dram_blocks = Empty,
+            decision = Empty,
+        );
+        let found = span.in_scope(|| sessions.engine().lookup(session.engine_id, &request))?;
+        span.record("hit_blocks", found.hit_blocks).record("dram_blocks", found.dram_blocks);
+        span.record("decision", found.decision);
+        Ok(wire::lookup_reply_to_wire(&found))
     };
     if is_small { look() } else { on_blocking_pool(look).await }
 }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, ValueEnum};
@@ -127,6 +128,31 @@ pub struct Settings {
     /// How: lines of text, or one JSON object for each.
     #[arg(long, env = "PEGAFLOW_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+    /// An OpenTelemetry collector to which traces and metrics are pushed over OTLP (gRPC): http://127.0.0.1:4317. Default: none.
+    #[arg(long, env = "PEGAFLOW_OTLP_ENDPOINT", value_name = "URL")]
+    otlp_endpoint: Option<OtlpEndpoint>,
+    /// The share of lookups, loads and saves that are traced, 0 to 1.
+    #[arg(long, env = "PEGAFLOW_TRACE_SAMPLE", value_name = "RATIO", default_value_t = 0.01)]
+    pub(crate) trace_sample: f64,
+    /// How often all metrics are pushed there, in seconds, 1 to 3600; 0: never.
+    #[arg(long, env = "PEGAFLOW_OTLP_METRICS_INTERVAL", value_name = "SECONDS", default_value_t = 30)]
+    otlp_metrics_interval: u64,
+}
+
+/// An address of a collector.
+#[derive(Debug, Clone)]
+struct OtlpEndpoint(tonic::transport::Endpoint);
+
+impl FromStr for OtlpEndpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let bad = |_| "give http://HOST:PORT; a collector on this host takes it on to TLS".to_owned();
+        let is_http = text.strip_prefix("http://").is_some_and(|rest| rest.contains(':'));
+        let endpoint =
+            tonic::transport::Endpoint::from_shared(text.to_owned()).map_err(|error| bad(error.to_string()))?;
+        if is_http { Ok(Self(endpoint)) } else { Err(bad(String::new())) }
+    }
 }
 
 /// What a line of the log looks like.
@@ -249,6 +275,13 @@ impl Settings {
                 ));
             }
         }
+        if !(0.0..=1.0).contains(&self.trace_sample) {
+            problems.push(format!("trace_sample is {}; give 0 to 1", self.trace_sample));
+        }
+        if self.otlp_metrics_interval > 3600 {
+            problems
+                .push(format!("otlp_metrics_interval is {}; give 1 to 3600 seconds, or 0", self.otlp_metrics_interval));
+        }
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log) {
             problems.push(format!("log '{}' can not be read: {error}", self.log));
         }
@@ -275,6 +308,16 @@ impl Settings {
     pub fn drives_in_all(&self) -> Vec<(PathBuf, u64)> {
         let home = self.path.iter().map(|path| (path.clone(), self.capacity.0));
         home.chain(self.drives.iter().map(|drive| (drive.path.clone(), drive.capacity.0))).collect()
+    }
+
+    /// Where traces and metrics are pushed, if anywhere.
+    pub(crate) fn otlp_endpoint(&self) -> Option<&tonic::transport::Endpoint> {
+        self.otlp_endpoint.as_ref().map(|endpoint| &endpoint.0)
+    }
+
+    /// How often metrics are; zero: never.
+    pub(crate) fn otlp_metrics_interval(&self) -> Duration {
+        Duration::from_secs(self.otlp_metrics_interval)
     }
 
     /// Where the HTTP server listens, if it does.

@@ -18,6 +18,8 @@ pub(crate) struct ServerGauges {
     pub(crate) sessions: usize,
     pub(crate) operations: usize,
     pub(crate) is_ready: bool,
+    /// Sampled spans that a collector has taken, has not taken, and that had no room to wait for it.
+    pub(crate) spans: [u64; 3],
 }
 
 /// How a metric moves.

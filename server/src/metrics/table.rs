@@ -61,6 +61,18 @@ static SERVER: &[Metric] = &[
     gauge("pegaflow_operations", Unit::Things, &[], "Loads and saves of clients in flight.", |now, out| {
         out.one(now.server.operations);
     }),
+    counter(
+        "pegaflow_trace_spans_total",
+        Unit::Things,
+        &[one_of("result", &["sent", "refused", "no_room"])],
+        "Sampled spans: taken by the OTLP collector, not taken by it, and dropped because too many waited.",
+        |now, out| {
+            let [sent, refused, no_room] = now.server.spans;
+            out.with(&["sent"], sent);
+            out.with(&["refused"], refused);
+            out.with(&["no_room"], no_room);
+        },
+    ),
     gauge("process_start_time_seconds", Unit::UnixSeconds, &[], "When the server was started.", |now, out| {
         out.one(now.process.start_unix_seconds);
     }),
