@@ -27,8 +27,9 @@ from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
+from pegaflow import door_settings
 from pegaflow.engine import PegaEngine
-from pegaflow.errors import InvalidInputError, PegaError
+from pegaflow.errors import PegaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,22 +67,9 @@ class AdapterSettings:
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> AdapterSettings:
         """Reads and checks `adapter_params`; one error names everything that is wrong with them."""
-        known = [field.name for field in fields(cls)]
-        problems = [
-            f"'{name}' is not a setting of PegaL2Adapter; remove it, or use one of {', '.join(known)}"
-            for name in params
-            if name not in known
-        ]
-        for name, high in (("threads", 64), ("queue_pieces", 65_536)):
-            value = params.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-                problems.append(f"{name} is {value!r}; give a whole number from 1 to {high}")
-        if not isinstance(params.get("path"), str) or not params["path"]:
-            problems.append('path is missing; give the directory of the store as "path"')
-        if not isinstance(namespace := params.get("namespace", ""), str) or "\0" in namespace:
-            problems.append(f"namespace is {namespace!r}; give a text")
-        if problems:
-            raise InvalidInputError("adapter_params: " + "; ".join(problems))
+        known = (field.name for field in fields(cls))
+        numbers = {"threads": 64, "queue_pieces": 65_536}
+        door_settings.check("PegaL2Adapter", "adapter_params", params, known, numbers)
         return cls(**params)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
+from pegaflow import door_settings
 from pegaflow.engine import PegaEngine
 from pegaflow.errors import ClosedError, InvalidInputError, PegaError, UnsupportedError
 
@@ -69,22 +70,9 @@ class BackendSettings:
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> BackendSettings:
         """Reads and checks the extra configuration; one error names everything that is wrong with it."""
-        known = [field.name for field in fields(cls)]
         given = {name: value for name, value in extra.items() if name not in _OF_SGLANG}
-        problems = [
-            f"'{name}' is not a setting of PegaHiCache; remove it, or use one of {', '.join(known)}"
-            for name in given
-            if name not in known
-        ]
-        threads = given.get("threads", 8)
-        if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 64:
-            problems.append(f"threads is {threads!r}; give a whole number from 1 to 64")
-        if not isinstance(given.get("path"), str) or not given["path"]:
-            problems.append('path is missing; give the directory of the stores as "path"')
-        if not isinstance(namespace := given.get("namespace", ""), str) or "\0" in namespace:
-            problems.append(f"namespace is {namespace!r}; give a text without zero bytes")
-        if problems:
-            raise InvalidInputError("hicache-storage-backend-extra-config: " + "; ".join(problems))
+        known = (field.name for field in fields(cls))
+        door_settings.check("PegaHiCache", "hicache-storage-backend-extra-config", given, known, {"threads": 64})
         return cls(**given)
 
 

@@ -277,14 +277,18 @@ def test_a_reset_removes_all_and_answers_about_the_time_before_do_not_count(
     assert cache.named("locate")[-1][0] == "engine#2"
 
 
-def test_the_thread_asks_by_itself_and_ends(cache: FakeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_asks_by_itself_and_ends_and_repeats_itself_seldom(
+    cache: FakeCache, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(events, "_INTERVAL_S", 0.001)
-    block_events = BlockEvents(cache, "engine", BLOCK)
+    block_events = BlockEvents(cache, "engine", BLOCK, clock=clock)
     asked = []
 
     def locate(*_: Any, **__: Any) -> bytes:
         asked.append(1)
-        if len(asked) == 3:
+        if len(asked) == 5:
+            clock.now += 60.0
+        if len(asked) == 6:
             block_events._stop.set()
         raise ValueError("a mistake in the answer must not end the thread")
 
@@ -293,7 +297,8 @@ def test_the_thread_asks_by_itself_and_ends(cache: FakeCache, monkeypatch: pytes
     block_events.start()
     block_events._thread.join(30)
     block_events.close(1)
-    assert len(asked) == 3
+    assert len(asked) == 6
+    assert [record.args for record in caplog.records] == [(1,), (5,)], "at once, and again after a minute"
 
 
 def test_blocks_are_described_by_vllms_hashes(make_request: Any) -> None:

@@ -41,6 +41,8 @@ _TAKEN_MAX = 4_096
 """Blocks whose events are given out in one of vLLM's steps."""
 _UNREACHABLE_S = 10.0
 """A cache that could not be asked for so long serves nothing: its blocks are published as removed."""
+_FAILURES_TOLD_S = 60.0
+"""Unexpected failures are logged so often at most."""
 
 NOWHERE, DRAM, NVME = 0, 1, 2
 _MEDIUM: Final = {DRAM: compat.MEDIUM_DRAM, NVME: compat.MEDIUM_NVME}
@@ -199,12 +201,16 @@ class BlockEvents:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        failures, told = 0, float("-inf")
         while not self._stop.wait(_INTERVAL_S):
             try:
                 self.ask()
             except Exception:
                 # Routers then know less than there is; vLLM goes on.
-                logger.exception("PegaFlow: asking where blocks are failed")
+                failures += 1
+                if self._clock() - told >= _FAILURES_TOLD_S:
+                    logger.exception("PegaFlow: asking where blocks are failed, for the %d. time", failures)
+                    told = self._clock()
 
     def _next(self) -> list[Announced]:
         """Whom to ask about: new ones first."""
