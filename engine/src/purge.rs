@@ -9,6 +9,7 @@ use pegaflow_tiers::{
     Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, Result, Store, StoreUse,
 };
 
+use crate::choice::BlockChoice;
 use crate::engine::Engine;
 use crate::inner::Inner;
 use crate::residency::InDram;
@@ -29,6 +30,10 @@ pub struct NamespaceInfo {
     pub dram_blocks: u64,
     /// Bytes of these, as they were saved.
     pub dram_bytes: u64,
+    /// Those of them that are pinned.
+    pub pinned_blocks: u64,
+    /// Bytes of these.
+    pub pinned_bytes: u64,
     /// What it takes on the drive; `None` where that was not counted: without a store, while it is out of use, or because more was
     /// counted before than was asked for. The index is counted, which lags behind saves by the commit interval.
     pub drive: Option<StoreUse>,
@@ -67,19 +72,20 @@ pub struct EvictOutcome {
     pub dram_blocks: u64,
     /// Bytes of these, as they were saved.
     pub dram_bytes: u64,
-    /// Blocks that stay: the drive does not have them yet, or a load or a lease holds them.
+    /// Blocks that stay: the drive does not have them yet, or a load, a lease or a pin holds them.
     pub kept_blocks: u64,
 }
 
 impl Engine {
-    /// Has all blocks of these namespaces, or of all if none is given, leave DRAM but for those that the store does not have yet
-    /// and those that somebody holds. What the store has is found there from here on; what it was not given, and all without one,
-    /// is gone. Named objects stay.
+    /// Has the blocks that are meant leave DRAM but for those that the store does not have yet and those that somebody holds or
+    /// has pinned. What the store has is found there from here on; what it was not given, and all without one, is gone. Named
+    /// objects stay.
     ///
     /// # Errors
-    /// `NotFound` for a namespace that is not known, `Closed`.
-    pub fn evict(&self, namespaces: &[NamespaceId]) -> Result<EvictOutcome> {
-        evict(self.inner()?, namespaces)
+    /// `NotFound` for a namespace that is not known and a prefix that is not in DRAM, `InvalidInput` for a prefix that is not
+    /// clear, `Closed`.
+    pub fn evict(&self, choice: &BlockChoice) -> Result<EvictOutcome> {
+        evict(self.inner()?, choice)
     }
 
     /// All namespaces, by their digests: those that are registered, and those that the store has. Those of named objects are
@@ -117,7 +123,8 @@ fn list(inner: &Inner, after: Option<&NamespaceId>, most: usize, rows_max: u64) 
     let instances = inner.registry.instances_by_namespace();
     let info = |handle: NamespaceHandle, descriptor: NamespaceDescriptor, groups: Vec<GroupGeometry>| {
         let id = descriptor.id();
-        let InDram { blocks: dram_blocks, bytes: dram_bytes } = in_dram.get(&handle).copied().unwrap_or_default();
+        let InDram { blocks: dram_blocks, bytes: dram_bytes, pinned_blocks, pinned_bytes } =
+            in_dram.get(&handle).copied().unwrap_or_default();
         let asked = inner.namespace_uses.get(handle);
         let info = NamespaceInfo {
             id,
@@ -126,6 +133,8 @@ fn list(inner: &Inner, after: Option<&NamespaceId>, most: usize, rows_max: u64) 
             instances: instances.get(&id).copied().unwrap_or(0),
             dram_blocks,
             dram_bytes,
+            pinned_blocks,
+            pinned_bytes,
             drive: None,
             idle: asked.map(|asked| asked.idle()),
             lookup_blocks: asked.map_or(0, |asked| asked.lookup_blocks),
@@ -209,7 +218,20 @@ fn purge(inner: &Arc<Inner>, id: &NamespaceId, deadline: Instant) -> Result<Opti
     Ok(Some(outcome))
 }
 
-fn evict(inner: &Inner, ids: &[NamespaceId]) -> Result<EvictOutcome> {
+fn evict(inner: &Inner, choice: &BlockChoice) -> Result<EvictOutcome> {
+    let (namespaces, handles) = handles(inner, &choice.namespaces)?;
+    let meant = inner.residency.meant(handles, (choice.prefix.as_ref(), false), choice.unused_for)?;
+    let (InDram { blocks: dram_blocks, bytes: dram_bytes, .. }, kept_blocks) = inner.residency.evict(&meant);
+    let outcome = EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks };
+    tracing::info!(?choice, ?outcome, "blocks were evicted from DRAM");
+    Ok(outcome)
+}
+
+/// How many namespaces these are, all if none is given, and the numbers that they have or had. Named objects are in none.
+///
+/// # Errors
+/// `NotFound` for one that is not known.
+pub(crate) fn handles(inner: &Inner, ids: &[NamespaceId]) -> Result<(u32, HashSet<NamespaceHandle>)> {
     let rows = inner.drive.store().map(|store| store.namespaces()).unwrap_or_default().into_iter();
     let known = inner.drive.namespaces.all().into_iter().map(|known| (known.descriptor.id(), known.handle));
     let mut all: HashSet<(NamespaceId, NamespaceHandle)> = rows.map(|row| (row.id, row.handle)).chain(known).collect();
@@ -218,11 +240,7 @@ fn evict(inner: &Inner, ids: &[NamespaceId]) -> Result<EvictOutcome> {
     if let Some(unknown) = ids.iter().find(|id| !found.contains(*id)) {
         return Err(Error::new(ErrorKind::NotFound, format!("there is no namespace {unknown}")));
     }
-    let handles = all.into_iter().map(|(_, handle)| handle).collect();
-    let (InDram { blocks: dram_blocks, bytes: dram_bytes }, kept_blocks) = inner.residency.evict(&handles);
-    let outcome = EvictOutcome { namespaces: found.len() as u32, dram_blocks, dram_bytes, kept_blocks };
-    tracing::info!(?outcome, "namespaces were evicted from DRAM");
-    Ok(outcome)
+    Ok((found.len() as u32, all.into_iter().map(|(_, handle)| handle).collect()))
 }
 
 /// Instances of a purged namespace get it anew, empty; without any it is forgotten.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest};
+use pegaflow_engine::{
+    ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest, Unpinned,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
@@ -330,14 +332,55 @@ impl PegaFlow for Service {
     }
 
     async fn evict(&self, request: Request<proto::EvictRequest>) -> Result<Response<proto::EvictReply>, Status> {
-        let namespaces = request.into_inner().namespaces;
+        let proto::EvictRequest { namespaces, prefix, unused_for_ms } = request.into_inner();
         let place = self.place_to_wait()?;
         let engine = self.sessions.engine().clone();
         blocking(move || {
             let _place = place;
-            let evicted = engine.evict(&wire::named_namespaces(&namespaces)?)?;
+            let evicted = engine.evict(&wire::block_choice(&namespaces, &prefix, unused_for_ms)?)?;
             let EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks } = evicted;
             Ok(proto::EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks })
+        })
+        .await
+    }
+
+    async fn pin(&self, request: Request<proto::PinRequest>) -> Result<Response<proto::PinReply>, Status> {
+        let proto::PinRequest { namespaces, prefix, ttl_ms } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let pin = engine.pin(&wire::block_choice(&namespaces, &prefix, 0)?, wire::duration(ttl_ms))?;
+            Ok(proto::PinReply { pin_json: wire::pin_json(&pin).to_string() })
+        })
+        .await
+    }
+
+    async fn unpin(&self, request: Request<proto::UnpinRequest>) -> Result<Response<proto::UnpinReply>, Status> {
+        let proto::UnpinRequest { pin, namespaces } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let Unpinned { pins, blocks, bytes } = match pin {
+                0 => engine.unpin_namespaces(&wire::named_namespaces(&namespaces)?)?,
+                number => engine.unpin(number)?,
+            };
+            Ok(proto::UnpinReply { pins, blocks, bytes })
+        })
+        .await
+    }
+
+    async fn list_pins(
+        &self,
+        _request: Request<proto::ListPinsRequest>,
+    ) -> Result<Response<proto::ListPinsReply>, Status> {
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let pins: Vec<_> = engine.pins()?.iter().map(wire::pin_json).collect();
+            Ok(proto::ListPinsReply { pins_json: serde_json::Value::from(pins).to_string() })
         })
         .await
     }

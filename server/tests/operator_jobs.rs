@@ -156,3 +156,27 @@ fn what_the_drive_has_of_a_namespace_comes_to_dram_and_is_read_from_there() {
     assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
     stop(server, &worker);
 }
+
+#[test]
+fn pinned_blocks_stay_in_dram_until_the_pin_ends_and_are_seen() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    let (code, told) = desk.run(&["pin", "--all", "--ttl", "1h"]);
+    assert_eq!((code, &told["blocks"]), (Some(0), &SAVED.into()), "{told:#}");
+    let evict = || desk.field(&["evict", "--all"], "kept_blocks");
+    assert_eq!((evict(), in_dram(&desk)), (SAVED.into(), SAVED.into()), "a pinned block has left");
+    let pins = desk.field(&["ls"], "pins");
+    assert!(pins[0]["left_ms"].as_u64().is_some_and(|ms| ms > 3_000_000 && ms <= 3_600_000), "{pins:#}");
+    let engine = desk.field(&["status"], "engine");
+    assert_eq!((&engine["dram_pins"], &engine["dram_pinned_blocks"]), (&1.into(), &SAVED.into()), "{engine:#}");
+    assert_eq!(desk.field(&["unpin", "1"], "blocks"), SAVED);
+    assert_eq!((evict(), in_dram(&desk)), (0.into(), 0.into()));
+    // Those that the drive has come back for a pin, and leave it at its time.
+    let pin = desk.field(&["warm", "--all", "--pin", "--ttl", "2s"], "pin");
+    assert_eq!((&pin["number"], &pin["blocks"]), (&2.into(), &SAVED.into()), "{pin:#}");
+    assert_eq!(evict(), SAVED);
+    until("its time is up", || desk.field(&["ls"], "pins") == Value::Array(Vec::new()));
+    assert_eq!(evict(), 0);
+    stop(server, &worker);
+}

@@ -13,6 +13,7 @@ mod driver;
 mod jobs;
 mod link;
 mod operations;
+mod pins;
 mod shared;
 
 use std::sync::Arc;

@@ -8,6 +8,8 @@ use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceDescriptor, Namespace
 use pegaflow_server::client::Client;
 use serde_json::{Value, json};
 
+use crate::pins;
+
 /// How long the server may take for a page of namespaces whose rows it counts.
 const LIST_PATIENCE: Duration = Duration::from_secs(300);
 /// Digits of a namespace that are shown.
@@ -58,7 +60,7 @@ pub(crate) struct Which {
 
 impl Which {
     /// Whether none is left out.
-    pub(crate) fn is_all(&self) -> bool {
+    fn is_all(&self) -> bool {
         self.namespace.is_none() && self.tenant.is_none() && self.cache_salt.is_none()
     }
 
@@ -118,13 +120,20 @@ fn list(client: &Client, rows_max: u64) -> Result<Vec<Namespace>> {
     }
 }
 
-/// Lists namespaces; as JSON, and as text if that is wanted.
+/// Lists namespaces and pins; as JSON, and as text if that is wanted.
 pub(crate) fn ls(client: &Client, options: &ListOptions, is_json: bool) -> Result<Value> {
     let found = list(client, options.count)?;
+    let pins = match client.pins() {
+        // Pins name blocks, which are told to operators only.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => None,
+        pins => Some(pins?),
+    };
     if !is_json {
         print(&found);
+        pins.iter().flatten().for_each(|pin| println!("{}", pins::line(pin)));
     }
-    Ok(json!({ "namespaces": found.into_iter().map(|namespace| namespace.told).collect::<Vec<_>>() }))
+    let found: Vec<Value> = found.into_iter().map(|namespace| namespace.told).collect();
+    Ok(json!({ "namespaces": found, "pins": pins }))
 }
 
 fn print(found: &[Namespace]) {
@@ -132,8 +141,8 @@ fn print(found: &[Namespace]) {
         return println!("there are no namespaces: nothing was registered, and nothing saved");
     }
     println!(
-        "{:DIGITS$}  {:24} {:16} {:>9} {:>22} {:>22} {:>6} {:>9}",
-        "NAMESPACE", "MODEL", "TENANT", "INSTANCES", "DRAM", "DRIVE", "HITS", "USED"
+        "{:DIGITS$}  {:24} {:16} {:>9} {:>22} {:>11} {:>22} {:>6} {:>9}",
+        "NAMESPACE", "MODEL", "TENANT", "INSTANCES", "DRAM", "PINNED", "DRIVE", "HITS", "USED"
     );
     for one in found {
         let amount = |blocks: Option<u64>, bytes: Option<u64>| match (blocks, bytes) {
@@ -149,18 +158,21 @@ fn print(found: &[Namespace]) {
         };
         let used = one.number("/idle_ms").map_or_else(|| "-".into(), |ms| ago(Duration::from_millis(ms)));
         println!(
-            "{:.DIGITS$}  {:24.24} {:16.16} {:>9} {:>22} {drive:>22} {hits:>6} {used:>9}",
+            "{:.DIGITS$}  {:24.24} {:16.16} {:>9} {:>22} {:>11} {drive:>22} {hits:>6} {used:>9}",
             one.id.to_string(),
             one.field("model").or(one.field("kind")).unwrap_or("?"),
             one.field(TENANT_FIELD).unwrap_or("-"),
             one.number("/instances").unwrap_or(0),
             amount(one.number("/dram_blocks"), one.number("/dram_bytes")),
+            one.number("/pinned_bytes")
+                .filter(|bytes| *bytes > 0)
+                .map_or_else(|| "-".into(), |bytes| ByteSize(bytes).to_string()),
         );
     }
 }
 
-/// How long ago, for people.
-fn ago(idle: Duration) -> String {
+/// How long, for people.
+pub(crate) fn ago(idle: Duration) -> String {
     match idle.as_secs() {
         seconds @ 0..120 => format!("{seconds} s"),
         seconds @ 120..7200 => format!("{} min", seconds / 60),
@@ -225,8 +237,11 @@ pub(crate) fn purge(client: &Client, options: &PurgeOptions, is_json: bool) -> R
     Ok(told)
 }
 
-/// The names of those that are meant, never none.
-pub(crate) fn ids(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+/// The names of those that are meant; none for all.
+pub(crate) fn meant(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+    if which.is_all() {
+        return Ok(Vec::new());
+    }
     Ok(chosen(list(client, 0)?, which)?.into_iter().map(|namespace| namespace.id).collect())
 }
 
