@@ -28,6 +28,7 @@ mod operations;
 mod pins;
 mod placed;
 mod policy;
+mod prefixes;
 mod prelude;
 mod purge;
 mod reclaim;

@@ -1,13 +1,12 @@
 //! Pins as an operator sees them: what is to stay in DRAM, for how long, and its end.
 
-use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use pegaflow_tiers::{Error, ErrorKind, NamespaceHandle, NamespaceId, Result};
+use pegaflow_tiers::{Error, ErrorKind, NamespaceId, Result};
 
 use crate::choice::BlockChoice;
 use crate::engine::Engine;
-use crate::purge::handles;
+use crate::purge::numbers;
 
 /// Namespaces that a pin names at most; or it names none, for all.
 const NAMESPACES_MAX: usize = 64;
@@ -62,7 +61,7 @@ impl Engine {
         if choice.unused_for.is_some() {
             return bad("blocks are not pinned by age; give a namespace or a prefix".into());
         }
-        let (_, handles) = handles(inner, &choice.namespaces)?;
+        let handles = numbers(inner, &choice.namespaces)?.into_keys().collect();
         let meant = inner.residency.meant(handles, (choice.prefix.as_ref(), true), None)?;
         let pin = inner.residency.pin(&meant, choice.clone(), ttl.map(|ttl| Instant::now() + ttl))?;
         tracing::info!(?pin, "blocks are pinned in DRAM");
@@ -89,8 +88,8 @@ impl Engine {
     /// `NotFound` for a namespace that is not known, `Closed`.
     pub fn unpin_namespaces(&self, namespaces: &[NamespaceId]) -> Result<Unpinned> {
         let inner = self.inner()?;
-        let (_, handles): (_, HashSet<NamespaceHandle>) = handles(inner, namespaces)?;
-        let unpinned = inner.residency.unpin(|_, block| handles.contains(&block.id.namespace));
+        let numbers = numbers(inner, namespaces)?;
+        let unpinned = inner.residency.unpin(|_, block| numbers.contains_key(&block.id.namespace));
         tracing::info!(?unpinned, "namespaces are not pinned any more");
         Ok(unpinned)
     }

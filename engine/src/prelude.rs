@@ -16,6 +16,7 @@ pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
     BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
+pub use crate::prefixes::PrefixInfo;
 pub use crate::purge::{EvictOutcome, NamespaceInfo, PurgeOutcome};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,

@@ -1,6 +1,6 @@
 //! Namespaces as an operator sees them: what there is of each in DRAM and on the drive, and how to get rid of one.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -101,6 +101,18 @@ impl Engine {
         rows_max: u64,
     ) -> Result<Vec<NamespaceInfo>> {
         Ok(list(self.inner()?, after, most, rows_max))
+    }
+
+    /// Whether a namespace was looked up or saved to within this time, as far as it is known: since the engine was opened.
+    /// Before so much time has gone by that is taken for granted.
+    ///
+    /// # Errors
+    /// `NotFound` for a namespace that is not known, `Closed`.
+    pub fn was_used_within(&self, namespace: &NamespaceId, time: Duration) -> Result<bool> {
+        let inner = self.inner()?;
+        let uses = numbers(inner, &[*namespace])?.into_keys().filter_map(|handle| inner.namespace_uses.get(handle));
+        let idle = uses.map(|used| used.idle()).min();
+        Ok(idle.unwrap_or_else(|| inner.residency.age()) < time)
     }
 
     /// Purges a namespace: nothing of it is found from here on, by nobody, whatever comes. Blocks in DRAM go at once, those
@@ -219,28 +231,30 @@ fn purge(inner: &Arc<Inner>, id: &NamespaceId, deadline: Instant) -> Result<Opti
 }
 
 fn evict(inner: &Inner, choice: &BlockChoice) -> Result<EvictOutcome> {
-    let (namespaces, handles) = handles(inner, &choice.namespaces)?;
-    let meant = inner.residency.meant(handles, (choice.prefix.as_ref(), false), choice.unused_for)?;
+    let numbers = numbers(inner, &choice.namespaces)?;
+    let namespaces = numbers.values().collect::<HashSet<_>>().len() as u32;
+    let meant =
+        inner.residency.meant(numbers.into_keys().collect(), (choice.prefix.as_ref(), false), choice.unused_for)?;
     let (InDram { blocks: dram_blocks, bytes: dram_bytes, .. }, kept_blocks) = inner.residency.evict(&meant);
     let outcome = EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks };
     tracing::info!(?choice, ?outcome, "blocks were evicted from DRAM");
     Ok(outcome)
 }
 
-/// How many namespaces these are, all if none is given, and the numbers that they have or had. Named objects are in none.
+/// The numbers that these namespaces have or had, of all if none is given. Named objects are in none.
 ///
 /// # Errors
 /// `NotFound` for one that is not known.
-pub(crate) fn handles(inner: &Inner, ids: &[NamespaceId]) -> Result<(u32, HashSet<NamespaceHandle>)> {
+pub(crate) fn numbers(inner: &Inner, ids: &[NamespaceId]) -> Result<HashMap<NamespaceHandle, NamespaceId>> {
     let rows = inner.drive.store().map(|store| store.namespaces()).unwrap_or_default().into_iter();
-    let known = inner.drive.namespaces.all().into_iter().map(|known| (known.descriptor.id(), known.handle));
-    let mut all: HashSet<(NamespaceId, NamespaceHandle)> = rows.map(|row| (row.id, row.handle)).chain(known).collect();
-    all.retain(|(id, handle)| *handle != NamespaceHandle(0) && (ids.is_empty() || ids.contains(id)));
-    let found: HashSet<NamespaceId> = all.iter().map(|(id, _)| *id).collect();
+    let known = inner.drive.namespaces.all().into_iter().map(|known| (known.handle, known.descriptor.id()));
+    let mut all: HashMap<_, _> = rows.map(|row| (row.handle, row.id)).chain(known).collect();
+    all.retain(|handle, id| *handle != NamespaceHandle(0) && (ids.is_empty() || ids.contains(id)));
+    let found: HashSet<NamespaceId> = all.values().copied().collect();
     if let Some(unknown) = ids.iter().find(|id| !found.contains(*id)) {
         return Err(Error::new(ErrorKind::NotFound, format!("there is no namespace {unknown}")));
     }
-    Ok((found.len() as u32, all.into_iter().map(|(_, handle)| handle).collect()))
+    Ok(all)
 }
 
 /// Instances of a purged namespace get it anew, empty; without any it is forgotten.

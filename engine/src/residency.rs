@@ -12,18 +12,20 @@ mod hot;
 mod key_hasher;
 mod meant;
 mod pins;
+mod prefixes;
 mod purge;
 
 pub(crate) use self::key_hasher::KeyHasher;
 pub(crate) use self::meant::Meant;
 pub(crate) use self::pins::PinTotals;
+pub(crate) use self::prefixes::Prefix;
 pub(crate) use self::purge::InDram;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
@@ -373,9 +375,14 @@ impl Residency {
         self.state.lock().tick
     }
 
-    /// Seconds since the engine was opened.
+    /// How long ago the engine was opened.
+    pub(crate) fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+
+    /// The same in seconds.
     fn now_s(&self) -> u32 {
-        u32::try_from(self.opened.elapsed().as_secs()).unwrap_or(u32::MAX)
+        u32::try_from(self.age().as_secs()).unwrap_or(u32::MAX)
     }
 
     /// Blocks are loaded: what was fetched of them was not fetched in vain.

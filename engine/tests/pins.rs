@@ -155,6 +155,21 @@ fn a_prefix_is_its_block_and_what_continues_it() {
     [&one, &apart].into_iter().for_each(|chain| save(&mut worker, chain));
     assert_eq!(worker.save(&other, BlockKey::ROOT), SaveOutcome { saved: 8, present: 8, dropped: 0 });
     assert_eq!(engine.stats().dram_blocks, 40);
+    // Told by their first blocks, the larger one first; and behind what its two chains share, as two.
+    let told = |under: Option<&BlockKey>| {
+        let under = under.map(|key| key.to_string().parse().expect("digits"));
+        let found = engine.list_prefixes(&[], under.as_ref(), 10).expect("there").into_iter();
+        found.map(|it| (it.key, it.depth, it.common_blocks, it.branches, it.blocks)).collect::<Vec<_>>()
+    };
+    assert_eq!(told(None), [(one[0], 0, 8, 2, 24), (apart[0], 0, 16, 0, 16)]);
+    let mut both = [(one[8], 8, 8, 0, 8), (other[8], 8, 8, 0, 8)];
+    both.sort();
+    assert_eq!(told(Some(&one[0])), both);
+    assert_eq!(told(Some(&one[7])), both);
+    assert_eq!(told(Some(&one[8])), []);
+    let info = engine.list_prefixes(&[], None, 1).expect("open").remove(0);
+    assert!(info.bytes >= 24 * BLOCK && info.pinned_bytes == 0 && info.idle < Duration::from_secs(60), "{info:?}");
+    assert_eq!(engine.list_prefixes(&[], None, 0).expect_err("none").kind(), ErrorKind::InvalidInput);
     // A pin keeps what comes before, too: without it nothing of it would be found.
     assert_eq!(engine.pin(&under(one[8]), None).expect("there").blocks, 16);
     assert_eq!(engine.pin(&under(one[0]), None).expect("there").blocks, 24);

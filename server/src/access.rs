@@ -85,8 +85,9 @@ const TABLE: &[(&str, &[Role])] = &[
     ("Evict", &[Role::Operator]),
     ("Pin", &[Role::Operator]),
     ("Unpin", &[Role::Operator]),
-    // Names blocks.
+    // Both name blocks.
     ("ListPins", &[Role::Operator]),
+    ("ListPrefixes", &[Role::Operator]),
     ("LoadPolicy", &[Role::Operator]),
     // Names requests.
     ("Explain", &[Role::Operator]),

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures::{Stream, StreamExt};
 use pegaflow_engine::{
-    ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest, Unpinned,
+    BlockChoice, ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest, Unpinned,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
@@ -282,7 +282,7 @@ impl PegaFlow for Service {
     }
 
     async fn purge(&self, request: Request<proto::PurgeRequest>) -> Result<Response<proto::PurgeReply>, Status> {
-        let proto::PurgeRequest { namespace, timeout_ms } = request.into_inner();
+        let proto::PurgeRequest { namespace, timeout_ms, unused_for_ms } = request.into_inner();
         let timeout = wire::flush_timeout(timeout_ms).map_err(|error| to_status(&error))?;
         let place = self.place_to_wait()?;
         let engine = self.sessions.engine().clone();
@@ -290,6 +290,12 @@ impl PegaFlow for Service {
             let _place = place;
             let namespace = wire::namespace_id(&namespace)?;
             let unknown = || Error::new(ErrorKind::NotFound, format!("there is no namespace {namespace}"));
+            if let Some(time) = wire::duration(unused_for_ms)
+                && engine.was_used_within(&namespace, time)?
+            {
+                let message = format!("namespace {namespace} was used within {time:?}; it is not purged");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
             let purged = engine.purge(&namespace, Instant::now() + timeout)?.ok_or_else(unknown)?;
             Ok(proto::PurgeReply {
                 dram_blocks: purged.dram_blocks,
@@ -367,6 +373,23 @@ impl PegaFlow for Service {
                 number => engine.unpin(number)?,
             };
             Ok(proto::UnpinReply { pins, blocks, bytes })
+        })
+        .await
+    }
+
+    async fn list_prefixes(
+        &self,
+        request: Request<proto::ListPrefixesRequest>,
+    ) -> Result<Response<proto::ListPrefixesReply>, Status> {
+        let proto::ListPrefixesRequest { namespaces, under, limit } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let BlockChoice { namespaces, prefix, .. } = wire::block_choice(&namespaces, &under, 0)?;
+            let found = engine.list_prefixes(&namespaces, prefix.as_ref(), limit as usize)?;
+            let found: Vec<_> = found.iter().map(wire::prefix_json).collect();
+            Ok(proto::ListPrefixesReply { prefixes_json: serde_json::Value::from(found).to_string() })
         })
         .await
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use pegaflow_engine::{
     ArenaId, BlockChoice, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, HitTier, InstanceId,
     InstanceSpec, KeyPrefix, LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupReply, LookupRequest,
-    NamespaceDescriptor, NamespaceId, NamespaceInfo, PinInfo, Place, Places, Result, SaveTarget, TenantId,
+    NamespaceDescriptor, NamespaceId, NamespaceInfo, PinInfo, Place, Places, PrefixInfo, Result, SaveTarget, TenantId,
 };
 use prost::bytes::Bytes;
 
@@ -406,6 +406,23 @@ pub(crate) fn pin_json(pin: &PinInfo) -> serde_json::Value {
         "blocks": pin.blocks,
         "bytes": pin.bytes,
         "left_ms": pin.left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+    })
+}
+
+/// A prefix, as it is told.
+pub(crate) fn prefix_json(prefix: &PrefixInfo) -> serde_json::Value {
+    serde_json::json!({
+        "namespace": prefix.namespace.to_string(),
+        "group": prefix.group,
+        "key": prefix.key.to_string(),
+        "depth": prefix.depth,
+        "common_blocks": prefix.common_blocks,
+        "branches": prefix.branches,
+        "blocks": prefix.blocks,
+        "bytes": prefix.bytes,
+        "pinned_bytes": prefix.pinned_bytes,
+        "idle_ms": u64::try_from(prefix.idle.as_millis()).unwrap_or(u64::MAX),
+        "uses": prefix.uses,
     })
 }
 

@@ -224,6 +224,15 @@ fn of_a_server(desk: &Desk) {
     let told = desk.meets("ls", 0, &at(&socket, &["ls"]));
     assert_eq!((&told["namespaces"][0]["pinned_blocks"], &told["pins"][0]["number"]), (&count, &1.into()), "{told:#}");
     assert_eq!(desk.meets("status", 0, &at(&socket, &["status"]))["engine"]["dram_pins"], 2);
+    let told = desk.meets("ls", 0, &at(&socket, &["ls", "--prefixes", "--most", "1"]));
+    let prefix = &told["prefixes"][0];
+    assert_eq!((&prefix["key"], &prefix["common_blocks"]), (&key.clone().into(), &count), "{told:#}");
+    assert_eq!((&prefix["bytes"], &prefix["blocks"]), (&prefix["pinned_bytes"], &count), "{told:#}");
+    let told = desk.meets("ls", 0, &at(&socket, &["ls", "--prefixes", "--under", &key]));
+    assert_eq!(told["prefixes"], Value::Array(Vec::new()), "it goes on in one way: {told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["ls", "--prefixes", "--under", "00000000"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["ls", "--prefixes", "--namespace", "no"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["ls", "--under", &key]));
     let told = desk.meets("warm", 0, &at(&socket, &["warm", "--all", "--pin", "--ttl", "30s"]));
     assert_eq!(told["pin"]["number"], 3, "{told:#}");
     let told = desk.meets("unpin", 0, &at(&socket, &["unpin", "1"]));
@@ -257,6 +266,8 @@ fn of_a_server(desk: &Desk) {
     desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--namespace", "no", "--yes"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--namespace", &id[..8]]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--yes"]));
+    desk.fails(1, ErrorKind::Unsupported, &at(&socket, &["purge", "--all", "--yes", "--prefix", "00000000"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--all", "--yes", "--older-than", "1d"]));
     // What a server has open is in use.
     desk.fails(5, ErrorKind::Locked, &["verify", &desk.path("store")]);
     stop(server, &worker);

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use pegaflow_engine::ErrorKind;
 use pegaflow_server::client::Endpoint;
 use serde_json::Value;
 use support::{BLOCKS, PATIENCE, Process, Worker, until};
@@ -178,5 +179,25 @@ fn pinned_blocks_stay_in_dram_until_the_pin_ends_and_are_seen() {
     assert_eq!(evict(), SAVED);
     until("its time is up", || desk.field(&["ls"], "pins") == Value::Array(Vec::new()));
     assert_eq!(evict(), 0);
+    stop(server, &worker);
+}
+
+#[test]
+fn a_namespace_that_nobody_uses_is_purged_by_its_age() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    let purge = |time| desk.run(&["purge", "--all", "--yes", "--older-than", time]);
+    let (code, told) = purge("1h");
+    assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "the server runs for less: {told:#}");
+    assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, SAVED);
+    let (code, told) = purge("1h");
+    assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
+    // The server looks once more itself.
+    let id = Worker::spec().namespace.id();
+    let refused = worker.client.purge(&id, Some(PATIENCE), PATIENCE).expect_err("used just now");
+    assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
+    until("nobody uses it", || purge("2s").0 == Some(0));
+    assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, 0);
     stop(server, &worker);
 }

@@ -4,8 +4,9 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, NamespaceHandle, RecordId, Result};
+use pegaflow_tiers::{NamespaceHandle, RecordId, Result};
 
+use super::prefixes::check_one;
 use super::{Residency, Resident};
 use crate::choice::KeyPrefix;
 
@@ -45,7 +46,7 @@ impl Residency {
         let used_until_s = match unused_for {
             None => None,
             // A second is the grain: what was used within the one at the border stays.
-            Some(time) => match self.opened.elapsed().checked_sub(time).and_then(|at| at.as_secs().checked_sub(1)) {
+            Some(time) => match self.age().checked_sub(time).and_then(|at| at.as_secs().checked_sub(1)) {
                 // Nobody has been here for so long.
                 None => return Ok(Meant::default()),
                 Some(until) => Some(u32::try_from(until).unwrap_or(u32::MAX)),
@@ -65,17 +66,7 @@ impl Residency {
         with_ancestors: bool,
     ) -> Result<HashSet<u64>> {
         let (mut links, heads) = self.links(namespaces, prefix);
-        let keys: HashSet<BlockKey> = heads.iter().map(|head| head.key).collect();
-        if keys.len() > 1 {
-            let message = format!("the keys of {} blocks begin with '{prefix}'; give more digits", keys.len());
-            return Err(Error::new(ErrorKind::InvalidInput, message));
-        }
-        if keys.is_empty() {
-            let message = format!(
-                "no block in DRAM has a key that begins with '{prefix}'; pegaflow ls --prefixes shows what there is"
-            );
-            return Err(Error::new(ErrorKind::NotFound, message));
-        }
+        check_one(heads.iter().map(|head| head.key), prefix)?;
         // Each is less deep than those that continue it.
         links.sort_unstable_by_key(|(depth, ..)| *depth);
         let mut under = HashSet::new();

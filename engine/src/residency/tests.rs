@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use super::*;
 use crate::choice::BlockChoice;
 use crate::pins::PinInfo;
@@ -156,6 +154,8 @@ fn many_pinned_blocks_are_in_the_way_of_nobody_who_needs_room() {
         let meant = residency.meant([NamespaceHandle(1)].into(), (None, false), None).expect("all");
         let pin = residency.pin(&meant, BlockChoice::default(), None).expect("less than half");
         assert_eq!((pin.blocks, residency.pinned().blocks), (cold.len() as u64, cold.len() as u64));
+        // A use does not bring them back into the order.
+        residency.touch_chain(cold.iter().map(|id| (id, Arena::slot_bytes(4096))));
         for first in 100..200 {
             let ids = chain(&residency, first, 64, 4096, false);
             assert_eq!(ids.len(), 64, "{policy}: no room");
@@ -168,6 +168,23 @@ fn many_pinned_blocks_are_in_the_way_of_nobody_who_needs_room() {
         }
         assert!(!cold.iter().all(|id| residency.contains(id)), "{policy}: they stay though nobody pins them");
     }
+}
+
+#[test]
+fn saves_leave_room_for_loads_beside_pinned_blocks() {
+    let residency = residency();
+    chain(&residency, 1, 30, BLOCK, false);
+    let meant = residency.meant([NamespaceHandle(1)].into(), (None, false), None).expect("all");
+    assert_eq!(residency.pin(&meant, BlockChoice::default(), None).expect("less than half").blocks, 30);
+    let mut accepted = 0;
+    while let Some(slot) = residency.alloc_dirty(BLOCK) {
+        let key = BlockKey::from_name(&[accepted]);
+        let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
+        residency.insert(Resident::new(id, (BlockKey::ROOT, 0), Arc::new(slot), 1, true), false);
+        accepted += 1;
+    }
+    assert!((20..34).contains(&accepted), "{accepted}");
+    assert!(residency.alloc(BLOCK).is_some());
 }
 
 /// Blocks come, become clean, are asked for, held, refused and removed at random, in two sizes, with objects between them.

@@ -1,4 +1,4 @@
-//! What is to stay in the server's DRAM.
+//! What is to stay in the server's DRAM, and the prefixes that are there.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::Client;
 use super::jobs::{understood, wire_ids, wire_ms};
-use crate::proto::{ListPinsRequest, PinRequest, UnpinReply, UnpinRequest};
+use crate::proto::{ListPinsRequest, ListPrefixesRequest, PinRequest, UnpinReply, UnpinRequest};
 
 impl Client {
     /// Keeps the blocks that are meant and are in the server's DRAM there, for this time or until the pin is ended. The pin, as
@@ -51,6 +51,27 @@ impl Client {
         let (mut rpc, _) = self.inner.shared.session()?;
         let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.list_pins(ListPinsRequest {}).await })?;
         understood(&reply.pins_json)
+    }
+
+    /// The prefixes in the server's DRAM of these namespaces, or of all if none is given, that begin a request; or, with `under`,
+    /// those in which the prefix with that key goes on. At most `limit`, 1 to 1,000, the largest ones first; as
+    /// `pegaflow ls --prefixes --json` prints them.
+    ///
+    /// # Errors
+    /// `NotFound` for a namespace or a key that is not there, `InvalidInput`, `PermissionDenied` without the role of an operator,
+    /// `Closed` at once without a server, `Timeout` after `timeout`.
+    pub fn list_prefixes(
+        &self,
+        namespaces: &[NamespaceId],
+        under: Option<&KeyPrefix>,
+        limit: u32,
+        timeout: Duration,
+    ) -> Result<Vec<Value>> {
+        let (mut rpc, _) = self.inner.shared.session()?;
+        let (namespaces, under) = (wire_ids(namespaces), under.map(KeyPrefix::to_string).unwrap_or_default());
+        let request = ListPrefixesRequest { namespaces, under, limit };
+        let reply = self.call(timeout, async move { rpc.list_prefixes(request).await })?;
+        understood(&reply.prefixes_json)
     }
 
     fn end_pins(&self, request: UnpinRequest, timeout: Duration) -> Result<Unpinned> {

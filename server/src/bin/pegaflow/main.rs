@@ -127,8 +127,8 @@ enum Command {
     },
     /// Says whether the server answers, and how fast.
     Ping,
-    /// Lists namespaces: model and tenant, instances, blocks and bytes in DRAM and on the drive, hits, last use. The last two
-    /// since the server was started.
+    /// Lists namespaces: model and tenant, instances, blocks and bytes in DRAM and on the drive, hits, last use; the last two
+    /// since the server was started. And pins; with --prefixes also the prefixes in DRAM.
     Ls {
         #[command(flatten)]
         options: ListOptions,
@@ -136,7 +136,8 @@ enum Command {
     /// Purges namespaces: nothing of them is found again, also after a crash. In an encrypted store their keys are destroyed, and
     /// the data with them. Engines that run go on, with an empty cache.
     ///
-    /// Asks first on a terminal. Exit status 3 if nothing matches.
+    /// Asks first on a terminal. Namespaces go as a whole: a prefix, or what is old of one, leaves DRAM with `evict`. Exit status 3
+    /// if nothing matches.
     Purge {
         #[command(flatten)]
         options: PurgeOptions,

@@ -61,6 +61,31 @@ pub(crate) fn unpin(client: &Client, options: &UnpinOptions, is_json: bool) -> R
     Ok(json!({ "pins": ended.pins, "blocks": ended.blocks, "bytes": ended.bytes }))
 }
 
+/// Prefixes, for people.
+pub(crate) fn print_prefixes(prefixes: &[Value]) {
+    println!(
+        "{:16}  {:16} {:>6} {:>7} {:>8} {:>22} {:>11} {:>5} {:>9}",
+        "PREFIX", "NAMESPACE", "BEFORE", "SHARED", "BRANCHES", "DRAM", "PINNED", "USES", "USED"
+    );
+    for prefix in prefixes {
+        let text = |name: &str| prefix.get(name).and_then(Value::as_str).unwrap_or("?");
+        let number = |name: &str| prefix.get(name).and_then(Value::as_u64);
+        let of = |name: &str| number(name).unwrap_or(0);
+        println!(
+            "{:.16}  {:.16} {:>6} {:>7} {:>8} {:>22} {:>11} {:>5} {:>9}",
+            text("key"),
+            text("namespace"),
+            of("depth"),
+            of("common_blocks"),
+            of("branches"),
+            format!("{} in {}", of("blocks"), ByteSize(of("bytes"))),
+            number("pinned_bytes").filter(|bytes| *bytes > 0).map_or_else(|| "-".into(), |it| ByteSize(it).to_string()),
+            number("uses").map_or_else(|| "-".into(), |uses| uses.to_string()),
+            ago(Duration::from_millis(of("idle_ms"))),
+        );
+    }
+}
+
 /// A pin, for people.
 pub(crate) fn line(pin: &Value) -> String {
     let number = |name: &str| pin.get(name).and_then(Value::as_u64);
