@@ -57,7 +57,7 @@ fn pinned_blocks_stay_whoever_needs_room_until_the_pin_is_ended() {
         assert_eq!((kept_blocks, engine.stats().dram_blocks), (blocks, blocks), "{policy}: an eviction leaves them");
         let info = engine.list_namespaces(None, 8, 0).expect("open").remove(0);
         assert_eq!((info.pinned_blocks, info.pinned_bytes), (blocks, blocks * BLOCK));
-        assert_eq!(engine.pins().expect("open"), [pin.clone()]);
+        assert_eq!(engine.pins().expect("open"), std::slice::from_ref(&pin));
         // Two pins hold the same; both have to end.
         let second = engine.pin(&under(chains[0][0]), Some(Duration::from_secs(3600))).expect("nothing more");
         assert!(second.blocks == u64::from(BLOCKS) && second.left.is_some(), "{second:?}");

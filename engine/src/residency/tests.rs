@@ -151,11 +151,15 @@ fn many_pinned_blocks_are_in_the_way_of_nobody_who_needs_room() {
         let cold: Vec<_> = (0..24).flat_map(|first| chain(&residency, first, 64, 4096, false)).collect();
         residency.touch_chain(cold.iter().map(|id| (id, Arena::slot_bytes(4096))));
         assert_eq!(cold.len(), 24 * 64, "more than a search looks at");
+        while residency.enter(&mut residency.policies.lock()) {}
         let meant = residency.meant([NamespaceHandle(1)].into(), (None, false), None).expect("all");
         let pin = residency.pin(&meant, BlockChoice::default(), None).expect("less than half");
         assert_eq!((pin.blocks, residency.pinned().blocks), (cold.len() as u64, cold.len() as u64));
         // A use does not bring them back into the order.
         residency.touch_chain(cold.iter().map(|id| (id, Arena::slot_bytes(4096))));
+        while residency.enter(&mut residency.policies.lock()) {}
+        assert_eq!(residency.policies.lock().len(), 0, "{policy}: a policy knows a pinned block");
+        assert!(residency.state.lock().order.is_empty(), "{policy}: a pinned block is in the order");
         for first in 100..200 {
             let ids = chain(&residency, first, 64, 4096, false);
             assert_eq!(ids.len(), 64, "{policy}: no room");
