@@ -441,6 +441,12 @@ pub struct Stats {
     pub dram_dirty_bytes: u64,
     /// Blocks in DRAM.
     pub dram_blocks: u64,
+    /// Those of them that are pinned.
+    pub dram_pinned_blocks: u64,
+    /// Bytes of their slots.
+    pub dram_pinned_bytes: u64,
+    /// Pins that hold them.
+    pub dram_pins: u64,
     /// Bytes of the store's regions; 0 without a store.
     pub nvme_capacity_bytes: u64,
     /// Bytes of regions in use.

@@ -412,6 +412,7 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let inner = &self.shared.inner;
         let (dram_blocks, dram_dirty_bytes, evicted) = inner.residency.gauges();
+        let pinned = inner.residency.pinned();
         let (loads_waiting, saves_waiting) = self.shared.workers.read().waiting();
         let (sessions, instances) = inner.registry.counts();
         let counters = &inner.counters;
@@ -421,6 +422,9 @@ impl Engine {
             dram_used_bytes: inner.arena.used_bytes(),
             dram_dirty_bytes,
             dram_blocks,
+            dram_pinned_blocks: pinned.blocks,
+            dram_pinned_bytes: pinned.bytes,
+            dram_pins: pinned.pins,
             io_engine: "none".into(),
             sessions,
             instances,
@@ -549,6 +553,7 @@ impl Shared {
         inner.leases.close();
         inner.fetches.close();
         inner.residency.notify_room();
+        inner.residency.close_pins();
         inner.wear.close();
         inner.requests.close();
         inner.operations.wait_ended(None, deadline)?;

@@ -35,7 +35,7 @@ const SPARE_PATIENCE: Duration = Duration::from_secs(1);
 const COPY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The shared state. Locks inside are never held across I/O or callbacks, and never two at a time but for
-/// `object_order` and `purging`, which come first, and the two of the residency.
+/// `object_order` and `purging`, which come first, and the three of the residency.
 pub(crate) struct Inner {
     pub(crate) config: EngineConfig,
     pub(crate) arena: Arc<Arena>,
@@ -152,6 +152,8 @@ impl Workers {
         }
         let keeper = Arc::clone(inner);
         workers.spawn("pega-leases".into(), move || keeper.leases.keep_time(|| keeper.residency.notify_room()))?;
+        let keeper = Arc::clone(inner);
+        workers.spawn("pega-pins".into(), move || keeper.residency.keep_pins())?;
         let scheduler = Arc::clone(inner);
         workers.spawn("pega-policy".into(), move || scheduler::run(&scheduler))?;
         if inner.drive.is_configured() {

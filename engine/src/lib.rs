@@ -6,6 +6,7 @@
 mod admission;
 mod api;
 mod arbiter;
+mod choice;
 mod config;
 mod counters;
 mod drive_tier;
@@ -24,8 +25,10 @@ mod miss_ratio;
 mod namespace_uses;
 mod objects;
 mod operations;
+mod pins;
 mod placed;
 mod policy;
+mod prefixes;
 mod prelude;
 mod purge;
 mod reclaim;

@@ -6,14 +6,17 @@ pub use crate::api::{
     Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
+pub use crate::choice::{BlockChoice, KeyPrefix};
 pub use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig, NvmeDrive};
 pub use crate::engine::{Engine, ObjectBytes};
 pub use crate::hot_set::{WarmRun, WarmRunState};
 pub use crate::miss_ratio::MissRatioCurve;
+pub use crate::pins::{PinInfo, Unpinned};
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
     BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
+pub use crate::prefixes::PrefixInfo;
 pub use crate::purge::{EvictOutcome, NamespaceInfo, PurgeOutcome};
 pub use crate::replay::{
     PrefetchModel, PrefetchOutcome, ReplayOutcome, ReplayTier, Synthetic, TierOutcome, Trace, TraceRequest, replay,

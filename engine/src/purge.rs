@@ -1,6 +1,6 @@
 //! Namespaces as an operator sees them: what there is of each in DRAM and on the drive, and how to get rid of one.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use pegaflow_tiers::{
     Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, NamespaceId, Result, Store, StoreUse,
 };
 
+use crate::choice::BlockChoice;
 use crate::engine::Engine;
 use crate::inner::Inner;
 use crate::residency::InDram;
@@ -29,6 +30,10 @@ pub struct NamespaceInfo {
     pub dram_blocks: u64,
     /// Bytes of these, as they were saved.
     pub dram_bytes: u64,
+    /// Those of them that are pinned.
+    pub pinned_blocks: u64,
+    /// Bytes of these.
+    pub pinned_bytes: u64,
     /// What it takes on the drive; `None` where that was not counted: without a store, while it is out of use, or because more was
     /// counted before than was asked for. The index is counted, which lags behind saves by the commit interval.
     pub drive: Option<StoreUse>,
@@ -67,19 +72,20 @@ pub struct EvictOutcome {
     pub dram_blocks: u64,
     /// Bytes of these, as they were saved.
     pub dram_bytes: u64,
-    /// Blocks that stay: the drive does not have them yet, or a load or a lease holds them.
+    /// Blocks that stay: the drive does not have them yet, or a load, a lease or a pin holds them.
     pub kept_blocks: u64,
 }
 
 impl Engine {
-    /// Has all blocks of these namespaces, or of all if none is given, leave DRAM but for those that the store does not have yet
-    /// and those that somebody holds. What the store has is found there from here on; what it was not given, and all without one,
-    /// is gone. Named objects stay.
+    /// Has the blocks that are meant leave DRAM but for those that the store does not have yet and those that somebody holds or
+    /// has pinned. What the store has is found there from here on; what it was not given, and all without one, is gone. Named
+    /// objects stay.
     ///
     /// # Errors
-    /// `NotFound` for a namespace that is not known, `Closed`.
-    pub fn evict(&self, namespaces: &[NamespaceId]) -> Result<EvictOutcome> {
-        evict(self.inner()?, namespaces)
+    /// `NotFound` for a namespace that is not known and a prefix that is not in DRAM, `InvalidInput` for a prefix that is not
+    /// clear, `Closed`.
+    pub fn evict(&self, choice: &BlockChoice) -> Result<EvictOutcome> {
+        evict(self.inner()?, choice)
     }
 
     /// All namespaces, by their digests: those that are registered, and those that the store has. Those of named objects are
@@ -95,6 +101,18 @@ impl Engine {
         rows_max: u64,
     ) -> Result<Vec<NamespaceInfo>> {
         Ok(list(self.inner()?, after, most, rows_max))
+    }
+
+    /// Whether a namespace was looked up or saved to within this time, as far as it is known: since the engine was opened.
+    /// Before so much time has gone by that is taken for granted.
+    ///
+    /// # Errors
+    /// `NotFound` for a namespace that is not known, `Closed`.
+    pub fn was_used_within(&self, namespace: &NamespaceId, time: Duration) -> Result<bool> {
+        let inner = self.inner()?;
+        let uses = numbers(inner, &[*namespace])?.into_keys().filter_map(|handle| inner.namespace_uses.get(handle));
+        let idle = uses.map(|used| used.idle()).min();
+        Ok(idle.unwrap_or_else(|| inner.residency.age()) < time)
     }
 
     /// Purges a namespace: nothing of it is found from here on, by nobody, whatever comes. Blocks in DRAM go at once, those
@@ -117,7 +135,8 @@ fn list(inner: &Inner, after: Option<&NamespaceId>, most: usize, rows_max: u64) 
     let instances = inner.registry.instances_by_namespace();
     let info = |handle: NamespaceHandle, descriptor: NamespaceDescriptor, groups: Vec<GroupGeometry>| {
         let id = descriptor.id();
-        let InDram { blocks: dram_blocks, bytes: dram_bytes } = in_dram.get(&handle).copied().unwrap_or_default();
+        let InDram { blocks: dram_blocks, bytes: dram_bytes, pinned_blocks, pinned_bytes } =
+            in_dram.get(&handle).copied().unwrap_or_default();
         let asked = inner.namespace_uses.get(handle);
         let info = NamespaceInfo {
             id,
@@ -126,6 +145,8 @@ fn list(inner: &Inner, after: Option<&NamespaceId>, most: usize, rows_max: u64) 
             instances: instances.get(&id).copied().unwrap_or(0),
             dram_blocks,
             dram_bytes,
+            pinned_blocks,
+            pinned_bytes,
             drive: None,
             idle: asked.map(|asked| asked.idle()),
             lookup_blocks: asked.map_or(0, |asked| asked.lookup_blocks),
@@ -209,20 +230,31 @@ fn purge(inner: &Arc<Inner>, id: &NamespaceId, deadline: Instant) -> Result<Opti
     Ok(Some(outcome))
 }
 
-fn evict(inner: &Inner, ids: &[NamespaceId]) -> Result<EvictOutcome> {
+fn evict(inner: &Inner, choice: &BlockChoice) -> Result<EvictOutcome> {
+    let numbers = numbers(inner, &choice.namespaces)?;
+    let namespaces = numbers.values().collect::<HashSet<_>>().len() as u32;
+    let meant =
+        inner.residency.meant(numbers.into_keys().collect(), (choice.prefix.as_ref(), false), choice.unused_for)?;
+    let (InDram { blocks: dram_blocks, bytes: dram_bytes, .. }, kept_blocks) = inner.residency.evict(&meant);
+    let outcome = EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks };
+    tracing::info!(?choice, ?outcome, "blocks were evicted from DRAM");
+    Ok(outcome)
+}
+
+/// The numbers that these namespaces have or had, of all if none is given. Named objects are in none.
+///
+/// # Errors
+/// `NotFound` for one that is not known.
+pub(crate) fn numbers(inner: &Inner, ids: &[NamespaceId]) -> Result<HashMap<NamespaceHandle, NamespaceId>> {
     let rows = inner.drive.store().map(|store| store.namespaces()).unwrap_or_default().into_iter();
-    let known = inner.drive.namespaces.all().into_iter().map(|known| (known.descriptor.id(), known.handle));
-    let mut all: HashSet<(NamespaceId, NamespaceHandle)> = rows.map(|row| (row.id, row.handle)).chain(known).collect();
-    all.retain(|(id, handle)| *handle != NamespaceHandle(0) && (ids.is_empty() || ids.contains(id)));
-    let found: HashSet<NamespaceId> = all.iter().map(|(id, _)| *id).collect();
+    let known = inner.drive.namespaces.all().into_iter().map(|known| (known.handle, known.descriptor.id()));
+    let mut all: HashMap<_, _> = rows.map(|row| (row.handle, row.id)).chain(known).collect();
+    all.retain(|handle, id| *handle != NamespaceHandle(0) && (ids.is_empty() || ids.contains(id)));
+    let found: HashSet<NamespaceId> = all.values().copied().collect();
     if let Some(unknown) = ids.iter().find(|id| !found.contains(*id)) {
         return Err(Error::new(ErrorKind::NotFound, format!("there is no namespace {unknown}")));
     }
-    let handles = all.into_iter().map(|(_, handle)| handle).collect();
-    let (InDram { blocks: dram_blocks, bytes: dram_bytes }, kept_blocks) = inner.residency.evict(&handles);
-    let outcome = EvictOutcome { namespaces: found.len() as u32, dram_blocks, dram_bytes, kept_blocks };
-    tracing::info!(?outcome, "namespaces were evicted from DRAM");
-    Ok(outcome)
+    Ok(all)
 }
 
 /// Instances of a purged namespace get it anew, empty; without any it is forgotten.

@@ -1,6 +1,6 @@
 //! Which blocks are in DRAM: the map that lookups ask, and the order in which blocks leave.
 //!
-//! A block is *dirty* until the store has it (then it cannot leave), and *held* while a lease, a load or a reader has it.
+//! A block is *dirty* until the store has it (then it cannot leave), and *held* while a lease, a load, a reader or a pin has it.
 //! Of one size those leave first that the policy says; whom it does not know, least recently used first. Leaves of a chain
 //! leave before their ancestors: a block without its ancestors is worthless. This module moves no bytes; it gives and takes
 //! slots.
@@ -9,15 +9,23 @@
 //! all that lookups take.
 
 mod hot;
+mod key_hasher;
+mod meant;
+mod pins;
+mod prefixes;
 mod purge;
 
+pub(crate) use self::key_hasher::KeyHasher;
+pub(crate) use self::meant::Meant;
+pub(crate) use self::pins::PinTotals;
+pub(crate) use self::prefixes::Prefix;
 pub(crate) use self::purge::InDram;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
@@ -25,6 +33,8 @@ use pegaflow_tiers::{Arena, BlockKey, NamespaceHandle, RecordId, ResidentBlock, 
 
 use crate::fetch::{CountersByReason, FetchReason};
 use crate::scheduler::{Asked, SizePolicies};
+
+use self::pins::Pins;
 
 /// How many blocks one search for a victim looks at before it takes the oldest that may leave.
 const VICTIM_TRIES: usize = 1024;
@@ -60,6 +70,10 @@ pub(crate) struct Resident {
     is_entering: AtomicBool,
     /// Why it was fetched, if it was and nobody has used it yet: the rank of the reason, from 1; else 0.
     fetched: AtomicU8,
+    /// Pins that hold it. Changes under the lock of the map only.
+    pins: AtomicU32,
+    /// When it was used last, in seconds of [`Residency::now_s`].
+    used_s: AtomicU32,
 }
 
 impl Resident {
@@ -73,7 +87,21 @@ impl Resident {
         let children = AtomicU32::new(0);
         let (dirty, is_refused) = (AtomicBool::new(dirty), AtomicBool::new(false));
         let (is_entering, fetched) = (AtomicBool::new(false), AtomicU8::new(0));
-        Arc::new(Self { id, parent, slot, payload_bytes, depth, dirty, children, is_refused, is_entering, fetched })
+        let (pins, used_s) = (AtomicU32::new(0), AtomicU32::new(0));
+        Arc::new(Self {
+            id,
+            parent,
+            slot,
+            payload_bytes,
+            depth,
+            dirty,
+            children,
+            is_refused,
+            is_entering,
+            fetched,
+            pins,
+            used_s,
+        })
     }
 
     /// Notes that it was read before it was asked for, and why.
@@ -109,39 +137,10 @@ impl Resident {
     pub(crate) fn is_dirty(&self) -> bool {
         self.dirty.load(Ordering::Acquire)
     }
-}
 
-/// Takes the key's own bits: keys are hashes already.
-#[derive(Default)]
-pub(crate) struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(tail) = bytes.last_chunk::<8>() {
-            self.write_u64(u64::from_le_bytes(*tail));
-        } else {
-            bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
-        }
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        self.write_u64(value.into());
-    }
-
-    fn write_u16(&mut self, value: u16) {
-        self.write_u64(value.into());
-    }
-
-    fn write_usize(&mut self, value: usize) {
-        self.write_u64(value as u64);
+    /// Whether it is to stay whoever needs room.
+    fn is_pinned(&self) -> bool {
+        self.pins.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -170,6 +169,7 @@ struct State {
     /// Ticks from here on downwards are of blocks that nobody has used since they came back from an earlier run.
     coldest: u64,
     dirty_bytes: u64,
+    pinned: PinTotals,
     evicted: Evicted,
     fetched: Arc<CountersByReason>,
 }
@@ -219,6 +219,10 @@ pub(crate) struct Residency {
     /// are told of a block when it may leave.
     is_ordered: bool,
     state: Mutex<State>,
+    /// What somebody keeps here. Locked before the policies.
+    pins: Mutex<Pins>,
+    pins_changed: Condvar,
+    opened: Instant,
     room: Arc<Room>,
     /// What becomes of fetched blocks.
     pub(crate) fetched: Arc<CountersByReason>,
@@ -233,7 +237,8 @@ impl Residency {
         let fetched = Arc::<CountersByReason>::default();
         let (tick, coldest) = (FIRST_TICK, FIRST_TICK);
         let state = State { fetched: Arc::clone(&fetched), tick, coldest, ..State::default() };
-        Self { arena, policies, is_ordered, state: Mutex::new(state), room, fetched }
+        let (state, pins, pins_changed) = (Mutex::new(state), Mutex::default(), Condvar::new());
+        Self { arena, policies, is_ordered, state, pins, pins_changed, opened: Instant::now(), room, fetched }
     }
 
     /// A request for a chain: those of its blocks that are here, and those that are not.
@@ -303,9 +308,11 @@ impl Residency {
 
     /// Counts as a use of the chain: the first block becomes the most recent, so that the last one leaves first.
     pub(crate) fn touch_chain<'a>(&self, ids: impl DoubleEndedIterator<Item = (&'a RecordId, usize)>) {
+        let now_s = self.now_s();
         let mut state = self.state.lock();
         for (id, slot_bytes) in ids.rev() {
             state.touch(id, slot_bytes);
+            state.blocks.get(id).into_iter().for_each(|block| block.used_s.store(now_s, Ordering::Relaxed));
             if self.is_ordered {
                 state.start_entering(id);
             }
@@ -368,6 +375,16 @@ impl Residency {
         self.state.lock().tick
     }
 
+    /// How long ago the engine was opened.
+    pub(crate) fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+
+    /// The same in seconds.
+    fn now_s(&self) -> u32 {
+        u32::try_from(self.age().as_secs()).unwrap_or(u32::MAX)
+    }
+
     /// Blocks are loaded: what was fetched of them was not fetched in vain.
     pub(crate) fn note_loaded<'a>(&self, blocks: impl Iterator<Item = &'a Arc<Resident>>) {
         for counters in blocks.filter_map(|block| self.fetched.get(block.take_fetched()?)) {
@@ -375,11 +392,16 @@ impl Residency {
         }
     }
 
-    /// A free slot for bytes that the store does not have yet; `None` also when too much of DRAM is dirty already.
+    /// A free slot for bytes that the store does not have yet; `None` also when too much of what is not pinned is dirty
+    /// already.
     pub(crate) fn alloc_dirty(&self, payload_bytes: usize) -> Option<Slot> {
-        let limit = self.arena.ready_bytes() / 100 * DIRTY_PERCENT_MAX;
         let slot_bytes = Arena::slot_bytes(payload_bytes) as u64;
-        if self.state.lock().dirty_bytes + slot_bytes > limit {
+        let (dirty_bytes, pinned_bytes) = {
+            let state = self.state.lock();
+            (state.dirty_bytes, state.pinned.bytes)
+        };
+        let limit = self.arena.ready_bytes().saturating_sub(pinned_bytes) / 100 * DIRTY_PERCENT_MAX;
+        if dirty_bytes + slot_bytes > limit {
             return None;
         }
         self.alloc(payload_bytes)
@@ -403,6 +425,7 @@ impl Residency {
     /// that is here afterwards is returned. One of a namespace that was purged is returned as it is and stays invisible: it goes
     /// when its users let go of it.
     pub(crate) fn insert(&self, block: Arc<Resident>, replace: bool) -> Arc<Resident> {
+        block.used_s.store(self.now_s(), Ordering::Relaxed);
         let mut policies = replace.then(|| self.policies.lock());
         let mut state = self.state.lock();
         if state.is_purged(block.id.namespace) {
@@ -530,7 +553,7 @@ impl State {
     fn touch(&mut self, id: &RecordId, slot_bytes: usize) {
         self.tick += 1;
         let tick = self.tick;
-        if self.blocks.contains_key(id) {
+        if self.blocks.get(id).is_some_and(|block| !block.is_pinned()) {
             self.order
                 .entry(slot_bytes)
                 .or_insert_with(|| LruCache::unbounded_with_hasher(Build::default()))
@@ -538,7 +561,7 @@ impl State {
         }
     }
 
-    /// The block is less recent than all others.
+    /// The block is less recent than all others. It is not pinned.
     fn put_coldest(&mut self, id: &RecordId, slot_bytes: usize) {
         self.coldest -= 1;
         let tick = self.coldest;
@@ -549,7 +572,7 @@ impl State {
 
     /// The policies are to be told of a block, if it is here.
     fn start_entering(&mut self, id: &RecordId) {
-        if let Some(block) = self.blocks.get(id)
+        if let Some(block) = self.blocks.get(id).filter(|block| !block.is_pinned())
             && !block.is_entering.swap(true, Ordering::Relaxed)
         {
             self.entering.push_back(*id);
@@ -561,7 +584,7 @@ impl State {
     fn take_entering(&self, id: &RecordId) -> Option<(Arc<Resident>, usize)> {
         let block = self.blocks.get(id)?;
         block.is_entering.store(false, Ordering::Relaxed);
-        let is_meant = self.by_fingerprint.get(&id.fingerprint()) == Some(id);
+        let is_meant = self.by_fingerprint.get(&id.fingerprint()) == Some(id) && !block.is_pinned();
         is_meant.then(|| (Arc::clone(block), block.slot.bytes()))
     }
 
@@ -573,18 +596,22 @@ impl State {
             self.by_fingerprint.remove(&id.fingerprint());
             policies.leave(slot_bytes, id.fingerprint(), id.namespace.0.into());
         }
-        if let Some(order) = self.order.get_mut(&slot_bytes) {
-            order.pop(id);
-            if order.is_empty() {
-                self.order.remove(&slot_bytes);
-            }
-        }
+        self.leave_order(id, slot_bytes);
         if let Some(counters) = block.take_fetched().and_then(|rank| self.fetched.get(rank)) {
             counters.wasted_blocks.add(1);
             counters.wasted_bytes.add(slot_bytes as u64);
         }
         self.leave_chain(&block);
         Some(block)
+    }
+
+    fn leave_order(&mut self, id: &RecordId, slot_bytes: usize) {
+        if let Some(order) = self.order.get_mut(&slot_bytes) {
+            order.pop(id);
+            if order.is_empty() {
+                self.order.remove(&slot_bytes);
+            }
+        }
     }
 
     /// Counts a block that comes as a child of its parent, and those that came before it as its own: reads end in any order.

@@ -83,7 +83,7 @@ fn the_namespace_that_is_meant_comes_and_no_other() {
     let lease = worker.lookup(&keys(BLOCKS, 0)).lease.expect("found");
     let evict = || {
         let EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks } =
-            engine.evict(&[namespace("a").id()]).expect("known");
+            engine.evict(&BlockChoice::of(&[namespace("a").id()])).expect("known");
         assert_eq!((namespaces, dram_bytes), (1, dram_blocks * BLOCK));
         (dram_blocks, kept_blocks)
     };
@@ -92,8 +92,11 @@ fn the_namespace_that_is_meant_comes_and_no_other() {
     assert_eq!(evict(), (u64::from(BLOCKS), 0));
     (0..4).for_each(|number| assert_eq!(read(&mut worker, &keys(BLOCKS, number)), (0, BLOCKS)));
     assert_eq!(read(&mut other, &keys(BLOCKS, 50)), (BLOCKS, 0));
-    assert_eq!(engine.evict(&[]).expect("all").dram_blocks, 5 * u64::from(BLOCKS));
-    assert_eq!(engine.evict(&[namespace("c").id()]).expect_err("unknown").kind(), ErrorKind::NotFound);
+    assert_eq!(engine.evict(&BlockChoice::default()).expect("all").dram_blocks, 5 * u64::from(BLOCKS));
+    assert_eq!(
+        engine.evict(&BlockChoice::of(&[namespace("c").id()])).expect_err("unknown").kind(),
+        ErrorKind::NotFound
+    );
     let unknown = engine.start_warming(&[namespace("c").id()]).expect_err("unknown");
     assert_eq!(unknown.kind(), ErrorKind::NotFound, "{unknown}");
 }

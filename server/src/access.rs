@@ -22,7 +22,7 @@ use crate::limits::{REQUESTS_BURST_MAX, REQUESTS_PER_SECOND_MAX, SESSIONS_PER_CL
 pub enum Role {
     /// Counters, and nothing that names a block or a request.
     ReadOnly,
-    /// Runs the server: flush, reopen, purge, scrub, warm, evict, load policy, explanations.
+    /// Runs the server: flush, reopen, purge, scrub, warm, evict, pin, load policy, explanations.
     Operator,
     /// Looks up, loads and saves.
     Engine,
@@ -83,6 +83,11 @@ const TABLE: &[(&str, &[Role])] = &[
     ("Scrub", &[Role::Operator]),
     ("Warm", &[Role::Operator]),
     ("Evict", &[Role::Operator]),
+    ("Pin", &[Role::Operator]),
+    ("Unpin", &[Role::Operator]),
+    // Both name blocks.
+    ("ListPins", &[Role::Operator]),
+    ("ListPrefixes", &[Role::Operator]),
     ("LoadPolicy", &[Role::Operator]),
     // Names requests.
     ("Explain", &[Role::Operator]),

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest};
+use pegaflow_engine::{
+    BlockChoice, ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest, Unpinned,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 use tracing::field::Empty;
@@ -306,7 +308,7 @@ impl PegaFlow for Service {
     }
 
     async fn purge(&self, request: Request<proto::PurgeRequest>) -> Result<Response<proto::PurgeReply>, Status> {
-        let proto::PurgeRequest { namespace, timeout_ms } = request.into_inner();
+        let proto::PurgeRequest { namespace, timeout_ms, unused_for_ms } = request.into_inner();
         let timeout = wire::flush_timeout(timeout_ms).map_err(|error| to_status(&error))?;
         let place = self.place_to_wait()?;
         let engine = self.sessions.engine().clone();
@@ -314,6 +316,12 @@ impl PegaFlow for Service {
             let _place = place;
             let namespace = wire::namespace_id(&namespace)?;
             let unknown = || Error::new(ErrorKind::NotFound, format!("there is no namespace {namespace}"));
+            if let Some(time) = wire::duration(unused_for_ms)
+                && engine.was_used_within(&namespace, time)?
+            {
+                let message = format!("namespace {namespace} was used within {time:?}; it is not purged");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
             let purged = engine.purge(&namespace, Instant::now() + timeout)?.ok_or_else(unknown)?;
             Ok(proto::PurgeReply {
                 dram_blocks: purged.dram_blocks,
@@ -356,14 +364,72 @@ impl PegaFlow for Service {
     }
 
     async fn evict(&self, request: Request<proto::EvictRequest>) -> Result<Response<proto::EvictReply>, Status> {
-        let namespaces = request.into_inner().namespaces;
+        let proto::EvictRequest { namespaces, prefix, unused_for_ms } = request.into_inner();
         let place = self.place_to_wait()?;
         let engine = self.sessions.engine().clone();
         blocking(move || {
             let _place = place;
-            let evicted = engine.evict(&wire::named_namespaces(&namespaces)?)?;
+            let evicted = engine.evict(&wire::block_choice(&namespaces, &prefix, unused_for_ms)?)?;
             let EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks } = evicted;
             Ok(proto::EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks })
+        })
+        .await
+    }
+
+    async fn pin(&self, request: Request<proto::PinRequest>) -> Result<Response<proto::PinReply>, Status> {
+        let proto::PinRequest { namespaces, prefix, ttl_ms } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let pin = engine.pin(&wire::block_choice(&namespaces, &prefix, 0)?, wire::duration(ttl_ms))?;
+            Ok(proto::PinReply { pin_json: wire::pin_json(&pin).to_string() })
+        })
+        .await
+    }
+
+    async fn unpin(&self, request: Request<proto::UnpinRequest>) -> Result<Response<proto::UnpinReply>, Status> {
+        let proto::UnpinRequest { pin, namespaces } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let Unpinned { pins, blocks, bytes } = match pin {
+                0 => engine.unpin_namespaces(&wire::named_namespaces(&namespaces)?)?,
+                number => engine.unpin(number)?,
+            };
+            Ok(proto::UnpinReply { pins, blocks, bytes })
+        })
+        .await
+    }
+
+    async fn list_prefixes(
+        &self,
+        request: Request<proto::ListPrefixesRequest>,
+    ) -> Result<Response<proto::ListPrefixesReply>, Status> {
+        let proto::ListPrefixesRequest { namespaces, under, limit } = request.into_inner();
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let BlockChoice { namespaces, prefix, .. } = wire::block_choice(&namespaces, &under, 0)?;
+            let found = engine.list_prefixes(&namespaces, prefix.as_ref(), limit as usize)?;
+            let found: Vec<_> = found.iter().map(wire::prefix_json).collect();
+            Ok(proto::ListPrefixesReply { prefixes_json: serde_json::Value::from(found).to_string() })
+        })
+        .await
+    }
+
+    async fn list_pins(
+        &self,
+        _request: Request<proto::ListPinsRequest>,
+    ) -> Result<Response<proto::ListPinsReply>, Status> {
+        let place = self.place_to_wait()?;
+        let engine = self.sessions.engine().clone();
+        blocking(move || {
+            let _place = place;
+            let pins: Vec<_> = engine.pins()?.iter().map(wire::pin_json).collect();
+            Ok(proto::ListPinsReply { pins_json: serde_json::Value::from(pins).to_string() })
         })
         .await
     }

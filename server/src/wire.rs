@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use pegaflow_engine::{
-    ArenaId, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, HitTier, InstanceId, InstanceSpec,
-    LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupReply, LookupRequest, NamespaceDescriptor, NamespaceId,
-    NamespaceInfo, Place, Places, Result, SaveTarget, TenantId,
+    ArenaId, BlockChoice, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, HitTier, InstanceId,
+    InstanceSpec, KeyPrefix, LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupReply, LookupRequest,
+    NamespaceDescriptor, NamespaceId, NamespaceInfo, PinInfo, Place, Places, PrefixInfo, Result, SaveTarget, TenantId,
 };
 use prost::bytes::Bytes;
 
@@ -388,11 +388,59 @@ pub(crate) fn namespace_json(info: &NamespaceInfo) -> serde_json::Value {
         "instances": info.instances,
         "dram_blocks": info.dram_blocks,
         "dram_bytes": info.dram_bytes,
+        "pinned_blocks": info.pinned_blocks,
+        "pinned_bytes": info.pinned_bytes,
         "drive": drive,
         "idle_ms": info.idle.map(|idle| u64::try_from(idle.as_millis()).unwrap_or(u64::MAX)),
         "lookup_blocks": info.lookup_blocks,
         "hit_blocks": info.hit_blocks,
     })
+}
+
+/// A pin, as it is told.
+pub(crate) fn pin_json(pin: &PinInfo) -> serde_json::Value {
+    serde_json::json!({
+        "number": pin.number,
+        "namespaces": pin.choice.namespaces.iter().map(NamespaceId::to_string).collect::<Vec<_>>(),
+        "prefix": pin.choice.prefix.as_ref().map(KeyPrefix::to_string),
+        "blocks": pin.blocks,
+        "bytes": pin.bytes,
+        "left_ms": pin.left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+    })
+}
+
+/// A prefix, as it is told.
+pub(crate) fn prefix_json(prefix: &PrefixInfo) -> serde_json::Value {
+    serde_json::json!({
+        "namespace": prefix.namespace.to_string(),
+        "group": prefix.group,
+        "key": prefix.key.to_string(),
+        "depth": prefix.depth,
+        "common_blocks": prefix.common_blocks,
+        "branches": prefix.branches,
+        "blocks": prefix.blocks,
+        "bytes": prefix.bytes,
+        "pinned_bytes": prefix.pinned_bytes,
+        "idle_ms": u64::try_from(prefix.idle.as_millis()).unwrap_or(u64::MAX),
+        "uses": prefix.uses,
+    })
+}
+
+/// Blocks that are meant: an empty prefix and no time mean nothing.
+///
+/// # Errors
+/// `InvalidInput`.
+pub(crate) fn block_choice(namespaces: &[Bytes], prefix: &str, unused_for_ms: u64) -> Result<BlockChoice> {
+    Ok(BlockChoice {
+        namespaces: named_namespaces(namespaces)?,
+        prefix: (!prefix.is_empty()).then(|| prefix.parse()).transpose()?,
+        unused_for: duration(unused_for_ms),
+    })
+}
+
+/// So many milliseconds; `None` for 0.
+pub(crate) fn duration(ms: u64) -> Option<Duration> {
+    (ms > 0).then(|| Duration::from_millis(ms))
 }
 
 pub(crate) fn named_namespaces(namespaces: &[Bytes]) -> Result<Vec<NamespaceId>> {

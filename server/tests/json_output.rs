@@ -216,6 +216,40 @@ fn of_a_server(desk: &Desk) {
     // The lookup's lease holds them.
     let told = desk.meets("evict", 0, &at(&socket, &["evict", "--all"]));
     assert_eq!((&told["dram_blocks"], &told["kept_blocks"]), (&0.into(), &count), "{told:#}");
+    let told = desk.meets("pin", 0, &at(&socket, &["pin", "--all", "--ttl", "2h"]));
+    assert_eq!((&told["number"], &told["blocks"]), (&1.into(), &count), "{told:#}");
+    let key = Worker::key(0).to_string();
+    let told = desk.meets("pin", 0, &at(&socket, &["pin", "--prefix", &key[..12]]));
+    assert_eq!((&told["prefix"], &told["left_ms"]), (&key[..12].into(), &Value::Null), "{told:#}");
+    let told = desk.meets("ls", 0, &at(&socket, &["ls"]));
+    assert_eq!((&told["namespaces"][0]["pinned_blocks"], &told["pins"][0]["number"]), (&count, &1.into()), "{told:#}");
+    assert_eq!(desk.meets("status", 0, &at(&socket, &["status"]))["engine"]["dram_pins"], 2);
+    let told = desk.meets("ls", 0, &at(&socket, &["ls", "--prefixes", "--most", "1"]));
+    let prefix = &told["prefixes"][0];
+    assert_eq!((&prefix["key"], &prefix["common_blocks"]), (&key.clone().into(), &count), "{told:#}");
+    assert_eq!((&prefix["bytes"], &prefix["blocks"]), (&prefix["pinned_bytes"], &count), "{told:#}");
+    let told = desk.meets("ls", 0, &at(&socket, &["ls", "--prefixes", "--under", &key]));
+    assert_eq!(told["prefixes"], Value::Array(Vec::new()), "it goes on in one way: {told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["ls", "--prefixes", "--under", "00000000"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["ls", "--prefixes", "--namespace", "no"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["ls", "--under", &key]));
+    let told = desk.meets("warm", 0, &at(&socket, &["warm", "--all", "--pin", "--ttl", "30s"]));
+    assert_eq!(told["pin"]["number"], 3, "{told:#}");
+    let told = desk.meets("unpin", 0, &at(&socket, &["unpin", "1"]));
+    assert_eq!((&told["pins"], &told["blocks"]), (&1.into(), &0.into()), "others hold them: {told:#}");
+    let told = desk.meets("unpin", 0, &at(&socket, &["unpin", "--all"]));
+    assert_eq!((&told["pins"], &told["blocks"]), (&2.into(), &count), "{told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["unpin", "1"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["pin", "--prefix", "00000000"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["pin", "--prefix", "0000"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["pin", "--all", "--ttl", "7"]));
+    desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["pin", "--all", "--ttl", "400d"]));
+    for command in [&["pin"][..], &["unpin"], &["unpin", "1", "--all"], &["warm", "--ttl", "1h"]] {
+        desk.fails(2, ErrorKind::InvalidInput, &at(&socket, command));
+    }
+    let told = desk.meets("evict", 0, &at(&socket, &["evict", "--all", "--older-than", "1h"]));
+    assert_eq!((&told["dram_blocks"], &told["kept_blocks"]), (&0.into(), &0.into()), "{told:#}");
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["evict", "--prefix", "00000000"]));
     desk.fails(3, ErrorKind::NotFound, &at(&socket, &["evict", "--tenant", "nobody"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["evict"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["warm", "--look", "--all"]));
@@ -232,6 +266,8 @@ fn of_a_server(desk: &Desk) {
     desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--namespace", "no", "--yes"]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--namespace", &id[..8]]));
     desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &["purge", "--yes"]));
+    desk.fails(1, ErrorKind::Unsupported, &at(&socket, &["purge", "--all", "--yes", "--prefix", "00000000"]));
+    desk.fails(3, ErrorKind::NotFound, &at(&socket, &["purge", "--all", "--yes", "--older-than", "1d"]));
     // What a server has open is in use.
     desk.fails(5, ErrorKind::Locked, &["verify", &desk.path("store")]);
     stop(server, &worker);
@@ -249,6 +285,8 @@ fn of_a_server(desk: &Desk) {
         &["warm"],
         &["warm", "--look"],
         &["evict", "--all"],
+        &["pin", "--all"],
+        &["unpin", "--all"],
         &["purge", "--all", "--yes"],
     ] {
         desk.fails(5, ErrorKind::Closed, &at(&socket, command));

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use pegaflow_engine::ErrorKind;
 use pegaflow_server::client::Endpoint;
 use serde_json::Value;
 use support::{BLOCKS, PATIENCE, Process, Worker, until};
@@ -154,5 +155,49 @@ fn what_the_drive_has_of_a_namespace_comes_to_dram_and_is_read_from_there() {
     assert_eq!(desk.field(&["warm"], "read_blocks"), SAVED);
     let (code, told) = desk.run(&["warm", "--namespace", &"0".repeat(64)]);
     assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
+    stop(server, &worker);
+}
+
+#[test]
+fn pinned_blocks_stay_in_dram_until_the_pin_ends_and_are_seen() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    let (code, told) = desk.run(&["pin", "--all", "--ttl", "1h"]);
+    assert_eq!((code, &told["blocks"]), (Some(0), &SAVED.into()), "{told:#}");
+    let evict = || desk.field(&["evict", "--all"], "kept_blocks");
+    assert_eq!((evict(), in_dram(&desk)), (SAVED.into(), SAVED.into()), "a pinned block has left");
+    let pins = desk.field(&["ls"], "pins");
+    assert!(pins[0]["left_ms"].as_u64().is_some_and(|ms| ms > 3_000_000 && ms <= 3_600_000), "{pins:#}");
+    let engine = desk.field(&["status"], "engine");
+    assert_eq!((&engine["dram_pins"], &engine["dram_pinned_blocks"]), (&1.into(), &SAVED.into()), "{engine:#}");
+    assert_eq!(desk.field(&["unpin", "1"], "blocks"), SAVED);
+    assert_eq!((evict(), in_dram(&desk)), (0.into(), 0.into()));
+    // Those that the drive has come back for a pin, and leave it at its time.
+    let pin = desk.field(&["warm", "--all", "--pin", "--ttl", "2s"], "pin");
+    assert_eq!((&pin["number"], &pin["blocks"]), (&2.into(), &SAVED.into()), "{pin:#}");
+    assert_eq!(evict(), SAVED);
+    until("its time is up", || desk.field(&["ls"], "pins") == Value::Array(Vec::new()));
+    assert_eq!(evict(), 0);
+    stop(server, &worker);
+}
+
+#[test]
+fn a_namespace_that_nobody_uses_is_purged_by_its_age() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    let purge = |time| desk.run(&["purge", "--all", "--yes", "--older-than", time]);
+    let (code, told) = purge("1h");
+    assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "the server runs for less: {told:#}");
+    assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, SAVED);
+    let (code, told) = purge("1h");
+    assert_eq!((code, &told["error"]["kind"]), (Some(3), &"NotFound".into()), "{told:#}");
+    // The server looks once more itself.
+    let id = Worker::spec().namespace.id();
+    let refused = worker.client.purge(&id, Some(PATIENCE), PATIENCE).expect_err("used just now");
+    assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
+    until("nobody uses it", || purge("2s").0 == Some(0));
+    assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, 0);
     stop(server, &worker);
 }

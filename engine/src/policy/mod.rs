@@ -2,8 +2,8 @@
 //! threads, no I/O; time and the seed of random choices come from outside, so that a trace replays to the same result.
 //!
 //! A policy keeps order, not bytes: whoever owns the tier asks [`Policy::admits`], makes room with [`Policy::evict`] and
-//! tells with [`Policy::insert`] and [`Policy::remove`] what is there. Pins are the owner's answer to `may_leave`; what
-//! has outlived its time to live the owner removes.
+//! tells with [`Policy::insert`] and [`Policy::remove`] what is there. What somebody holds is the owner's answer to
+//! `may_leave`; what is pinned the owner takes out for that time.
 
 mod adaptive;
 mod fifo;

@@ -1,11 +1,12 @@
 //! The residency as the hot set sees it: what is here and what it is worth, and blocks that come back from an earlier run.
 
 use std::ops::Bound;
+use std::sync::Arc;
 use std::time::Instant;
 
 use pegaflow_tiers::{NamespaceHandle, RecordId};
 
-use super::Residency;
+use super::{Residency, Resident};
 use crate::fetch::FetchReason;
 use crate::hot_set::Candidate;
 use crate::known_namespaces::BESIDE_STORE;
@@ -36,8 +37,10 @@ impl Residency {
             let Some(block) = state.blocks.get(&id).filter(|_| is_meant) else { continue };
             let slot_bytes = block.slot.bytes();
             let tick = state.order.get(&slot_bytes).and_then(|order| order.peek(&id)).copied().unwrap_or(0);
+            // What somebody keeps here is to be the first that comes back.
+            let value = if block.is_pinned() { u64::MAX } else { tick };
             let (parent, depth) = (block.parent, block.depth);
-            found.push(Candidate { id, parent, depth, value: tick, memory: BlockMemory::default() });
+            found.push(Candidate { id, parent, depth, value, memory: BlockMemory::default() });
             slots.push(slot_bytes);
         }
         drop(state);
@@ -45,8 +48,10 @@ impl Residency {
             let mut policies = self.policies.lock();
             for (candidate, slot_bytes) in found.iter_mut().skip(from).zip(slots) {
                 let (key, tenant) = (candidate.id.fingerprint(), candidate.id.namespace.0.into());
-                let worth = policies.worth(slot_bytes, key, tenant);
-                candidate.value = worth.map_or(0, |worth| worth.max(0.0).to_bits().into());
+                if candidate.value < u64::MAX {
+                    let worth = policies.worth(slot_bytes, key, tenant);
+                    candidate.value = worth.map_or(0, |worth| worth.max(0.0).to_bits().into());
+                }
                 candidate.memory = policies.memory(slot_bytes, key, tenant).unwrap_or_default();
             }
         }
@@ -68,7 +73,8 @@ impl Residency {
     pub(crate) fn settle<'a>(&self, ids: impl Iterator<Item = &'a RecordId>) {
         let mut state = self.state.lock();
         for id in ids {
-            if let Some(block) = state.blocks.get(id).filter(|block| block.is_fetched_for(FetchReason::HotSet)) {
+            let is_meant = |block: &&Arc<Resident>| block.is_fetched_for(FetchReason::HotSet) && !block.is_pinned();
+            if let Some(block) = state.blocks.get(id).filter(is_meant) {
                 let slot_bytes = block.slot.bytes();
                 state.put_coldest(id, slot_bytes);
             }

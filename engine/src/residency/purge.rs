@@ -1,15 +1,15 @@
 //! The residency as a purge sees it: a namespace is given up at once, and what of it is in use goes when it is let go. And as
 //! an eviction does: what may leave leaves.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Bound;
 
 use pegaflow_tiers::{NamespaceHandle, RecordId};
 
-use super::{Residency, State};
+use super::{Meant, Residency, Resident, State};
 
 /// How many blocks are looked at, or given up, under one lock.
-const BLOCKS_AT_ONCE: usize = 1024;
+pub(super) const BLOCKS_AT_ONCE: usize = 1024;
 
 /// Blocks of a namespace in DRAM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,6 +17,9 @@ pub(crate) struct InDram {
     pub(crate) blocks: u64,
     /// Bytes of their payloads.
     pub(crate) bytes: u64,
+    /// Those of them that are pinned.
+    pub(crate) pinned_blocks: u64,
+    pub(crate) pinned_bytes: u64,
 }
 
 impl Residency {
@@ -24,19 +27,20 @@ impl Residency {
     /// bytes as long as he does.
     pub(crate) fn purge(&self, namespace: NamespaceHandle) -> InDram {
         self.state.lock().purged.insert(namespace);
-        self.take_out(|of| of == namespace, |_, _| true).0
+        self.unpin(|_, block| block.id.namespace == namespace);
+        self.take_out(|block| block.id.namespace == namespace, |_, _| true).0
     }
 
-    /// Has all blocks of these namespaces leave that may: not those that the store does not have yet, and not those that
-    /// somebody holds, which are counted second.
-    pub(crate) fn evict(&self, namespaces: &HashSet<NamespaceHandle>) -> (InDram, u64) {
-        self.take_out(|of| namespaces.contains(&of), State::may_leave)
+    /// Has all blocks leave that are meant and may: not those that the store does not have yet, and not those that somebody
+    /// holds, which are counted second.
+    pub(crate) fn evict(&self, meant: &Meant) -> (InDram, u64) {
+        self.take_out(|block| meant.is(block), State::may_leave)
     }
 
-    /// Takes out the blocks of such namespaces that may go; what they had, and how many stay.
+    /// Takes out those of such blocks that may go; what they had, and how many stay.
     fn take_out(
         &self,
-        is_meant: impl Fn(NamespaceHandle) -> bool,
+        is_meant: impl Fn(&Resident) -> bool,
         may_go: impl Fn(&State, &RecordId) -> bool,
     ) -> (InDram, u64) {
         let (mut dropped, mut kept, mut after) = (InDram::default(), 0, None);
@@ -83,6 +87,10 @@ impl Residency {
                 let here = counted.entry(block.id.namespace).or_default();
                 here.blocks += 1;
                 here.bytes += block.payload_bytes;
+                if block.is_pinned() {
+                    here.pinned_blocks += 1;
+                    here.pinned_bytes += block.payload_bytes;
+                }
             }
             drop(state);
             after = places.last().copied();
@@ -99,15 +107,16 @@ impl State {
         !self.purged.is_empty() && self.purged.contains(&namespace)
     }
 
-    /// Those of the next blocks that are of such a namespace, and where to go on; `None` after the last.
-    fn piece(
+    /// Those of the next blocks that are meant, and where to go on; `None` after the last.
+    pub(super) fn piece(
         &self,
         after: Option<(u32, RecordId)>,
-        is_meant: impl Fn(NamespaceHandle) -> bool,
+        is_meant: impl Fn(&Resident) -> bool,
     ) -> (Vec<RecordId>, Option<(u32, RecordId)>) {
         let places = self.by_chunk.range((after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded));
         let places: Vec<_> = places.take(BLOCKS_AT_ONCE).copied().collect();
         let last = places.last().copied().filter(|_| places.len() == BLOCKS_AT_ONCE);
-        (places.into_iter().map(|(_, id)| id).filter(|id| is_meant(id.namespace)).collect(), last)
+        let is_meant = |id: &RecordId| self.blocks.get(id).is_some_and(|block| is_meant(block));
+        (places.into_iter().map(|(_, id)| id).filter(is_meant).collect(), last)
     }
 }

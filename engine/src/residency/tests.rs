@@ -1,8 +1,8 @@
-use std::time::Duration;
-
 use super::*;
+use crate::choice::BlockChoice;
+use crate::pins::PinInfo;
 use crate::policy::{BlockMemory, PegaflowConfig, PolicyChoice, SplitMix};
-use pegaflow_tiers::{ArenaConfig, KeyChain, NamespaceHandle};
+use pegaflow_tiers::{ArenaConfig, ErrorKind, KeyChain, NamespaceHandle};
 
 const BLOCK: usize = 60 * 1024;
 
@@ -135,6 +135,62 @@ fn a_removal_hides_until_it_ends_and_a_newer_insert_wins() {
     assert!(!residency.is_removed(&id));
 }
 
+/// Pins the chain that has this block.
+fn pin(residency: &Residency, block: &RecordId, until: Option<Instant>) -> Result<PinInfo, ErrorKind> {
+    let prefix = block.key.to_string().parse().expect("digits");
+    let meant = residency.meant([block.namespace].into(), (Some(&prefix), true), None);
+    meant.and_then(|meant| residency.pin(&meant, BlockChoice::default(), until)).map_err(|error| error.kind())
+}
+
+/// A policy looks at a thousand blocks for one that may leave; those that are pinned and that nobody uses are more.
+#[test]
+fn many_pinned_blocks_are_in_the_way_of_nobody_who_needs_room() {
+    for policy in PolicyChoice::ALL {
+        let arena = Arena::new(ArenaConfig { touch: false, ..ArenaConfig::new(32 << 20) }).expect("memory");
+        let residency = Residency::new(arena, policies(policy));
+        let cold: Vec<_> = (0..24).flat_map(|first| chain(&residency, first, 64, 4096, false)).collect();
+        residency.touch_chain(cold.iter().map(|id| (id, Arena::slot_bytes(4096))));
+        assert_eq!(cold.len(), 24 * 64, "more than a search looks at");
+        while residency.enter(&mut residency.policies.lock()) {}
+        let meant = residency.meant([NamespaceHandle(1)].into(), (None, false), None).expect("all");
+        let pin = residency.pin(&meant, BlockChoice::default(), None).expect("less than half");
+        assert_eq!((pin.blocks, residency.pinned().blocks), (cold.len() as u64, cold.len() as u64));
+        // A use does not bring them back into the order.
+        residency.touch_chain(cold.iter().map(|id| (id, Arena::slot_bytes(4096))));
+        while residency.enter(&mut residency.policies.lock()) {}
+        assert_eq!(residency.policies.lock().len(), 0, "{policy}: a policy knows a pinned block");
+        assert!(residency.state.lock().order.is_empty(), "{policy}: a pinned block is in the order");
+        for first in 100..200 {
+            let ids = chain(&residency, first, 64, 4096, false);
+            assert_eq!(ids.len(), 64, "{policy}: no room");
+            residency.touch_chain(ids.iter().map(|id| (id, Arena::slot_bytes(4096))));
+        }
+        assert!(cold.iter().all(|id| residency.contains(id)), "{policy}: a pinned block has left");
+        residency.unpin(|_, _| true);
+        for first in 200..300 {
+            chain(&residency, first, 64, 4096, false);
+        }
+        assert!(!cold.iter().all(|id| residency.contains(id)), "{policy}: they stay though nobody pins them");
+    }
+}
+
+#[test]
+fn saves_leave_room_for_loads_beside_pinned_blocks() {
+    let residency = residency();
+    chain(&residency, 1, 30, BLOCK, false);
+    let meant = residency.meant([NamespaceHandle(1)].into(), (None, false), None).expect("all");
+    assert_eq!(residency.pin(&meant, BlockChoice::default(), None).expect("less than half").blocks, 30);
+    let mut accepted = 0;
+    while let Some(slot) = residency.alloc_dirty(BLOCK) {
+        let key = BlockKey::from_name(&[accepted]);
+        let id = RecordId { namespace: NamespaceHandle(1), group: 0, shard: 0, key };
+        residency.insert(Resident::new(id, (BlockKey::ROOT, 0), Arc::new(slot), 1, true), false);
+        accepted += 1;
+    }
+    assert!((20..34).contains(&accepted), "{accepted}");
+    assert!(residency.alloc(BLOCK).is_some());
+}
+
 /// Blocks come, become clean, are asked for, held, refused and removed at random, in two sizes, with objects between them.
 #[test]
 fn whoever_may_not_leave_stays_and_the_policies_know_who_is_here() {
@@ -151,6 +207,7 @@ fn churn(policy: PolicyChoice, seed: u64) {
     let residency = residency_of(policy);
     let sizes = [BLOCK, 2 * BLOCK + 4096];
     let (mut held, mut dirty): (Vec<Arc<Resident>>, Vec<Arc<Resident>>) = (Vec::new(), Vec::new());
+    let mut pinned: Vec<(u64, RecordId)> = Vec::new();
     for _ in 0..1500 {
         let number = random.below(24) as u32;
         let payload = sizes[number as usize % 2];
@@ -179,11 +236,24 @@ fn churn(policy: PolicyChoice, seed: u64) {
         if random.below(6) == 0 {
             held.truncate(random.below(8));
         }
+        if random.below(8) == 0 && pinned.len() < 4 {
+            let last = ids.last().filter(|id| id.namespace != NamespaceHandle(0) && residency.contains(id));
+            let pin = last.map(|id| (pin(&residency, id, None), *id));
+            // More than half of DRAM is refused.
+            pinned.extend(pin.and_then(|(pin, id)| Some((pin.ok()?.number, id))));
+        }
+        if random.below(24) == 0 && !pinned.is_empty() {
+            let (number, _) = pinned.swap_remove(random.below(pinned.len()));
+            assert_eq!(residency.unpin(|of, _| of == number).pins, 1);
+        }
+        assert!(pinned.iter().all(|(_, id)| residency.contains(id)), "a pinned block has left");
         for block in held.iter().chain(&dirty).filter(|block| block.id.namespace != NamespaceHandle(0)) {
             assert!(residency.get(&block.id).is_some_and(|here| Arc::ptr_eq(&here, block)), "{:?} has left", block.id);
         }
     }
     drop(held);
+    residency.unpin(|_, _| true);
+    assert_eq!(residency.pinned(), PinTotals::default());
     dirty.drain(..).for_each(|block| residency.mark_clean(&block));
     let ids = residency.ids();
     let blocks: Vec<_> = ids.iter().filter_map(|id| residency.get(id)).collect();

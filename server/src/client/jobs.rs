@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use pegaflow_engine::{ByteSize, Error, ErrorKind, EvictOutcome, NamespaceId, Result, ScrubProgress, WarmRun};
+use pegaflow_engine::{
+    BlockChoice, ByteSize, Error, ErrorKind, EvictOutcome, KeyPrefix, NamespaceId, Result, ScrubProgress, WarmRun,
+};
+use prost::bytes::Bytes;
 use serde::de::DeserializeOwned;
 
 use super::Client;
@@ -68,30 +71,43 @@ impl Client {
         self.warm(JobAction::Look, &[])
     }
 
-    /// Has all blocks of these namespaces, or of all if none is given, leave the server's DRAM but for those that its store does not
-    /// have yet and those that somebody holds.
+    /// Has the blocks that are meant leave the server's DRAM but for those that its store does not have yet and those that somebody
+    /// holds or has pinned.
     ///
     /// # Errors
-    /// `NotFound` for a namespace that it does not know, `Busy` if too many requests wait, `Closed` at once without a server,
-    /// `Timeout` after `timeout`: it goes on.
-    pub fn evict(&self, namespaces: &[NamespaceId], timeout: Duration) -> Result<EvictOutcome> {
+    /// `NotFound` for a namespace that it does not know and a prefix that is not in DRAM, `InvalidInput` for one that is not clear,
+    /// `Busy` if too many requests wait, `Closed` at once without a server, `Timeout` after `timeout`: it goes on.
+    pub fn evict(&self, choice: &BlockChoice, timeout: Duration) -> Result<EvictOutcome> {
         let (mut rpc, _) = self.inner.shared.session()?;
-        let namespaces = namespaces.iter().map(|id| id.as_bytes().to_vec().into()).collect();
-        let reply = self.call(timeout, async move { rpc.evict(EvictRequest { namespaces }).await })?;
+        let request = EvictRequest {
+            namespaces: wire_ids(&choice.namespaces),
+            prefix: choice.prefix.as_ref().map(KeyPrefix::to_string).unwrap_or_default(),
+            unused_for_ms: choice.unused_for.map_or(0, wire_ms),
+        };
+        let reply = self.call(timeout, async move { rpc.evict(request).await })?;
         let EvictReply { namespaces, dram_blocks, dram_bytes, kept_blocks } = reply;
         Ok(EvictOutcome { namespaces, dram_blocks, dram_bytes, kept_blocks })
     }
 
     fn warm(&self, action: JobAction, namespaces: &[NamespaceId]) -> Result<WarmRun> {
         let (mut rpc, _) = self.inner.shared.session()?;
-        let namespaces = namespaces.iter().map(|id| id.as_bytes().to_vec().into()).collect();
-        let request = WarmRequest { action: action.into(), namespaces };
+        let request = WarmRequest { action: action.into(), namespaces: wire_ids(namespaces) };
         let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.warm(request).await })?;
         understood(&reply.progress_json)
     }
 }
 
-fn understood<T: DeserializeOwned>(json: &str) -> Result<T> {
+/// Namespaces as they are sent.
+pub(super) fn wire_ids(namespaces: &[NamespaceId]) -> Vec<Bytes> {
+    namespaces.iter().map(|id| id.as_bytes().to_vec().into()).collect()
+}
+
+/// A time as it is sent; none is 0.
+pub(super) fn wire_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+pub(super) fn understood<T: DeserializeOwned>(json: &str) -> Result<T> {
     serde_json::from_str(json)
         .map_err(|error| Error::new(ErrorKind::Io, format!("the server's answer is not understood: {error}")))
 }

@@ -13,6 +13,7 @@ mod driver;
 mod jobs;
 mod link;
 mod operations;
+mod pins;
 mod questions;
 mod shared;
 
@@ -374,15 +375,22 @@ impl Client {
         Ok((reply.namespaces_json, reply.is_last))
     }
 
-    /// Purges a namespace of the server: nothing of it is found again, which is durable when this returns.
+    /// Purges a namespace of the server: nothing of it is found again, which is durable when this returns. With `unused_for` only
+    /// if it was neither looked up nor saved to for so long.
     ///
     /// # Errors
-    /// `NotFound` if there is none, `InvalidInput` for that of objects, `Poisoned` while its store is out of use, `Timeout` after
+    /// `NotFound` if there is none, `Busy` if it was used since, or the server was started since; `InvalidInput` for that of objects, `Poisoned` while its store is out of use, `Timeout` after
     /// `timeout` (purge it again), `Closed` at once without a server, and what its store reports.
-    pub fn purge(&self, namespace: &NamespaceId, timeout: Duration) -> Result<PurgeOutcome> {
+    pub fn purge(
+        &self,
+        namespace: &NamespaceId,
+        unused_for: Option<Duration>,
+        timeout: Duration,
+    ) -> Result<PurgeOutcome> {
         let (mut rpc, _) = self.inner.shared.session()?;
         let (timeout_ms, patience) = self.patience(timeout);
-        let request = PurgeRequest { namespace: namespace.as_bytes().to_vec().into(), timeout_ms };
+        let unused_for_ms = unused_for.map_or(0, jobs::wire_ms);
+        let request = PurgeRequest { namespace: namespace.as_bytes().to_vec().into(), timeout_ms, unused_for_ms };
         let reply = self.call(patience, async move { rpc.purge(request).await })?;
         Ok(PurgeOutcome {
             dram_blocks: reply.dram_blocks,

@@ -279,6 +279,18 @@ static DRAM: &[Metric] = &[
             out.one(now.stats.dram_dirty_bytes);
         },
     ),
+    gauge(
+        "pegaflow_dram_pinned_bytes",
+        Unit::Bytes,
+        &[],
+        "DRAM slots of pinned blocks, which give way to nobody: at most half of DRAM.",
+        |now, out| {
+            out.one(now.stats.dram_pinned_bytes);
+        },
+    ),
+    gauge("pegaflow_dram_pins", Unit::Things, &[], "Pins: see `pegaflow pin`.", |now, out| {
+        out.one(now.stats.dram_pins)
+    }),
     gauge("pegaflow_dram_blocks", Unit::Blocks, &[], "Blocks in DRAM.", |now, out| out.one(now.stats.dram_blocks)),
     counter(
         "pegaflow_evicted_blocks_total",

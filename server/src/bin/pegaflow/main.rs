@@ -2,10 +2,12 @@
 #![deny(unsafe_code)]
 
 mod doctor;
+mod duration;
 mod job;
 mod manual;
 mod namespaces;
 mod pack;
+mod pins;
 mod policy;
 mod prewarm;
 mod remote;
@@ -35,6 +37,7 @@ use namespaces::{ListOptions, PurgeOptions};
 use pack::PackCommand;
 use pegaflow_server::pack::cannot_read;
 use pegaflow_server::settings::{Settings, told};
+use pins::{PinOptions, UnpinOptions};
 use policy::PolicyCommand;
 use prewarm::PrewarmOptions;
 use remote::TokenCommand;
@@ -124,8 +127,8 @@ enum Command {
     },
     /// Says whether the server answers, and how fast.
     Ping,
-    /// Lists namespaces: model and tenant, instances, blocks and bytes in DRAM and on the drive, hits, last use. The last two
-    /// since the server was started.
+    /// Lists namespaces: model and tenant, instances, blocks and bytes in DRAM and on the drive, hits, last use; the last two
+    /// since the server was started. And pins; with --prefixes also the prefixes in DRAM.
     Ls {
         #[command(flatten)]
         options: ListOptions,
@@ -133,7 +136,8 @@ enum Command {
     /// Purges namespaces: nothing of them is found again, also after a crash. In an encrypted store their keys are destroyed, and
     /// the data with them. Engines that run go on, with an empty cache.
     ///
-    /// Asks first on a terminal. Exit status 3 if nothing matches.
+    /// Asks first on a terminal. Namespaces go as a whole: a prefix, or what is old of one, leaves DRAM with `evict`. Exit status 3
+    /// if nothing matches.
     Purge {
         #[command(flatten)]
         options: PurgeOptions,
@@ -177,13 +181,30 @@ enum Command {
         #[command(flatten)]
         options: WarmOptions,
     },
-    /// Has all blocks of namespaces leave the DRAM of a running server, but for those that its drives do not have yet and those that
-    /// somebody uses. What the drives have stays there. `purge` takes namespaces out for good.
+    /// Has blocks leave the DRAM of a running server: all of namespaces, what continues a prefix, or what nobody has used for
+    /// some time; but not those that its drives do not have yet and those that somebody uses or has pinned. What the drives
+    /// have stays there. `purge` takes namespaces out for good.
     ///
     /// Exit status 3 if nothing matches.
     Evict {
         #[command(flatten)]
         options: EvictOptions,
+    },
+    /// Keeps blocks that are in the DRAM of a running server there, whatever else needs room: those of namespaces, or of a prefix.
+    /// At most half of DRAM is pinned in all. A pin ends at its --ttl, by `unpin`, with a purge of its blocks and with the server. What
+    /// comes to DRAM later is not pinned: `warm --pin` brings it there first.
+    ///
+    /// Exit status 2 if more than half of DRAM would be pinned, 3 if nothing matches, 5 with 64 pins.
+    Pin {
+        #[command(flatten)]
+        options: PinOptions,
+    },
+    /// Ends a pin, or lets go of all that is pinned of namespaces. The blocks stay in DRAM until others need their room.
+    ///
+    /// Exit status 3 if there is no such pin or namespace.
+    Unpin {
+        #[command(flatten)]
+        options: UnpinOptions,
     },
     /// Explains why blocks that were found were loaded or computed, and what came of it.
     Explain {
@@ -357,6 +378,8 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         }
         Command::Ls { options } => namespaces::ls(client, options, is_json)?,
         Command::Evict { options } => warm::evict(client, options, is_json)?,
+        Command::Pin { options } => pins::pin(client, options, is_json)?,
+        Command::Unpin { options } => pins::unpin(client, options, is_json)?,
         Command::Purge { options } => namespaces::purge(client, options, is_json)?,
         Command::Explain { request, last } => {
             let decisions = client.explain(request.as_deref().unwrap_or_default(), *last)?;

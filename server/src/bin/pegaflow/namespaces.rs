@@ -4,9 +4,14 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use clap::{ArgGroup, Args};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceDescriptor, NamespaceId, Result, TENANT_FIELD, TenantId};
+use pegaflow_engine::{
+    ByteSize, Error, ErrorKind, KeyPrefix, NamespaceDescriptor, NamespaceId, Result, TENANT_FIELD, TenantId,
+};
 use pegaflow_server::client::Client;
 use serde_json::{Value, json};
+
+use crate::warm::PATIENCE;
+use crate::{duration, pins};
 
 /// How long the server may take for a page of namespaces whose rows it counts.
 const LIST_PATIENCE: Duration = Duration::from_secs(300);
@@ -21,6 +26,20 @@ pub(crate) struct ListOptions {
     #[arg(long, value_name = "ROWS", default_value_t = 5_000_000,
           value_parser = clap::value_parser!(u64).range(..=100_000_000))]
     count: u64,
+    /// Lists the prefixes in DRAM, too, by the keys of their first blocks, which `pin --prefix` and `evict --prefix` take: those that
+    /// begin requests, the largest ones first.
+    #[arg(long)]
+    prefixes: bool,
+    /// With --prefixes: of this namespace only, by the beginning of its name.
+    #[arg(long, value_name = "ID-PREFIX", requires = "prefixes")]
+    namespace: Option<String>,
+    /// With --prefixes: those in which the prefix with this key goes on.
+    #[arg(long, value_name = "KEY", requires = "prefixes")]
+    under: Option<KeyPrefix>,
+    /// With --prefixes: at most so many.
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, requires = "prefixes",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    most: u32,
 }
 
 /// Which namespaces, and how sure that is.
@@ -35,6 +54,13 @@ pub(crate) struct PurgeOptions {
     /// The longest wait for each namespace, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=600))]
     timeout: u64,
+    /// Of these only namespaces that were neither looked up nor saved to for so long: 90s, 30min, 12h, 7d. The server knows that
+    /// since its start only: before so much time has gone by it purges none.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+    older_than: Option<Duration>,
+    /// Refused: see `pegaflow evict --prefix`.
+    #[arg(long, value_name = "KEY", hide = true)]
+    prefix: Option<KeyPrefix>,
 }
 
 /// Which namespaces.
@@ -58,7 +84,7 @@ pub(crate) struct Which {
 
 impl Which {
     /// Whether none is left out.
-    pub(crate) fn is_all(&self) -> bool {
+    fn is_all(&self) -> bool {
         self.namespace.is_none() && self.tenant.is_none() && self.cache_salt.is_none()
     }
 
@@ -118,13 +144,33 @@ fn list(client: &Client, rows_max: u64) -> Result<Vec<Namespace>> {
     }
 }
 
-/// Lists namespaces; as JSON, and as text if that is wanted.
+/// Lists namespaces and pins; as JSON, and as text if that is wanted.
 pub(crate) fn ls(client: &Client, options: &ListOptions, is_json: bool) -> Result<Value> {
     let found = list(client, options.count)?;
+    let pins = match client.pins() {
+        // Pins name blocks, which are told to operators only.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => None,
+        pins => Some(pins?),
+    };
     if !is_json {
         print(&found);
+        pins.iter().flatten().for_each(|pin| println!("{}", pins::line(pin)));
     }
-    Ok(json!({ "namespaces": found.into_iter().map(|namespace| namespace.told).collect::<Vec<_>>() }))
+    let told: Vec<Value> = found.iter().map(|namespace| namespace.told.clone()).collect();
+    let mut told = json!({ "namespaces": told, "pins": pins });
+    if options.prefixes {
+        let which = Which { namespace: options.namespace.clone(), tenant: None, cache_salt: None, all: false };
+        let ids: Vec<NamespaceId> = match which.is_all() {
+            true => Vec::new(),
+            false => chosen(found, &which)?.iter().map(|namespace| namespace.id).collect(),
+        };
+        let prefixes = client.list_prefixes(&ids, options.under.as_ref(), options.most, PATIENCE)?;
+        if !is_json {
+            pins::print_prefixes(&prefixes);
+        }
+        told["prefixes"] = prefixes.into();
+    }
+    Ok(told)
 }
 
 fn print(found: &[Namespace]) {
@@ -132,8 +178,8 @@ fn print(found: &[Namespace]) {
         return println!("there are no namespaces: nothing was registered, and nothing saved");
     }
     println!(
-        "{:DIGITS$}  {:24} {:16} {:>9} {:>22} {:>22} {:>6} {:>9}",
-        "NAMESPACE", "MODEL", "TENANT", "INSTANCES", "DRAM", "DRIVE", "HITS", "USED"
+        "{:DIGITS$}  {:24} {:16} {:>9} {:>22} {:>11} {:>22} {:>6} {:>9}",
+        "NAMESPACE", "MODEL", "TENANT", "INSTANCES", "DRAM", "PINNED", "DRIVE", "HITS", "USED"
     );
     for one in found {
         let amount = |blocks: Option<u64>, bytes: Option<u64>| match (blocks, bytes) {
@@ -149,18 +195,21 @@ fn print(found: &[Namespace]) {
         };
         let used = one.number("/idle_ms").map_or_else(|| "-".into(), |ms| ago(Duration::from_millis(ms)));
         println!(
-            "{:.DIGITS$}  {:24.24} {:16.16} {:>9} {:>22} {drive:>22} {hits:>6} {used:>9}",
+            "{:.DIGITS$}  {:24.24} {:16.16} {:>9} {:>22} {:>11} {drive:>22} {hits:>6} {used:>9}",
             one.id.to_string(),
             one.field("model").or(one.field("kind")).unwrap_or("?"),
             one.field(TENANT_FIELD).unwrap_or("-"),
             one.number("/instances").unwrap_or(0),
             amount(one.number("/dram_blocks"), one.number("/dram_bytes")),
+            one.number("/pinned_bytes")
+                .filter(|bytes| *bytes > 0)
+                .map_or_else(|| "-".into(), |bytes| ByteSize(bytes).to_string()),
         );
     }
 }
 
-/// How long ago, for people.
-fn ago(idle: Duration) -> String {
+/// How long, for people.
+pub(crate) fn ago(idle: Duration) -> String {
     match idle.as_secs() {
         seconds @ 0..120 => format!("{seconds} s"),
         seconds @ 120..7200 => format!("{} min", seconds / 60),
@@ -171,15 +220,33 @@ fn ago(idle: Duration) -> String {
 
 /// Purges what was asked for; what was done, as JSON, and as text if that is wanted.
 pub(crate) fn purge(client: &Client, options: &PurgeOptions, is_json: bool) -> Result<Value> {
-    let chosen = chosen(list(client, 0)?, &options.which)?;
+    if options.prefix.is_some() {
+        let message = "a prefix is not purged: only a namespace has an end that outlasts crashes, and covers what is on its way to the \
+                       drive. pegaflow evict --prefix takes it out of DRAM, purge --tenant or --cache-salt out of everywhere";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let mut chosen = chosen(list(client, 0)?, &options.which)?;
+    if let Some(time) = options.older_than {
+        let up_ms = client.stats()?.get("uptime_ms").and_then(Value::as_u64).unwrap_or(0);
+        let idle = |one: &Namespace| Duration::from_millis(one.number("/idle_ms").unwrap_or(up_ms));
+        chosen.retain(|one| idle(one) >= time);
+        if chosen.is_empty() {
+            let up = ago(Duration::from_millis(up_ms));
+            let message =
+                format!("no namespace is unused for {time:?}, as far as the server knows, which runs for {up}");
+            return Err(Error::new(ErrorKind::NotFound, message));
+        }
+    }
     if !options.yes && !is_confirmed(&chosen, is_json)? {
         return Err(Error::new(ErrorKind::Cancelled, "nothing was purged"));
     }
     let mut purged = Vec::new();
     for namespace in &chosen {
-        let done = match client.purge(&namespace.id, Duration::from_secs(options.timeout)) {
+        let done = match client.purge(&namespace.id, options.older_than, Duration::from_secs(options.timeout)) {
             // Somebody else was faster.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            // It was used just now.
+            Err(error) if error.kind() == ErrorKind::Busy && options.older_than.is_some() => continue,
             Err(error) => {
                 let (id, done, all) = (namespace.id, purged.len(), chosen.len());
                 return Err(error.with("namespace", id).with("purged", format!("{done} of {all}")));
@@ -225,8 +292,11 @@ pub(crate) fn purge(client: &Client, options: &PurgeOptions, is_json: bool) -> R
     Ok(told)
 }
 
-/// The names of those that are meant, never none.
-pub(crate) fn ids(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+/// The names of those that are meant; none for all.
+pub(crate) fn meant(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
+    if which.is_all() {
+        return Ok(Vec::new());
+    }
     Ok(chosen(list(client, 0)?, which)?.into_iter().map(|namespace| namespace.id).collect())
 }
 

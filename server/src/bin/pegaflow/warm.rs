@@ -3,23 +3,33 @@
 use std::time::Duration;
 
 use clap::{ArgGroup, Args};
-use pegaflow_engine::{ByteSize, Error, ErrorKind, NamespaceId, Result, WarmRun, WarmRunState};
+use pegaflow_engine::{BlockChoice, ByteSize, Error, ErrorKind, KeyPrefix, Result, WarmRun, WarmRunState};
 use pegaflow_server::ExitStatus;
 use pegaflow_server::client::Client;
 use serde_json::{Value, json};
 
 use crate::job::{self, Job};
-use crate::namespaces::{Which, ids};
+use crate::namespaces::{Which, meant};
+use crate::{duration, pins};
 
 /// How long the server may take to go through its DRAM.
-const EVICT_PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Which namespaces are to leave.
+/// Which blocks are to leave.
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("whose").required(true).args(["namespace", "tenant", "cache_salt", "all"])))]
+#[command(group(
+    ArgGroup::new("whose").required(true).multiple(true).args(["namespace", "tenant", "cache_salt", "all", "prefix"])
+))]
 pub(crate) struct EvictOptions {
     #[command(flatten)]
     which: Which,
+    /// Of these only the block with this key and all that continue it. 8 to 64 hexadecimal digits.
+    #[arg(long, value_name = "KEY")]
+    prefix: Option<KeyPrefix>,
+    /// Of these only what was neither saved, loaded nor brought to DRAM for so long: 90s, 30min, 12h, 7d. To the second, and
+    /// since the server was started.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+    older_than: Option<Duration>,
 }
 
 /// What is to be done.
@@ -36,6 +46,12 @@ pub(crate) struct WarmOptions {
     /// Do not wait for its end.
     #[arg(long)]
     no_wait: bool,
+    /// Pin what is in DRAM of these namespaces then, as `pegaflow pin` does; not if the run was stopped or failed.
+    #[arg(long, conflicts_with_all = ["look", "stop", "no_wait"])]
+    pin: bool,
+    /// With --pin: end the pin after so long: 90s, 30min, 12h, 7d.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse, requires = "pin")]
+    ttl: Option<Duration>,
 }
 
 impl Job for WarmRun {
@@ -66,34 +82,43 @@ impl Job for WarmRun {
 
 /// Starts, stops or looks; what there is to tell, as JSON, and as text if that is wanted.
 pub(crate) fn warm(client: &Client, options: &WarmOptions, is_json: bool) -> Result<(Value, ExitStatus)> {
+    let mut namespaces = Vec::new();
     let run = if options.look {
         client.warming()?
     } else if options.stop {
         job::wait(client.stop_warming()?, || client.warming())?
     } else {
-        let started = client.start_warming(&meant(client, &options.which)?)?;
+        namespaces = meant(client, &options.which)?;
+        let started = client.start_warming(&namespaces)?;
         if options.no_wait { started } else { job::wait(started, || client.warming())? }
     };
     if !is_json {
         print(&run);
     }
     let is_cut = matches!(run.state, WarmRunState::Failed | WarmRunState::Stopped) && !options.stop;
-    let told = serde_json::to_value(&run)
+    let mut told = serde_json::to_value(&run)
         .map_err(|error| Error::new(ErrorKind::Io, format!("cannot write the progress as JSON: {error}")))?;
+    if options.pin && !is_cut {
+        let pin = client.pin(&BlockChoice::of(&namespaces), options.ttl, PATIENCE)?;
+        if !is_json {
+            println!("{}", pins::line(&pin));
+        }
+        told["pin"] = pin;
+    }
     Ok((told, if is_cut { ExitStatus::Failed } else { ExitStatus::Ok }))
-}
-
-/// The namespaces that are meant; none for all.
-fn meant(client: &Client, which: &Which) -> Result<Vec<NamespaceId>> {
-    if which.is_all() { Ok(Vec::new()) } else { ids(client, which) }
 }
 
 /// Has namespaces leave DRAM; what was done, as JSON, and as text if that is wanted.
 pub(crate) fn evict(client: &Client, options: &EvictOptions, is_json: bool) -> Result<Value> {
-    let evicted = client.evict(&meant(client, &options.which)?, EVICT_PATIENCE)?;
+    let choice = BlockChoice {
+        namespaces: meant(client, &options.which)?,
+        prefix: options.prefix.clone(),
+        unused_for: options.older_than,
+    };
+    let evicted = client.evict(&choice, PATIENCE)?;
     if !is_json {
         println!(
-            "{} namespaces: {} blocks ({}) have left DRAM, {} stay, which the drive does not have yet or somebody uses",
+            "{} namespaces: {} blocks ({}) have left DRAM, {} stay, which the drive does not have yet or somebody uses or has pinned",
             evicted.namespaces,
             evicted.dram_blocks,
             ByteSize(evicted.dram_bytes),
