@@ -32,6 +32,9 @@ pub(crate) type Token = [u8; TOKEN_BYTES];
 /// The byte that goes with a descriptor.
 const GRANTED: u8 = 1;
 
+/// The byte that comes without a descriptor when the server cannot learn of the end of the worker's process.
+const UNWATCHED: u8 = 2;
+
 /// The byte with which a worker says that it can touch the arena no more.
 const GOODBYE: u8 = 1;
 
@@ -101,7 +104,11 @@ async fn hand_over(mut stream: UnixStream, tokens: &Tokens) -> Result<()> {
         // SAFETY: the descriptor is owned by the `AsyncFd` and closed only with it.
         Ok(unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?)
     });
-    let process = process.map_err(failed("watching the worker's process (is it in another PID namespace?)"))?;
+    if process.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::Unsupported) {
+        // Best effort: without it the worker only misses the reason.
+        let _told = stream.write_all(&[UNWATCHED]).await;
+    }
+    let process = process.map_err(failed("watching the worker's process"))?;
     peer.arena_given();
     let sent = stream
         .async_io(Interest::WRITABLE, || {
@@ -154,7 +161,13 @@ fn process_of(stream: &UnixStream) -> std::io::Result<OwnedFd> {
         return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     // Before Linux 6.5: by number, which names the right process because it holds the connection open, see below.
-    let process = rustix::net::sockopt::socket_peercred(stream)?.pid;
+    // A process of another PID namespace has no number here.
+    let process = stream.peer_cred()?.pid().and_then(rustix::process::Pid::from_raw).ok_or_else(|| {
+        std::io::Error::new(
+            std::io::ErrorKind::Unsupported,
+            "it is in another PID namespace, and Linux is older than 6.5",
+        )
+    })?;
     let process = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty())?;
     let mut byte = [0; 1];
     match stream.try_read(&mut byte) {
@@ -179,8 +192,8 @@ impl Drop for ArenaConnection {
 /// process may touch the arena.
 ///
 /// # Errors
-/// `PermissionDenied` if the socket belongs to another user, `NotFound` if the server does not know the token, `Timeout`,
-/// `Io`.
+/// `PermissionDenied` if the socket belongs to another user, `NotFound` if the server does not know the token,
+/// `Unsupported` if it cannot watch this process, `Timeout`, `Io`.
 ///
 /// # Cancel safety
 /// Dropping it closes the connection; the token may be used up.
@@ -195,10 +208,21 @@ pub(crate) async fn fetch(path: &Path, token: &[u8], timeout: Duration) -> Resul
             ));
         }
         stream.write_all(token).await.map_err(failed)?;
-        let fd =
-            stream.async_io(Interest::READABLE, || receive_fd(&stream)).await.map_err(failed)?.ok_or_else(|| {
-                Error::new(ErrorKind::NotFound, format!("the server at {} did not know the token", path.display()))
-            })?;
+        let fd = match stream.async_io(Interest::READABLE, || receive_fd(&stream)).await.map_err(failed)? {
+            (GRANTED, Some(fd)) => fd,
+            (UNWATCHED, _) => {
+                let message = format!(
+                    "the server at {} cannot learn of the end of this process, which is in another PID namespace: that takes \
+                     Linux 6.5; give both the same PID namespace (docker run --pid, Kubernetes: shareProcessNamespace)",
+                    path.display()
+                );
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+            _ => {
+                let message = format!("the server at {} did not know the token", path.display());
+                return Err(Error::new(ErrorKind::NotFound, message));
+            }
+        };
         Ok((fd, ArenaConnection(stream.into_std().map_err(failed)?)))
     };
     tokio::time::timeout(timeout, fetch).await.unwrap_or_else(|_| {
@@ -206,7 +230,8 @@ pub(crate) async fn fetch(path: &Path, token: &[u8], timeout: Duration) -> Resul
     })
 }
 
-fn receive_fd(stream: &UnixStream) -> std::io::Result<Option<OwnedFd>> {
+/// The byte that came (0 for the end of the stream), and the descriptor with it.
+fn receive_fd(stream: &UnixStream) -> std::io::Result<(u8, Option<OwnedFd>)> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -216,7 +241,7 @@ fn receive_fd(stream: &UnixStream) -> std::io::Result<Option<OwnedFd>> {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    Ok(fd.filter(|_| byte == [GRANTED]))
+    Ok((byte[0], fd))
 }
 
 #[cfg(test)]

@@ -209,7 +209,7 @@ fn prepare_directory(socket: &Path) -> Result<()> {
     match std::fs::DirBuilder::new().mode(0o700).create(directory) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(Error::from_io(format!("cannot make directory {}", directory.display()), error)),
+        Err(error) => return Err(refused_by_system(&format!("cannot make directory {}", directory.display()), error)),
     }
     let data = std::fs::symlink_metadata(directory)
         .map_err(|error| Error::from_io(format!("cannot read {}", directory.display()), error))?;
@@ -228,12 +228,23 @@ fn prepare_directory(socket: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The system's error, with the remedy where nothing may be written.
+fn refused_by_system(doing: &str, source: io::Error) -> Error {
+    let error = Error::from_io(doing, source);
+    if error.kind() != ErrorKind::PermissionDenied {
+        return error;
+    }
+    let user = rustix::process::geteuid().as_raw();
+    let message = format!("{}; give a --socket in a directory that user {user} may write", error.message());
+    Error::new(ErrorKind::PermissionDenied, message)
+}
+
 /// Takes `<socket>.lck`; it is held as long as the descriptor lives, however the process ends.
 fn lock(socket: &Path) -> Result<OwnedFd> {
     let path = with_suffix(socket, ".lck");
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|error| Error::from_io(format!("cannot open {}", path.display()), error.into()))?;
+        .map_err(|error| refused_by_system(&format!("cannot open {}", path.display()), error.into()))?;
     match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(fd),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(answered(socket)),

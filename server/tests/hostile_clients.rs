@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use pegaflow_engine::LoadOutcome;
+use pegaflow_engine::{ErrorKind, LoadOutcome};
 use pegaflow_server::client::CompletionResult;
 use pegaflow_server::limits::{BLOCKS_MAX, MESSAGE_BYTES_MAX, OPERATIONS_MAX, SESSIONS_MAX};
 use pegaflow_server::proto::pega_flow_client::PegaFlowClient;
@@ -245,32 +245,50 @@ fn a_client_that_disappears_mid_save_leaves_nothing_held_and_harms_nobody() {
     }
 }
 
+/// A worker that was told to copy a block of a save and does not say that it has ended, and its session. It counts as being
+/// able to touch the arena until the connection that is returned says otherwise.
+async fn silent_copy(local: &Local) -> (UnixStream, Streaming<SessionEvent>) {
+    let mut rpc = connect(local).await;
+    let (session, mut events) = open(&mut rpc).await;
+    rpc.register(register(session)).await.expect("registers");
+    let shared = rpc.share_arena(ShareArenaRequest { session }).await.expect("shares").into_inner();
+    let mut connection = UnixStream::connect(memory_socket_path(&local.socket)).expect("connects");
+    connection.write_all(&shared.token).expect("sends");
+    connection.read_exact(&mut [0]).expect("granted");
+    rpc.save(SaveRequest { operation: 1, ..save(session, 1) }).await.expect("accepted");
+    loop {
+        match events.message().await.expect("an event").expect("an event").event {
+            Some(Event::Copy(order)) => break assert_eq!((order.operation, order.is_load), (1, false)),
+            _ => continue,
+        }
+    }
+    (connection, events)
+}
+
 #[test]
 fn what_a_worker_was_told_to_copy_is_not_reused_before_it_can_touch_the_arena_no_more() {
     let local = Local::start();
-    let mut connection = local.runtime.block_on(async {
-        let mut rpc = connect(&local).await;
-        let (session, mut events) = open(&mut rpc).await;
-        rpc.register(register(session)).await.expect("registers");
-        let shared = rpc.share_arena(ShareArenaRequest { session }).await.expect("shares").into_inner();
-        let mut connection = UnixStream::connect(memory_socket_path(&local.socket)).expect("connects");
-        connection.write_all(&shared.token).expect("sends");
-        connection.read_exact(&mut [0]).expect("granted");
-        rpc.save(SaveRequest { operation: 1, ..save(session, 1) }).await.expect("accepted");
-        loop {
-            match events.message().await.expect("an event").expect("an event").event {
-                Some(Event::Copy(order)) => break assert_eq!((order.operation, order.is_load), (1, false)),
-                _ => continue,
-            }
-        }
-        connection
-    });
+    let (mut connection, events) = local.runtime.block_on(silent_copy(&local));
+    drop(events);
     // The session is over, but this process still lives and has not said that it can touch the arena no more.
     until("its session is gone", || local.server().sessions() == 0);
     assert_eq!(local.engine.stats().operations, 1);
     connection.write_all(&[1]).expect("says goodbye");
     until("the save has ended", || local.engine.stats().operations == 0);
     assert_eq!(local.engine.stats().dram_used_bytes, 0, "and its slot is free");
+}
+
+#[test]
+fn a_worker_that_never_ends_its_copy_does_not_hold_up_a_stop() {
+    let mut local = Local::start();
+    let other = local.worker();
+    let _silent = local.runtime.block_on(silent_copy(&local));
+    let server = local.server.take().expect("runs");
+    let stopped = async { tokio::time::timeout(PATIENCE, server.stop(Duration::from_millis(400))).await };
+    let stopped = local.runtime.block_on(stopped).expect("it does not wait for that worker");
+    assert_eq!(stopped.map_err(|error| error.kind()), Err(ErrorKind::Timeout), "and says that not all has ended");
+    until("others see the end", || !other.client.is_connected());
+    assert!(!local.socket.exists(), "there is room for the next server");
 }
 
 #[test]

@@ -4,12 +4,14 @@
 
 mod support;
 
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use pegaflow_engine::{ErrorKind, LoadOutcome, SaveOutcome};
-use pegaflow_server::client::{CompletionResult, Endpoint};
-use support::{BLOCKS, Local, PATIENCE, Process, Worker, until};
+use pegaflow_engine::{ErrorKind, LoadBlock, LoadOutcome, SaveOutcome};
+use pegaflow_server::client::{ClientConfig, CompletionResult, Endpoint};
+use support::{BLOCKS, Layout, Local, PATIENCE, Process, Worker, until};
 
 fn run(command: &mut Command) -> (Option<i32>, String, String) {
     let output = command.output().expect("runs");
@@ -236,6 +238,148 @@ fn saved_and_started_again(is_warm: bool) {
     for block in 0..count {
         assert!(worker.read(block) == worker.read(BLOCKS - count + block), "block {block}");
     }
+}
+
+/// Engines of different models and layouts, as one host has them during a rolling upgrade of the engines.
+const LAYOUTS: [Layout; 3] = [
+    Layout::USUAL,
+    Layout { instance: "old", model: "v1", fragments: [65_536, 1024] },
+    Layout { instance: "new", model: "v2", fragments: [12_288, 96] },
+];
+
+/// An engine that asks for the same blocks again and again, whatever becomes of the server.
+struct BusyEngine {
+    worker: Worker,
+    /// Blocks that it has.
+    count: u32,
+    /// What the first lookup of the latest session was in, and how many there have been.
+    epoch: u64,
+    sessions: u32,
+    /// Requests that came to nothing because the server was away, or went away meanwhile.
+    cut_off: u32,
+}
+
+impl BusyEngine {
+    fn new(socket: &Path, layout: Layout, seed: u8) -> Self {
+        let mut config = ClientConfig::new(Endpoint::Unix(socket.to_owned()), layout.instance);
+        (config.lookup_timeout, config.rpc_timeout) = (PATIENCE, PATIENCE);
+        let mut worker = Worker::with_layout(config, layout);
+        let count = BLOCKS / 2;
+        (0..count).for_each(|block| worker.fill(block, seed + block as u8));
+        worker.register();
+        Self { worker, count, epoch: 0, sessions: 0, cut_off: 0 }
+    }
+
+    /// Looks its blocks up, loads what is found and compares it, and saves. The error says why the server did not serve.
+    fn ask(&mut self) -> pegaflow_engine::Result<()> {
+        let (epoch, count) = (self.worker.client.epoch(), self.count);
+        let reply = self.worker.lookup(count)?;
+        if epoch != self.epoch {
+            let saved_before = if self.sessions == 0 { 0 } else { count };
+            assert_eq!(reply.hit_blocks, saved_before, "the first lookup of session {}", self.sessions);
+            (self.epoch, self.sessions) = (epoch, self.sessions + 1);
+        }
+        if let Some(lease) = reply.lease {
+            let hits = reply.hit_blocks;
+            (0..hits).for_each(|index| self.worker.fill(BLOCKS - count + index, 0xee));
+            let operation = self.worker.operation();
+            let blocks = (0..hits).map(|index| LoadBlock { index, block: BLOCKS - count + index }).collect();
+            self.worker.client.load(operation, lease, 0, blocks, 0)?;
+            let CompletionResult::Load(LoadOutcome { failed, .. }) = self.worker.wait(operation) else {
+                panic!("a load")
+            };
+            for index in (0..hits).filter(|index| !failed.contains(index)) {
+                let is_right = self.worker.read(index) == self.worker.read(BLOCKS - count + index);
+                assert!(is_right, "block {index} of session {}: wrong bytes", self.sessions);
+            }
+            self.cut_off += u32::from(!failed.is_empty());
+        }
+        let operation = self.worker.start_save(count)?;
+        self.worker.wait(operation);
+        Ok(())
+    }
+
+    /// Asks until it is told to stop, and counts what was served.
+    fn run(&mut self, is_over: &AtomicBool, served: &AtomicU64) {
+        while !is_over.load(Ordering::Relaxed) {
+            match self.ask() {
+                Ok(()) => drop(served.fetch_add(1, Ordering::Relaxed)),
+                Err(_) => {
+                    self.cut_off += 1;
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+        }
+    }
+}
+
+/// Nothing is read wrong or hangs, no engine has to be restarted, and the first lookup at each new server finds everything.
+#[test]
+fn a_server_is_replaced_under_busy_engines_of_different_layouts() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let socket = sockets.path().join("p.sock");
+    let (mut server, _) = Process::start(with_store(&socket, &store));
+    let mut engines: Vec<BusyEngine> =
+        LAYOUTS.iter().zip(1..).map(|(layout, seed)| BusyEngine::new(&socket, *layout, 40 * seed)).collect();
+    let (is_over, served) = (AtomicBool::new(false), [const { AtomicU64::new(0) }; LAYOUTS.len()]);
+    let served_by_all = |what: &str| {
+        let before = served.each_ref().map(|served| served.load(Ordering::Relaxed));
+        // The second one began after this call.
+        until(what, || served.iter().zip(before).all(|(now, before)| now.load(Ordering::Relaxed) >= before + 2));
+    };
+    std::thread::scope(|scope| {
+        let _told = OnDrop(|| is_over.store(true, Ordering::Relaxed));
+        for (engine, served) in engines.iter_mut().zip(&served) {
+            let is_over = &is_over;
+            scope.spawn(move || engine.run(is_over, served));
+        }
+        served_by_all("all are served by the first server");
+        for _upgrade in 0..2 {
+            server.signal("-TERM");
+            assert_eq!(server.wait_exit(), Some(0), "stopped in order, under load");
+            (server, _) = Process::start(with_store(&socket, &store));
+            served_by_all("all are served by the next server");
+        }
+    });
+    for engine in &engines {
+        assert_eq!(engine.sessions, 3, "one session with each server, all found at once");
+        println!("{} requests were cut off", engine.cut_off);
+    }
+}
+
+/// Does it also when a test fails.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+#[test]
+fn a_store_that_a_newer_version_wrote_is_refused_in_one_line_and_left_as_it_is() {
+    let directory = store_directory();
+    let (sockets, store) = (tempfile::tempdir().expect("a directory"), directory.path().join("store"));
+    let socket = sockets.path().join("p.sock");
+    let (mut server, _) = Process::start(with_store(&socket, &store));
+    let mut engine = BusyEngine::new(&socket, Layout::USUAL, 1);
+    until("the blocks are saved", || engine.ask().is_ok());
+    server.signal("-TERM");
+    assert_eq!(server.wait_exit(), Some(0));
+    let version = store.join("VERSION");
+    let ours = std::fs::read(&version).expect("reads");
+    std::fs::write(&version, "pegaflow-store 2\n").expect("writes");
+    let (code, stdout, stderr) = run(&mut with_store(&socket, &store));
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(4), "", 1), "{stderr}");
+    for part in ["format version 2", "reads version 1", "use the build that wrote it"] {
+        assert!(stderr.contains(part), "{part} is not in {stderr}");
+    }
+    assert!(!socket.exists(), "no engine connects to it");
+    std::fs::write(&version, ours).expect("writes");
+    let (_server, _) = Process::start(with_store(&socket, &store));
+    // Its first lookup finds everything, or it panics.
+    until("the engine is served again", || engine.ask().is_ok());
 }
 
 #[test]

@@ -2,6 +2,8 @@
 #![expect(dead_code, reason = "every test binary uses a part of it")]
 #![expect(unsafe_code, reason = "registers this process's memory as KV memory")]
 
+pub(crate) mod host;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,8 +21,35 @@ use pegaflow_server::{Access, Listeners, Metrics, Readiness, Role, Server, Serve
 /// Long enough for anything that is to happen; a test that waits this long has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(crate) const BLOCK_BYTES: u64 = 4096 + 48;
+pub(crate) const BLOCK_BYTES: u64 = Layout::USUAL.block_bytes();
 pub(crate) const BLOCKS: u32 = 64;
+
+/// What an engine's KV memory looks like, and under what names its blocks are kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub(crate) instance: &'static str,
+    pub(crate) model: &'static str,
+    /// The bytes of the two fragments of a block.
+    pub(crate) fragments: [usize; 2],
+}
+
+impl Layout {
+    pub(crate) const USUAL: Self = Self { instance: "engine", model: "m", fragments: [4096, 48] };
+
+    const fn block_bytes(&self) -> u64 {
+        (self.fragments[0] + self.fragments[1]) as u64
+    }
+
+    pub(crate) fn spec(&self) -> InstanceSpec {
+        InstanceSpec {
+            instance: InstanceId(self.instance.into()),
+            namespace: NamespaceDescriptor::new().with("model", self.model),
+            groups: vec![GroupGeometry { group: 0, block_bytes: self.block_bytes(), shards: 1 }],
+            shard: 0,
+            keeps_all: false,
+        }
+    }
+}
 
 /// A server in this process.
 pub(crate) struct Local {
@@ -88,6 +117,7 @@ pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 /// A worker of a CPU engine: blocks in two fragments.
 pub(crate) struct Worker {
     pub(crate) client: Client,
+    layout: Layout,
     kv: Box<[u8]>,
     memory: Arc<HostMemory>,
     next: std::cell::Cell<u64>,
@@ -102,30 +132,30 @@ impl Worker {
     }
 
     pub(crate) fn with(config: ClientConfig) -> Self {
-        let mut kv = vec![0u8; (BLOCK_BYTES * u64::from(BLOCKS)) as usize].into_boxed_slice();
+        Self::with_layout(config, Layout::USUAL)
+    }
+
+    pub(crate) fn with_layout(config: ClientConfig, layout: Layout) -> Self {
+        let mut kv = vec![0u8; (layout.block_bytes() * u64::from(BLOCKS)) as usize].into_boxed_slice();
         let start = NonNull::new(kv.as_mut_ptr()).expect("memory");
-        let second = 4096 * u64::from(BLOCKS);
-        let fragments =
-            vec![Fragment { offset: 0, stride: 4096, bytes: 4096 }, Fragment { offset: second, stride: 48, bytes: 48 }];
+        let [first, second] = layout.fragments.map(|bytes| bytes as u64);
+        let fragments = vec![
+            Fragment { offset: 0, stride: first, bytes: first },
+            Fragment { offset: first * u64::from(BLOCKS), stride: second, bytes: second },
+        ];
         // SAFETY: the worker keeps the memory until its client is closed, and touches a block only while no operation on
         // it is running.
         let memory = unsafe { HostMemory::new(start, kv.len() as u64, fragments, BLOCKS, Box::new(())) };
         let client = Client::start(config).expect("starts");
-        Self { client, kv, memory: Arc::new(memory.expect("fits")), next: std::cell::Cell::new(0) }
+        Self { client, layout, kv, memory: Arc::new(memory.expect("fits")), next: std::cell::Cell::new(0) }
     }
 
     pub(crate) fn spec() -> InstanceSpec {
-        InstanceSpec {
-            instance: InstanceId("engine".into()),
-            namespace: NamespaceDescriptor::new().with("model", "m"),
-            groups: vec![GroupGeometry { group: 0, block_bytes: BLOCK_BYTES, shards: 1 }],
-            shard: 0,
-            keeps_all: false,
-        }
+        Layout::USUAL.spec()
     }
 
     pub(crate) fn register(&self) {
-        self.client.register(Self::spec(), self.memory.clone()).expect("registers");
+        self.client.register(self.layout.spec(), self.memory.clone()).expect("registers");
     }
 
     pub(crate) fn memory(&self) -> Arc<HostMemory> {
@@ -137,14 +167,15 @@ impl Worker {
         OperationId(self.next.get())
     }
 
-    fn places(block: u32) -> [std::ops::Range<usize>; 2] {
-        let (first, second) = (block as usize * 4096, 4096 * BLOCKS as usize + block as usize * 48);
-        [first..first + 4096, second..second + 48]
+    fn places(&self, block: u32) -> [std::ops::Range<usize>; 2] {
+        let ([first, second], block) = (self.layout.fragments, block as usize);
+        let tail = first * BLOCKS as usize + block * second;
+        [block * first..(block + 1) * first, tail..tail + second]
     }
 
     /// Fills a block with bytes of its own.
     pub(crate) fn fill(&mut self, block: u32, seed: u8) {
-        for range in Self::places(block) {
+        for range in self.places(block) {
             for (at, byte) in self.kv[range].iter_mut().enumerate() {
                 *byte = seed.wrapping_mul(31).wrapping_add((at % 241) as u8);
             }
@@ -152,7 +183,7 @@ impl Worker {
     }
 
     pub(crate) fn read(&self, block: u32) -> Vec<u8> {
-        Self::places(block).into_iter().flat_map(|range| self.kv[range].to_vec()).collect()
+        self.places(block).into_iter().flat_map(|range| self.kv[range].to_vec()).collect()
     }
 
     pub(crate) fn key(index: u32) -> BlockKey {
@@ -168,7 +199,7 @@ impl Worker {
 
     pub(crate) fn start_save(&self, count: u32) -> pegaflow_engine::Result<OperationId> {
         let operation = self.operation();
-        let spec = Self::spec();
+        let spec = self.layout.spec();
         self.client.save(operation, spec.instance.into(), Self::saves(count), 0).map(|()| operation)
     }
 
@@ -178,7 +209,7 @@ impl Worker {
 
     pub(crate) fn lookup_with(&self, count: u32, with_places: bool) -> pegaflow_engine::Result<LookupReply> {
         self.client.lookup(&LookupRequest {
-            instance: Self::spec().instance,
+            instance: self.layout.spec().instance,
             tenant: None,
             group: 0,
             keys: (0..count).map(Self::key).collect(),
@@ -193,7 +224,7 @@ impl Worker {
     /// Where the blocks of these numbers are.
     pub(crate) fn locate(&self, indexes: &[u32]) -> pegaflow_engine::Result<Vec<Option<HitTier>>> {
         let keys = indexes.iter().map(|index| Self::key(*index)).collect();
-        self.client.locate(&LocateRequest { instance: Self::spec().instance, tenant: None, group: 0, keys })
+        self.client.locate(&LocateRequest { instance: self.layout.spec().instance, tenant: None, group: 0, keys })
     }
 
     /// Starts a load of the first `count` blocks into the last `count` blocks of the memory.
