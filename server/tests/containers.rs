@@ -148,7 +148,7 @@ fn an_engine_in_a_container() {
     (config.lookup_timeout, config.rpc_timeout) = (PATIENCE, PATIENCE);
     let mut worker = Worker::with(config);
     worker.register();
-    let patience = if errand == "be refused" { Duration::from_secs(1) } else { PATIENCE };
+    let patience = if errand == "be refused" { Duration::from_secs(3) } else { PATIENCE };
     worker.client.wait_connected(patience).expect("connects and registers");
     (0..COUNT).for_each(|block| worker.fill(block, block as u8));
     if errand == "save" {
