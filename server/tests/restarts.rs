@@ -285,11 +285,13 @@ impl BusyEngine {
             let operation = self.worker.operation();
             let blocks = (0..hits).map(|index| LoadBlock { index, block: BLOCKS - count + index }).collect();
             self.worker.client.load(operation, lease, 0, blocks, 0)?;
-            let CompletionResult::Load(LoadOutcome { failed, .. }) = self.worker.wait(operation) else {
+            let CompletionResult::Load(LoadOutcome { loaded_dram, loaded_nvme, failed }) = self.worker.wait(operation)
+            else {
                 panic!("a load")
             };
-            for index in (0..hits).filter(|index| !failed.contains(index)) {
-                let is_right = self.worker.read(index) == self.worker.read(BLOCKS - count + index);
+            assert_eq!(loaded_dram + loaded_nvme + failed.len() as u32, hits, "each block is right or failed");
+            for (index, block) in (0..hits).zip(BLOCKS - count..).filter(|(_, block)| !failed.contains(block)) {
+                let is_right = self.worker.read(index) == self.worker.read(block);
                 assert!(is_right, "block {index} of session {}: wrong bytes", self.sessions);
             }
             self.cut_off += u32::from(!failed.is_empty());
