@@ -1,11 +1,9 @@
 //! Made-up prompts: chains of keys as random as hashes, and the smallest blocks that a worker may have.
-#![expect(unsafe_code, reason = "registers this process's memory as KV memory")]
 
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pegaflow_engine::{
-    BlockKey, DeviceMemory, Fragment, GroupGeometry, HostMemory, InstanceId, InstanceSpec, NamespaceDescriptor, Result,
+    BlockKey, DeviceMemory, GroupGeometry, HostMemory, InstanceId, InstanceSpec, NamespaceDescriptor, Result,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -79,12 +77,5 @@ pub fn block_memory(blocks: u32) -> Result<Arc<dyn DeviceMemory>> {
 /// # Errors
 /// `InvalidInput` for no blocks.
 pub fn memory_of(block_bytes: u64, bytes: Vec<u8>) -> Result<Arc<dyn DeviceMemory>> {
-    let mut bytes = bytes.into_boxed_slice();
-    let start = NonNull::new(bytes.as_mut_ptr()).unwrap_or(NonNull::dangling());
-    let length = bytes.len() as u64;
-    let blocks = u32::try_from(length / block_bytes.max(1)).unwrap_or(u32::MAX);
-    let fragments = vec![Fragment { offset: 0, stride: block_bytes, bytes: block_bytes }];
-    // SAFETY: the memory owns the bytes, whose place does not change when the box moves, and nobody else uses them.
-    let memory = unsafe { HostMemory::new(start, length, fragments, blocks, Box::new(bytes)) }?;
-    Ok(Arc::new(memory))
+    Ok(Arc::new(HostMemory::owned(bytes, block_bytes)?))
 }

@@ -175,6 +175,12 @@ fn of_a_server(desk: &Desk) {
     desk.meets("top", 0, &at(&socket, &["top", "--once", "--interval", "0.2"]));
     desk.meets("flush", 0, &at(&socket, &["flush"]));
     desk.meets("ping", 0, &at(&socket, &["ping"]));
+    let told = desk.meets("bench", 0, &at(&socket, &["bench", "--bytes", "1MiB", "--block", "64KiB"]));
+    assert_eq!((&told["bytes"], &told["wrong_bytes"]), (&(1 << 20).into(), &0.into()), "{told:#}");
+    assert!(told["load_drive_gbps"].as_f64().is_some_and(|rate| rate > 0.0), "{told:#}");
+    for wrong in [&["--bytes", "8GiB"], &["--block", "4096TiB"], &["--block", "1KiB"]] {
+        desk.fails(2, ErrorKind::InvalidInput, &at(&socket, &[&["bench"][..], wrong].concat()));
+    }
     desk.meets("reopen", 0, &at(&socket, &["reopen"]));
     let told = desk.meets("explain", 0, &at(&socket, &["explain", "cmpl-1"]));
     assert_eq!(told["decisions"][0]["request"], "cmpl-1-abc", "{told:#}");

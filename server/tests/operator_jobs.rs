@@ -201,3 +201,16 @@ fn a_namespace_that_nobody_uses_is_purged_by_its_age() {
     assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, 0);
     stop(server, &worker);
 }
+
+#[test]
+fn a_bench_leaves_nothing_behind_and_what_was_cached_stays() {
+    let desk = Desk::new();
+    let (server, mut worker) = desk.server(&[]);
+    save(&mut worker);
+    let (code, told) = desk.run(&["bench", "--bytes", "2MiB", "--block", "256KiB"]);
+    assert_eq!((code, &told["wrong_bytes"], &told["lookup_keys"]), (Some(0), &0.into(), &8.into()), "{told:#}");
+    let namespaces = desk.field(&["ls"], "namespaces");
+    assert_eq!(namespaces.as_array().map(Vec::len), Some(1), "{namespaces:#}");
+    assert_eq!(worker.lookup(SAVED).expect("answers").hit_blocks, SAVED);
+    stop(server, &worker);
+}

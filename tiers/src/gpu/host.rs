@@ -1,6 +1,7 @@
 //! The host-memory device: vLLM on CPU, and every test. A copy is a `memcpy`, done on the calling thread.
 #![expect(unsafe_code, reason = "copies between registered memories and arena slots")]
 
+use std::cell::UnsafeCell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,8 +18,14 @@ pub struct HostMemory {
     /// For every fragment of the layout: where its range starts, and the number of that byte in the layout.
     places: Vec<(NonNull<u8>, u64)>,
     layout: MemoryLayout,
-    _owner: Box<dyn std::any::Any + Send + Sync>,
+    owner: Box<dyn std::any::Any + Send + Sync>,
 }
+
+/// The bytes of [`HostMemory::owned`].
+struct OwnedBytes(UnsafeCell<Vec<u8>>);
+
+// SAFETY: whoever shares it has no way to the bytes but through the memory that owns it, whose copies hold that memory.
+unsafe impl Sync for OwnedBytes {}
 
 // SAFETY: `HostMemory::new` requires memory that any thread may use as long as the owner lives.
 unsafe impl Send for HostMemory {}
@@ -47,6 +54,27 @@ impl HostMemory {
         unsafe { Self::from_ranges(&[(start, bytes)], fragments, blocks, owner) }
     }
 
+    /// Memory of its own with these bytes, for blocks of `block_bytes` that lie one after the other; what is left at the end belongs to
+    /// none. [`HostMemory::into_bytes`] gives it back.
+    ///
+    /// # Errors
+    /// `InvalidInput` for blocks of no bytes, or for less than one block.
+    pub fn owned(bytes: Vec<u8>, block_bytes: u64) -> Result<Self> {
+        let blocks = u32::try_from(bytes.len() as u64 / block_bytes.max(1)).unwrap_or(u32::MAX);
+        let fragments = vec![Fragment { offset: 0, stride: block_bytes, bytes: block_bytes }];
+        let bytes = OwnedBytes(UnsafeCell::new(bytes));
+        // SAFETY: there is no other reference to bytes that were given away.
+        let (start, length) = unsafe { ((*bytes.0.get()).as_mut_ptr(), (*bytes.0.get()).len()) };
+        let start = NonNull::new(start).unwrap_or(NonNull::dangling());
+        // SAFETY: the memory owns the bytes, whose place does not change when the vector moves, and nobody else can get at them.
+        unsafe { Self::new(start, length as u64, fragments, blocks, Box::new(bytes)) }
+    }
+
+    /// The bytes of [`HostMemory::owned`]; `None` for memory of somebody else. Nothing copies any more: copies hold the memory.
+    pub fn into_bytes(self) -> Option<Vec<u8>> {
+        self.owner.downcast::<OwnedBytes>().ok().map(|owned| owned.0.into_inner())
+    }
+
     /// Describes several memories, each with its start and its number of bytes, as one.
     ///
     /// # Errors
@@ -63,7 +91,7 @@ impl HostMemory {
         let lengths: Vec<u64> = ranges.iter().map(|(_, bytes)| *bytes).collect();
         let Ranges { layout, places } = Ranges::new(&lengths, fragments, blocks)?;
         let start_of = |(range, base): (usize, u64)| ranges.get(range).map(|(start, _)| (*start, base));
-        Ok(Self { places: places.into_iter().filter_map(start_of).collect(), layout, _owner: owner })
+        Ok(Self { places: places.into_iter().filter_map(start_of).collect(), layout, owner })
     }
 
     /// Where the pieces of a block lie, and how long each is; `None` if there is no such block. The layout has checked
@@ -203,5 +231,15 @@ mod tests {
             assert_eq!(layer[7 * 32..8 * 32], original[32..64]);
             assert_eq!(layer[..7 * 32], original[..7 * 32]);
         }
+    }
+
+    #[test]
+    fn owned_memory_is_given_back_as_it_was_left() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let memory = HostMemory::owned(bytes.clone(), 96).expect("two blocks");
+        assert_eq!((memory.layout().blocks(), memory.layout().block_bytes()), (2, 96));
+        assert_eq!(memory.into_bytes(), Some(bytes));
+        assert!(HostMemory::owned(vec![0; 95], 96).is_err(), "less than a block");
+        assert!(HostMemory::owned(vec![0; 99], 0).is_err(), "blocks of nothing");
     }
 }

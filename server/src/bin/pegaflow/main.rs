@@ -1,6 +1,7 @@
 //! The command line of operators: asks a running server over its socket, and checks stores that no server has open.
 #![deny(unsafe_code)]
 
+mod bench;
 mod doctor;
 mod duration;
 mod job;
@@ -124,6 +125,14 @@ enum Command {
         /// The longest wait, in seconds.
         #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=600))]
         timeout: u64,
+    },
+    /// Measures a running server as an engine would use it: saves random blocks, loads them out of DRAM and off the drives, looks
+    /// them up, compares every byte, and purges them. Beside the speed of a plain copy, and of the drives as the server knows it.
+    ///
+    /// Takes room in DRAM and on the drive from what is cached there; loads of engines wait for it. Exit status 1 if a byte was wrong.
+    Bench {
+        #[command(flatten)]
+        options: bench::BenchOptions,
     },
     /// Says whether the server answers, and how fast.
     Ping,
@@ -332,7 +341,7 @@ fn run(options: &Options) -> Result<ExitStatus> {
     check_there(&endpoint)?;
     let mut config = ClientConfig::new(endpoint, "pegaflow command line");
     config.token = options.token_file.as_deref().map(Token::read).transpose()?;
-    let client = Client::start(config)?;
+    let client = Client::start(config.clone())?;
     client.wait_connected(Duration::from_secs(options.connect_timeout))?;
     if let Command::Top { options: top } = &options.command {
         let shown = top::top(&client, top, options.json);
@@ -342,6 +351,7 @@ fn run(options: &Options) -> Result<ExitStatus> {
     let (answer, status) = match &options.command {
         Command::Scrub { options: of_scrub } => scrub::scrub(&client, of_scrub, options.json)?,
         Command::Warm { options: of_warm } => warm::warm(&client, of_warm, options.json)?,
+        Command::Bench { options: of_bench } => bench::bench(&client, config, of_bench, options.json)?,
         command => (ask(&client, command, options.json)?, ExitStatus::Ok),
     };
     if options.json {
@@ -415,6 +425,7 @@ fn ask(client: &Client, command: &Command, is_json: bool) -> Result<Value> {
         | Command::Top { .. }
         | Command::Scrub { .. }
         | Command::Warm { .. }
+        | Command::Bench { .. }
         | Command::Config { .. }
         | Command::Prewarm { .. }
         | Command::Pack { .. }

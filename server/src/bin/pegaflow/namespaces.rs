@@ -144,6 +144,11 @@ fn list(client: &Client, rows_max: u64) -> Result<Vec<Namespace>> {
     }
 }
 
+/// Whether the server knows a namespace of this name.
+pub(crate) fn is_known(client: &Client, id: &NamespaceId) -> Result<bool> {
+    Ok(list(client, 0)?.iter().any(|namespace| namespace.id == *id))
+}
+
 /// Lists namespaces and pins; as JSON, and as text if that is wanted.
 pub(crate) fn ls(client: &Client, options: &ListOptions, is_json: bool) -> Result<Value> {
     let found = list(client, options.count)?;
