@@ -1,10 +1,12 @@
-"""Time to first token of the ways to keep vLLM's KV cache, side by side.
+"""Time to first token, processor time and throughput of the ways to keep vLLM's KV cache, side by side.
 
-usage: bench_kv_cache.py [--model MODEL] [--systems none,pegaflow,...] [--prompt-tokens 1024] [--prompts 4]
+usage: bench_kv_cache.py [--model MODEL] [--systems none,pegaflow,...] [--prompt-tokens 1024] [--requests 200]
 
-Each system gets the same prompts three times: cold, warm (the same vLLM, its own prefix cache emptied), and restarted
-(a new vLLM; what runs beside it stays). Prints a table and ends with one line of JSON. A system that cannot run on this
-machine is left out, with the reason. Meant for an idle machine; a CPU shows that it works, a GPU what it is worth.
+Each system gets the same prompts cold, warm (the same vLLM, its own prefix cache emptied), restarted (a new vLLM; what
+runs beside it stays), and after all was restarted. With `--requests`, vLLM's own bench (`vllm bench serve
+--dataset-name prefix_repetition`) then asks its OpenAI server for as many prompts, of which five begin alike each.
+Prints a table and ends with one line of JSON. A system that cannot run on this machine is left out, with the reason.
+Meant for an idle machine; a CPU shows that it works, a GPU what it is worth.
 """
 
 from __future__ import annotations
@@ -22,16 +24,30 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
 HAS_GPU = torch.cuda.is_available()
 GIB = 1 << 30
-Answer = tuple[float, list[int]]
-"""Milliseconds, and the token."""
+Answer = tuple[float, float, list[int]]
+"""Milliseconds, those of vLLM's processor time, and the token."""
+SAME_BEGINNING = 5
+"""Requests of the throughput's workload that begin alike."""
+# `vllm bench serve` as vLLM's command line starts it; the command itself does not know packages of another name.
+BENCH_SERVE = """
+from vllm.benchmarks import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+serve.add_cli_args(parser)
+serve.main(parser.parse_args())
+"""
 
 
 @dataclass
@@ -158,9 +174,10 @@ def vllm_round(model: str, system: System, prompts: list[list[int]], passes: int
 
 def ask(llm: Any, prompt: list[int], sampling: Any) -> Answer:
     """One prompt for one token."""
-    before = time.perf_counter()
+    before, cpu_before = time.perf_counter(), time.process_time()
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
-    return (time.perf_counter() - before) * 1e3, list(output.outputs[0].token_ids)
+    took, cpu = time.perf_counter() - before, time.process_time() - cpu_before
+    return took * 1e3, cpu * 1e3, list(output.outputs[0].token_ids)
 
 
 def in_new_process(*arguments: Any) -> list[list[Answer]]:
@@ -169,26 +186,84 @@ def in_new_process(*arguments: Any) -> list[list[Answer]]:
         return process.submit(vllm_round, *arguments).result()
 
 
-def measure(model: str, system: System, prompts: list[list[int]], log: Path) -> dict[str, Any]:
-    """The row of one system."""
-    beside = None
-    if system.beside:
-        with log.open("wb") as output:
-            environment = {**os.environ, **system.environment}
-            beside = subprocess.Popen(system.beside, stdout=output, stderr=subprocess.STDOUT, env=environment)
+@contextmanager
+def beside(system: System, log: Path) -> Iterator[None]:
+    """What has to run beside vLLM, if anything."""
+    if not system.beside:
+        yield
+        return
+    with log.open("ab") as output:
+        environment = {**os.environ, **system.environment}
+        process = subprocess.Popen(system.beside, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        if beside is not None:
-            wait_listening(beside, system.port, log)
+        wait_listening(process, system.port, log)
+        yield
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process, in order if it does so in time."""
+    process.terminate()
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def measure(model: str, system: System, prompts: list[list[int]], log: Path) -> dict[str, Any]:
+    """The times of one system."""
+    with beside(system, log):
         cold, warm = in_new_process(model, system, prompts, 2)
         (restarted,) = in_new_process(model, system, prompts, 1)
-    finally:
-        if beside is not None:
-            beside.terminate()
-            beside.wait(timeout=60)
-    passes = {"cold": cold, "warm": warm, "restarted": restarted}
+    all_restarted = restarted  # nothing else ran
+    if system.beside:
+        with beside(system, log):
+            (all_restarted,) = in_new_process(model, system, prompts, 1)
+    passes = {"cold": cold, "warm": warm, "restarted": restarted, "all_restarted": all_restarted}
+    tokens = [said for _, _, said in cold]
     return {
-        **{f"{name}_ms": round(statistics.median(ms for ms, _ in answers), 2) for name, answers in passes.items()},
-        "tokens_equal": all([said for _, said in answers] == [said for _, said in cold] for answers in passes.values()),
+        **{f"{name}_ms": median(ms for ms, _, _ in answers) for name, answers in passes.items()},
+        "warm_cpu_ms": median(cpu for _, cpu, _ in warm),
+        "tokens_equal": all([said for _, _, said in answers] == tokens for answers in passes.values()),
+    }
+
+
+def median(values: Iterable[float]) -> float:
+    """To hundredths."""
+    return round(statistics.median(values), 2)
+
+
+def throughput(model: str, system: System, prompt_tokens: int, requests: int, log: Path) -> dict[str, Any]:
+    """Requests a second of vLLM's OpenAI server over this system, for prompts that begin alike."""
+    port, result = free_port(), log.with_suffix(".bench.json")
+    more = ["--kv-transfer-config", json.dumps({"engine_id": "bench", **system.connector})] if system.connector else []
+    serve = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)),
+        *("--block-size", "32", "--max-model-len", str(prompt_tokens + 256), "--kv-cache-memory-bytes", str(GIB)),
+        *("--distributed-executor-backend", "uni", *([] if HAS_GPU else ["--enforce-eager"]), *more),
+    ]
+    bench = [
+        *(sys.executable, "-c", BENCH_SERVE, "--model", model, "--port", str(port), "--seed", "1", "--disable-tqdm"),
+        *("--dataset-name", "prefix_repetition", "--num-prompts", str(requests), "--max-concurrency", "8"),
+        *("--prefix-repetition-prefix-len", str(prompt_tokens), "--prefix-repetition-suffix-len", "64"),
+        *("--prefix-repetition-num-prefixes", str(max(1, requests // SAME_BEGINNING))),
+        *("--prefix-repetition-output-len", "16", "--ignore-eos", "--save-result", "--result-filename", str(result)),
+    ]
+    environment = {**os.environ, **system.environment}
+    with beside(system, log), log.open("ab") as output:
+        server = subprocess.Popen(serve, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            wait_listening(server, port, log)
+            subprocess.run(bench, stdout=output, stderr=subprocess.STDOUT, check=True, timeout=600)
+        finally:
+            end(server)
+    found = json.loads(result.read_text())
+    return {
+        "requests_per_s": round(found["request_throughput"], 2),
+        "mean_ttft_ms": round(found["mean_ttft_ms"], 2),
+        "failed_requests": requests - found["completed"],
     }
 
 
@@ -218,6 +293,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--dram-gib", type=int, default=1, help="host memory of each; four times that on the drive")
     parser.add_argument("--upstream", default="", help="the folder that upstream's package is installed in")
+    parser.add_argument("--requests", type=int, default=0, help="of the throughput's workload; 0: it is left out")
     options = parser.parse_args()
     source = random.Random(1)
     prompts = [[source.randrange(10, 90) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
@@ -234,17 +310,27 @@ def main() -> int:
                 row["skipped"] = known[name].why_not
             else:
                 try:
-                    row |= measure(options.model, known[name], prompts, folder / f"{name}.log")
+                    log = folder / f"{name}.log"
+                    row |= measure(options.model, known[name], prompts, log)
+                    if options.requests:
+                        row |= throughput(options.model, known[name], options.prompt_tokens, options.requests, log)
                 except Exception as error:  # one system that fails does not end the others
                     row["failed"] = f"{type(error).__name__}: {error}"[:400]
             rows.append(row)
-    print(f"{'system':<18}{'cold':>10}{'warm':>10}{'restarted':>11}   ms to the first token, median")
+    columns = {"cold_ms": "cold", "warm_ms": "warm", "restarted_ms": "restarted", "all_restarted_ms": "all anew"}
+    columns |= {"warm_cpu_ms": "warm CPU", "requests_per_s": "requests/s", "mean_ttft_ms": "mean TTFT"}
+    print(
+        f"{'system':<18}"
+        + "".join(f"{title:>12}" for title in columns.values())
+        + "   ms, medians; mean TTFT under load"
+    )
     for row in rows:
-        times = "".join(f"{row[f'{name}_ms']:>10.1f}" for name in ("cold", "warm", "restarted") if f"{name}_ms" in row)
-        print(f"{row['system']:<18}{times or '  ' + (row.get('skipped') or row.get('failed') or '')}")
+        cells = "".join(f"{row[name]:>12.1f}" for name in columns if name in row)
+        print(f"{row['system']:<18}{cells or '  ' + (row.get('skipped') or row.get('failed') or '')}")
     device = torch.cuda.get_device_name() if HAS_GPU else "cpu"
     print(json.dumps({"device": device, "model": options.model, "prompt_tokens": options.prompt_tokens, "rows": rows}))
-    return 1 if any("failed" in row or row.get("tokens_equal") is False for row in rows) else 0
+    is_bad = any("failed" in row or row.get("tokens_equal") is False or row.get("failed_requests") for row in rows)
+    return 1 if is_bad else 0
 
 
 if __name__ == "__main__":
