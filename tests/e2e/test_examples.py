@@ -109,7 +109,9 @@ def test_the_bench_measures_what_runs_here_and_says_why_the_rest_does_not(
     last = [line for line in output_of(examples, "bench_kv_cache.py").splitlines() if line.startswith("{")][-1]
     rows = {row["system"]: row for row in json.loads(last)["rows"]}
     assert rows["pegaflow"]["tokens_equal"]
-    assert all(rows["pegaflow"][f"{name}_ms"] > 0 for name in ("cold", "warm", "restarted", "all_restarted", "warm_cpu"))
+    assert all(
+        rows["pegaflow"][f"{name}_ms"] > 0 for name in ("cold", "warm", "restarted", "all_restarted", "warm_cpu")
+    )
     assert "GPUs only" in rows["native"]["skipped"]
     assert "GPUs only" in rows["native-pegaflow"]["skipped"]
     assert "skipped" in rows["upstream"]
