@@ -158,7 +158,7 @@ def systems(folder: Path, options: argparse.Namespace) -> dict[str, System]:
             {
                 "PEGAFLOW_HOST": "http://127.0.0.1",
                 "PEGAFLOW_PORT": str(upstream_port),
-                "PYTHONPATH": options.upstream,
+                "PYTHONPATH": os.pathsep.join(filter(None, (options.upstream, os.environ.get("PYTHONPATH")))),
                 **stable_hashes,
             },
             beside=[
