@@ -73,7 +73,9 @@ def test_who_asks_is_told_keys_of_the_prompts_blocks(make, make_request, step) -
         }
     }
     both = end(make(), make_request("r", PROMPT, kv_transfer_params=asked | ASKED), step, 4)
-    assert both is not None and both["pegaflow_tokens"] == 16 and "pegaflow_keys" in both
+    assert both is not None
+    assert both["pegaflow_tokens"] == 16
+    assert "pegaflow_keys" in both
     assert end(make(), make_request("r", PROMPT[:3], kv_transfer_params=asked), step, 0) is None, "no whole block"
     for other in ({"pegaflow_keys": 1}, {"pegaflow_keys": "true"}, None):
         assert end(make(), make_request("r", PROMPT, kv_transfer_params=other), step, 4) is None
@@ -86,7 +88,8 @@ def test_of_a_long_prompt_a_few_keys_are_told_down_to_its_last_block(make, make_
     told = told["pegaflow_keys"]
     packed = KeyChain().extend(prompt, BLOCK)
     assert len(told["keys"]) == len(told["tokens"]) == 32
-    assert told["tokens"][-1] == 4004 and told["tokens"] == sorted(set(told["tokens"]))
+    assert told["tokens"][-1] == 4004
+    assert told["tokens"] == sorted(set(told["tokens"]))
     for tokens, key in zip(told["tokens"], told["keys"], strict=True):
         assert key == packed[(tokens // BLOCK - 1) * 32 : tokens // BLOCK * 32].hex()
     assert max(after - before for before, after in itertools.pairwise([0, *told["tokens"]])) <= 32 * BLOCK
@@ -98,11 +101,13 @@ def test_keys_of_a_tenant_are_told_with_its_name_and_after_a_reset_with_another_
     asked = {"pegaflow_keys": True}
     scheduler = make()
     told = end(scheduler, make_request("r", PROMPT, kv_transfer_params=asked, cache_salt="secret"), step, 4)
-    assert told is not None and told["pegaflow_keys"]["tenant"].startswith("salt-")
+    assert told is not None
+    assert told["pegaflow_keys"]["tenant"].startswith("salt-")
     assert not set(told["pegaflow_keys"]["keys"]) & {key.hex() for key in keys()}
     scheduler.reset()
     told = end(scheduler, make_request("s", PROMPT, kv_transfer_params=asked), step, 4)
-    assert told is not None and told["pegaflow_keys"]["instance"].startswith("engine/0#")
+    assert told is not None
+    assert told["pegaflow_keys"]["instance"].startswith("engine/0#")
 
 
 def test_a_request_that_was_never_seen_is_told_nothing(make, make_request) -> None:

@@ -134,7 +134,6 @@ class Router:
         found = re.findall(rf"^{re.escape(name)}\S* (\S+)$", self.process.metrics(), re.MULTILINE)
         return sum(float(value) for value in found)
 
-
     def questions(self, result: str) -> float:
         """How many questions to the server have ended so."""
         line = rf'^pegaflow_router_questions_total\{{[^}}]*result="{result}"[^}}]*\}} (\S+)$'

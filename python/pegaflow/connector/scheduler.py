@@ -407,7 +407,7 @@ class PegaScheduler:
         return keeps_blocks, told or None
 
     def _keys_of(self, tracked: Tracked, blocks: int) -> dict[str, Any]:
-        """Keys among the first `blocks` blocks: the last one, and others evenly before it, with where each block ends."""
+        """Keys among the first `blocks` blocks: the last one, and others evenly before it; with where each ends."""
         count = min(blocks, _KEYS_TOLD_MAX)
         depths = [blocks * number // count for number in range(1, count + 1)]
         return {

@@ -101,6 +101,7 @@ mod tests {
         affinity.note(&Beginning::new("m", None, &prompt), 0);
         assert_eq!(affinity.share(&Beginning::new("n", None, &prompt), 0), 0.0);
         assert_eq!(affinity.share(&Beginning::new("m", None, &prompt[..PIECE_BYTES - 1]), 0), 0.0);
+        affinity.note(&Beginning::new("m", Some("b"), &prompt), 0);
         for salt in ["", "a"] {
             assert_eq!(affinity.share(&Beginning::new("m", Some(salt), &prompt), 0), 0.0, "nor another salt");
         }
