@@ -197,3 +197,23 @@ impl Registration {
             && Arc::ptr_eq(&self.memory, &other.memory)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_socket_loopback_or_a_server_with_a_certificate() {
+        let tls = ClientTls { authorities: "/ca.pem".into(), identity: None };
+        let parse = |text: &str| Endpoint::parse(text, Some(&tls)).ok();
+        assert_eq!(parse("/run/p.sock"), Some(Endpoint::Unix("/run/p.sock".into())));
+        assert_eq!(parse("http://127.0.0.1:9"), Some(Endpoint::Tcp(([127, 0, 0, 1], 9).into())));
+        let named = |host: &str| Some(Endpoint::Tls { host: host.into(), port: 9, tls: tls.clone() });
+        assert_eq!((parse("https://h:9/"), parse("https://[::1]:9")), (named("h"), named("::1")));
+        for wrong in ["", "run/p.sock", "http://10.0.0.1:9", "http://h:9", "https://h", "https://h:x", "ftp://h:9"] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+        let error = Endpoint::parse("https://h:9", None).expect_err("nobody vouches");
+        assert!(error.to_string().contains("--ca"), "{error}");
+    }
+}

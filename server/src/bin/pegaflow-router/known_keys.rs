@@ -18,6 +18,8 @@ use crate::affinity::{Beginning, PIECE_BYTES};
 pub(crate) const KEYS: &str = "pegaflow_keys";
 /// Keys in one answer; the connector tells 32.
 const TOLD_MAX: usize = 64;
+/// The longest name of an instance that a server takes.
+const INSTANCE_BYTES_MAX: usize = 256;
 /// Pieces of prompts with a key, of about 150 bytes each.
 const KEPT: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();
 /// A block that an engine has saved is found in its server after this time, unless it has gone again.
@@ -72,7 +74,8 @@ impl Told {
         let is_ascending =
             tokens.first().is_some_and(|first| *first > 0) && tokens.is_sorted_by(|one, next| one < next);
         let is_within = tokens.last().is_some_and(|last| *last <= prompt_tokens) && keys.len() <= TOLD_MAX;
-        if keys.len() != tokens.len() || !is_ascending || !is_within {
+        let is_named = (1..=INSTANCE_BYTES_MAX).contains(&instance.len());
+        if keys.len() != tokens.len() || !is_ascending || !is_within || !is_named {
             return None;
         }
         let tenant = tenant.map(|name| TenantId::new(&name)).transpose().ok()?;
@@ -280,6 +283,8 @@ mod tests {
             ("keys", json!([hex(1), 7])),
             ("tenant", json!("no name")),
             ("instance", json!(7)),
+            ("instance", json!("")),
+            ("instance", json!("e".repeat(257))),
         ] {
             let mut bad = good.clone();
             bad[name] = value;
