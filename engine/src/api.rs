@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pegaflow_tiers::{
-    ArenaId, BlockKey, DriveSpeed, DriveUse, GroupGeometry, KvCache, Latencies, NamespaceDescriptor, Place,
-    PoisonReason,
+    ArenaId, BlockKey, DriveSpeed, DriveUse, GroupGeometry, KvCache, Latencies, NamespaceDescriptor, NamespaceId,
+    Place, PoisonReason,
 };
 use serde::Serialize;
 
@@ -149,11 +149,20 @@ pub enum HitTier {
     Nvme,
 }
 
+/// Which namespace a question is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whose {
+    /// That of an instance whose workers have all registered.
+    Instance(InstanceId),
+    /// This one, whether an instance is registered for it or not. Of one that is not known no block is there.
+    Namespace(NamespaceId),
+}
+
 /// A question where blocks are, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocateRequest {
     /// Whose namespace to look in.
-    pub instance: InstanceId,
+    pub whose: Whose,
     /// On whose behalf; only what was saved on the same behalf is there.
     pub tenant: Option<TenantId>,
     /// The group.

@@ -14,7 +14,7 @@ use pegaflow_tiers::{
     Result, Store, WriteVolume,
 };
 
-use crate::known_namespaces::KnownNamespaces;
+use crate::known_namespaces::{Known, KnownNamespaces};
 use crate::store_totals::StoreTotals;
 
 /// How often a registration looks for the store again that comes back under it.
@@ -177,6 +177,20 @@ impl DriveTier {
     /// The number under which a namespace is known now: it may be another one after the store has come back.
     pub(crate) fn handle_of(&self, id: &NamespaceId) -> Option<NamespaceHandle> {
         self.namespaces.handle_of(id)
+    }
+
+    /// What is known of a namespace: of this run, or by the store of an earlier one.
+    pub(crate) fn known(&self, id: &NamespaceId) -> Option<Known> {
+        if let Some(known) = self.namespaces.get(id) {
+            return Some(known);
+        }
+        let store = self.store()?;
+        store.handle_of(id)?;
+        let row = store.namespaces().into_iter().find(|row| row.id == *id && !row.groups.is_empty())?;
+        // The store writes nothing to hear of it again; from now on it is known.
+        let heard = self.namespace(&row.descriptor, &row.groups);
+        heard.inspect_err(|error| tracing::debug!(namespace = %id, %error, "a namespace cannot be used")).ok()?;
+        self.namespaces.get(id)
     }
 
     /// How many namespaces there are of a kind.

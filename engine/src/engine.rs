@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use pegaflow_tiers::{
-    Arena, ArenaConfig, ArenaId, ArenaView, DriveConfig, Error, ErrorKind, HugePages, IoChoice, Result, Slot, Store,
-    StoreConfig,
+    Arena, ArenaConfig, ArenaId, ArenaView, DriveConfig, Error, ErrorKind, HugePages, IoChoice, NamespaceId, Result,
+    Slot, Store, StoreConfig,
 };
 
 use crate::admission::{Admission, Admit, ByWorth, SeenBefore, SystemClock};
@@ -215,6 +215,14 @@ impl Engine {
     /// of the instance have registered, or the index of the store is still being read.
     pub fn locate(&self, session: SessionId, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
         locate::locate(self.inner()?, session, request)
+    }
+
+    /// The namespace that an instance looks up, loads and saves in.
+    ///
+    /// # Errors
+    /// `NotFound` for an instance that is not registered.
+    pub fn namespace_of(&self, instance: &InstanceId) -> Result<NamespaceId> {
+        self.inner()?.registry.namespace_of(instance)
     }
 
     /// Whether what lookups find is loaded.

@@ -1,9 +1,11 @@
 //! Where blocks are at this moment, for those who tell others of it. Unlike a lookup it takes no lease, counts as no use of
 //! a block, and answers for each key by itself: a block may be there although one before it has gone.
 
-use pegaflow_tiers::{BlockKey, Error, ErrorKind, RecordId, Result, Store};
+use pegaflow_tiers::{
+    BlockKey, Error, ErrorKind, GroupGeometry, NamespaceDescriptor, NamespaceHandle, RecordId, Result, Store,
+};
 
-use crate::api::{HitTier, LocateRequest, SessionId};
+use crate::api::{HitTier, LocateRequest, SessionId, Whose};
 use crate::inner::Inner;
 use crate::tenants;
 
@@ -20,26 +22,45 @@ pub(crate) fn locate(inner: &Inner, session: SessionId, request: &LocateRequest)
     if !inner.registry.has_session(session) {
         return Err(Error::new(ErrorKind::NotFound, format!("session {} is not known; open one first", session.0)));
     }
-    let view = inner.registry.view(&request.instance, request.group)?;
-    if !view.is_complete {
-        let message = format!("not all workers of instance {} have registered; ask again", request.instance);
-        return Err(Error::new(ErrorKind::Busy, message));
-    }
-    let namespace = match &request.tenant {
-        None => Some(view.namespace),
-        Some(tenant) => tenants::existing(&inner.drive, &view.identity.descriptor, &view.identity.groups, tenant),
-    };
-    let Some(namespace) = namespace else { return Ok(vec![None; request.keys.len()]) };
+    let Some((namespace, shards)) = whose(inner, request)? else { return Ok(vec![None; request.keys.len()]) };
     let store = inner.drive.store();
     let place = RecordId { namespace, group: request.group, shard: 0, key: BlockKey::ROOT };
     let mut tiers = vec![Some(HitTier::Dram); request.keys.len()];
-    for shard in 0..view.geometry.shards {
+    for shard in 0..shards {
         let place = RecordId { shard, ..place };
         for (keys, tiers) in request.keys.chunks(KEYS_AT_ONCE).zip(tiers.chunks_mut(KEYS_AT_ONCE)) {
             of_shard(inner, store.as_deref(), place, keys, tiers)?;
         }
     }
     Ok(tiers)
+}
+
+/// The namespace that is asked about, and its shards; `None` if there is none.
+fn whose(inner: &Inner, request: &LocateRequest) -> Result<Option<(NamespaceHandle, u16)>> {
+    let of_tenant =
+        |own: NamespaceHandle, descriptor: &NamespaceDescriptor, groups: &[GroupGeometry]| match &request.tenant {
+            None => Some(own),
+            Some(tenant) => tenants::existing(&inner.drive, descriptor, groups, tenant),
+        };
+    match &request.whose {
+        Whose::Instance(instance) => {
+            let view = inner.registry.view(instance, request.group)?;
+            if !view.is_complete {
+                let message = format!("not all workers of instance {instance} have registered; ask again");
+                return Err(Error::new(ErrorKind::Busy, message));
+            }
+            let namespace = of_tenant(view.namespace, &view.identity.descriptor, &view.identity.groups);
+            Ok(namespace.map(|namespace| (namespace, view.geometry.shards)))
+        }
+        Whose::Namespace(id) => {
+            let Some(known) = inner.drive.known(id) else { return Ok(None) };
+            let geometry = known.groups.iter().find(|geometry| geometry.group == request.group).ok_or_else(|| {
+                Error::new(ErrorKind::NotFound, format!("namespace {id} has no group {}", request.group))
+            })?;
+            let namespace = of_tenant(known.handle, &known.descriptor, &known.groups);
+            Ok(namespace.map(|namespace| (namespace, geometry.shards)))
+        }
+    }
 }
 
 /// Lowers the tier of each block to that of its shard, if that is further away.

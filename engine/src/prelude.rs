@@ -3,7 +3,7 @@
 pub use crate::api::{
     BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LatencyStats,
     LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LocateRequest, LookupReply, LookupRequest, OperationId,
-    Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState,
+    Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState, Whose,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::choice::{BlockChoice, KeyPrefix};

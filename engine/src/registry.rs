@@ -198,12 +198,7 @@ impl Registry {
     /// `NotFound` for an unknown instance or group.
     pub(crate) fn view(&self, instance: &InstanceId, group: u16) -> Result<InstanceView> {
         let state = self.state.read();
-        let known = state.instances.get(instance).ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                format!("instance {instance} is not registered; its workers register when they have their KV cache"),
-            )
-        })?;
+        let known = state.instances.get(instance).ok_or_else(|| unknown(instance))?;
         let geometry = known
             .identity
             .groups
@@ -220,6 +215,15 @@ impl Registry {
         })
     }
 
+    /// The namespace of an instance.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown instance.
+    pub(crate) fn namespace_of(&self, instance: &InstanceId) -> Result<NamespaceId> {
+        let state = self.state.read();
+        state.instances.get(instance).map(|known| known.identity.id).ok_or_else(|| unknown(instance))
+    }
+
     pub(crate) fn is_complete(&self, instance: &InstanceId) -> bool {
         self.state.read().instances.get(instance).is_some_and(Instance::is_complete)
     }
@@ -229,4 +233,11 @@ impl Registry {
         let state = self.state.read();
         (state.sessions.len() as u64, state.instances.len() as u64)
     }
+}
+
+fn unknown(instance: &InstanceId) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("instance {instance} is not registered; its workers register when they have their KV cache"),
+    )
 }

@@ -30,7 +30,13 @@ fn soon() -> Instant {
 
 fn locate(worker: &Worker, keys: &[BlockKey]) -> Result<Vec<Option<HitTier>>> {
     let (instance, tenant) = (worker.instance.clone(), worker.tenant.clone());
-    worker.engine.locate(worker.session, &LocateRequest { instance, tenant, group: 0, keys: keys.to_vec() })
+    let whose = Whose::Instance(instance);
+    worker.engine.locate(worker.session, &LocateRequest { whose, tenant, group: 0, keys: keys.to_vec() })
+}
+
+fn locate_in(worker: &Worker, namespace: NamespaceId, keys: &[BlockKey]) -> Result<Vec<Option<HitTier>>> {
+    let (whose, tenant) = (Whose::Namespace(namespace), worker.tenant.clone());
+    worker.engine.locate(worker.session, &LocateRequest { whose, tenant, group: 0, keys: keys.to_vec() })
 }
 
 /// Saves chains until DRAM has been full at least once.
@@ -115,7 +121,41 @@ fn too_many_keys_and_strangers_are_refused() {
     let worker = Worker::new(dram_only());
     let error = locate(&worker, &vec![BlockKey::ROOT; 65_537]).expect_err("one too many");
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    let request = LocateRequest { instance: worker.instance.clone(), tenant: None, group: 0, keys: Vec::new() };
+    let request =
+        LocateRequest { whose: Whose::Instance(worker.instance.clone()), tenant: None, group: 0, keys: Vec::new() };
     let error = worker.engine.locate(SessionId(999), &request).expect_err("no such session");
     assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_namespace_is_asked_about_without_its_instance_and_after_a_restart() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let mut worker = Worker::new(with_store(directory.path()));
+    let (chain, of_tenant) = (keys(3, 1), keys(2, 7));
+    worker.save(&chain, BlockKey::ROOT);
+    worker.tenant = Some(TenantId::new("somebody").expect("a name"));
+    worker.save(&of_tenant, BlockKey::ROOT);
+    worker.engine.flush(soon()).expect("durable");
+    let namespace = worker.engine.namespace_of(&worker.instance).expect("registered");
+    assert_eq!(locate_in(&worker, namespace, &of_tenant).expect("told"), [Some(HitTier::Dram); 2]);
+    assert_eq!(locate_in(&worker, namespace, &chain).expect("told"), [None; 3], "those of nobody are not the tenant's");
+    worker.engine.close(soon()).expect("closes");
+    // An engine that no worker has registered with.
+    let engine = Engine::open(with_store(directory.path())).expect("opens");
+    let instance = worker.instance.clone();
+    let mut stranger = Worker::beside(engine.clone(), engine.start_session(), instance.clone());
+    let until = soon();
+    let told = loop {
+        match locate_in(&stranger, namespace, &chain) {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            told => break told.expect("told"),
+        }
+    };
+    assert_eq!(told, [Some(HitTier::Nvme); 3]);
+    stranger.tenant = Some(TenantId::new("somebody").expect("a name"));
+    assert_eq!(locate_in(&stranger, namespace, &of_tenant).expect("told"), [Some(HitTier::Nvme); 2]);
+    assert_eq!(locate_in(&stranger, NamespaceId::from_bytes([7; 32]), &chain).expect("told"), [None; 3]);
+    assert_eq!(engine.namespace_of(&instance).expect_err("nobody").kind(), ErrorKind::NotFound);
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use pegaflow_engine::{
     ArenaId, BlockKey, BlockSave, ComputedTokens, DeviceMemory, Error, ErrorKind, Fragment, GroupGeometry, HitTier,
     HostMemory, InstanceId, InstanceSpec, LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupRequest,
-    NamespaceDescriptor, OperationId, Place, RangeFragment, Result, SaveTarget, TenantId,
+    NamespaceDescriptor, OperationId, Place, RangeFragment, Result, SaveTarget, TenantId, Whose,
 };
 use pegaflow_tiers::CudaMemory;
 use pyo3::prelude::*;
@@ -225,7 +225,7 @@ impl Cache {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let tenant = tenant_of(py, tenant)?;
         let keys = keys_of(keys).map_err(|error| to_python(py, &error))?;
-        let request = LocateRequest { instance: InstanceId(instance.into()), tenant, group, keys };
+        let request = LocateRequest { whose: Whose::Instance(InstanceId(instance.into())), tenant, group, keys };
         let tiers = detached(py, || match &self.0 {
             Port::Embedded(embedded) => embedded.locate(&request),
             Port::Remote(remote) => remote.locate(&request),

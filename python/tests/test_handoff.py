@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,6 +48,66 @@ def test_who_asks_is_told_what_is_in_the_cache_or_about_to_be(make, make_request
         scheduler.build_meta(step(new={"r": ([1, 2, 3, 4, 5], 0, 18)}))
         request.num_computed_tokens = 18
         assert scheduler.ended(request, [1, 2, 3, 4, 5]) == (True, told)
+
+
+def end(scheduler: PegaScheduler, request: Any, step: Any, blocks: int) -> dict[str, Any] | None:
+    """Computes and ends a request; what it is told."""
+    ids = list(range(1, blocks + 2))
+    scheduler.matched_tokens(request, 0)
+    tokens = request.num_prompt_tokens
+    scheduler.build_meta(step(new={request.request_id: (ids, 0, tokens)}))
+    request.num_computed_tokens = tokens
+    return scheduler.ended(request, ids)[1]
+
+
+def test_who_asks_is_told_keys_of_the_prompts_blocks(make, make_request, step) -> None:
+    asked = {"pegaflow_keys": True}
+    told = end(make(), make_request("r", PROMPT, kv_transfer_params=asked), step, 4)
+    assert told == {
+        "pegaflow_keys": {
+            "instance": "engine/0",
+            "tenant": None,
+            "prompt_tokens": 18,
+            "tokens": [4, 8, 12, 16],
+            "keys": [key.hex() for key in keys()],
+        }
+    }
+    both = end(make(), make_request("r", PROMPT, kv_transfer_params=asked | ASKED), step, 4)
+    assert both is not None
+    assert both["pegaflow_tokens"] == 16
+    assert "pegaflow_keys" in both
+    assert end(make(), make_request("r", PROMPT[:3], kv_transfer_params=asked), step, 0) is None, "no whole block"
+    for other in ({"pegaflow_keys": 1}, {"pegaflow_keys": "true"}, None):
+        assert end(make(), make_request("r", PROMPT, kv_transfer_params=other), step, 4) is None
+
+
+def test_of_a_long_prompt_a_few_keys_are_told_down_to_its_last_block(make, make_request, step) -> None:
+    prompt = list(range(4 * 1001 + 1))
+    told = end(make(), make_request("r", prompt, kv_transfer_params={"pegaflow_keys": True}), step, 1001)
+    assert told is not None
+    told = told["pegaflow_keys"]
+    packed = KeyChain().extend(prompt, BLOCK)
+    assert len(told["keys"]) == len(told["tokens"]) == 32
+    assert told["tokens"][-1] == 4004
+    assert told["tokens"] == sorted(set(told["tokens"]))
+    for tokens, key in zip(told["tokens"], told["keys"], strict=True):
+        assert key == packed[(tokens // BLOCK - 1) * 32 : tokens // BLOCK * 32].hex()
+    assert max(after - before for before, after in itertools.pairwise([0, *told["tokens"]])) <= 32 * BLOCK
+
+
+def test_keys_of_a_tenant_are_told_with_its_name_and_after_a_reset_with_another_instance(
+    make, make_request, step
+) -> None:
+    asked = {"pegaflow_keys": True}
+    scheduler = make()
+    told = end(scheduler, make_request("r", PROMPT, kv_transfer_params=asked, cache_salt="secret"), step, 4)
+    assert told is not None
+    assert told["pegaflow_keys"]["tenant"].startswith("salt-")
+    assert not set(told["pegaflow_keys"]["keys"]) & {key.hex() for key in keys()}
+    scheduler.reset()
+    told = end(scheduler, make_request("s", PROMPT, kv_transfer_params=asked), step, 4)
+    assert told is not None
+    assert told["pegaflow_keys"]["instance"].startswith("engine/0#")
 
 
 def test_a_request_that_was_never_seen_is_told_nothing(make, make_request) -> None:

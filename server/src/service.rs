@@ -8,6 +8,7 @@ use std::time::Instant;
 use futures::{Stream, StreamExt};
 use pegaflow_engine::{
     BlockChoice, ByteSize, Error, ErrorKind, EvictOutcome, LoadRequest, OperationId, Result, SaveRequest, Unpinned,
+    Whose,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
@@ -157,8 +158,16 @@ impl PegaFlow for Service {
         let sessions = Arc::clone(&self.sessions);
         blocking(move || {
             let session = sessions.get(request.session)?;
-            let tiers = sessions.engine().locate(session.engine_id, &wire::locate_request(&request)?)?;
-            Ok(proto::LocateReply { tiers: tiers.iter().map(wire::tier_byte).collect::<Vec<_>>().into() })
+            let request = wire::locate_request(&request)?;
+            let tiers = sessions.engine().locate(session.engine_id, &request)?;
+            let namespace = match &request.whose {
+                Whose::Instance(instance) => sessions.engine().namespace_of(instance)?,
+                Whose::Namespace(id) => *id,
+            };
+            Ok(proto::LocateReply {
+                tiers: tiers.iter().map(wire::tier_byte).collect::<Vec<_>>().into(),
+                namespace: namespace.as_bytes().to_vec().into(),
+            })
         })
         .await
     }

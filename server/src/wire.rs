@@ -7,6 +7,7 @@ use pegaflow_engine::{
     ArenaId, BlockChoice, BlockKey, BlockSave, ComputedTokens, Error, ErrorKind, GroupGeometry, HitTier, InstanceId,
     InstanceSpec, KeyPrefix, LeaseId, LoadBlock, LoadQuestion, LocateRequest, LookupReply, LookupRequest,
     NamespaceDescriptor, NamespaceId, NamespaceInfo, PinInfo, Place, Places, PrefixInfo, Result, SaveTarget, TenantId,
+    Whose,
 };
 use prost::bytes::Bytes;
 
@@ -248,8 +249,13 @@ fn question_to_wire(question: &LoadQuestion) -> proto::LoadQuestion {
 
 /// A question where blocks are.
 pub(crate) fn locate_request(request: &proto::LocateRequest) -> Result<LocateRequest> {
+    let whose = match &*request.namespace {
+        [] => Whose::Instance(instance(&request.instance)?),
+        _ if !request.instance.is_empty() => return Err(invalid("instance and namespace are given; give one".into())),
+        bytes => Whose::Namespace(namespace_id(bytes)?),
+    };
     Ok(LocateRequest {
-        instance: instance(&request.instance)?,
+        whose,
         tenant: tenant(&request.tenant)?,
         group: group(request.group)?,
         keys: keys("keys", &request.keys)?,
@@ -258,9 +264,14 @@ pub(crate) fn locate_request(request: &proto::LocateRequest) -> Result<LocateReq
 
 /// The wire form of [`locate_request`].
 pub(crate) fn locate_to_wire(session: u64, request: &LocateRequest) -> proto::LocateRequest {
+    let (instance, namespace) = match &request.whose {
+        Whose::Instance(instance) => (instance.to_string(), Vec::new()),
+        Whose::Namespace(id) => (String::new(), id.as_bytes().to_vec()),
+    };
     proto::LocateRequest {
         session,
-        instance: request.instance.to_string(),
+        instance,
+        namespace: namespace.into(),
         tenant: tenant_to_wire(request.tenant.as_ref()),
         group: request.group.into(),
         keys: join_keys(request.keys.iter()),

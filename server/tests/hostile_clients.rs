@@ -110,6 +110,14 @@ fn requests_over_a_limit_are_refused_and_those_at_it_are_not() {
             assert_eq!(reason(rpc.locate(locate(session, keys)).await), expected, "{keys} keys");
         }
         assert_eq!(reason(rpc.lookup(LookupRequest { keys: vec![1; 33].into(), ..lookup(session, 1) }).await), invalid);
+        let by_namespace = |bytes: usize, instance: &str| {
+            let namespace = vec![7; bytes].into();
+            LocateRequest { namespace, instance: instance.into(), ..locate(session, 1) }
+        };
+        assert_eq!(reason(rpc.locate(by_namespace(32, "")).await), Ok(()), "nothing is there");
+        for wrong in [by_namespace(31, ""), by_namespace(32, "engine"), by_namespace(0, "")] {
+            assert_eq!(reason(rpc.locate(wrong).await), invalid);
+        }
         let (no_worker, _events) = open(&mut rpc).await;
         assert_eq!(reason(rpc.save(save(no_worker, 1)).await), invalid, "no worker");
         assert_eq!(reason(rpc.share_arena(ShareArenaRequest { session: no_worker }).await), invalid, "no worker");

@@ -1,8 +1,9 @@
 """Prompts computed by one real vLLM, answered by two others, one address in front: `pegaflow-router`.
 
 1. Plain vLLM answers chats: the reference.
-2. The same chats through the router, several at a time: one engine computes the prompts, two answer. In the middle one
-   of those that answer gets SIGKILL, later the one that computes prompts. Every answer must be the reference's.
+2. The same chats through the router, several at a time: one engine computes the prompts, two answer; the router learns
+   keys of the prompts and asks the server what it holds of them. In the middle one of those that answer gets SIGKILL,
+   later the one that computes prompts. Every answer must be the reference's.
 3. A client goes in the middle of a long answer: engine, router and server have nothing left of it.
 
 Ends with one line of JSON. Exit code 0: everything held; 1: something did not.
@@ -110,16 +111,18 @@ def ask(port: int, model: str, chat: Chat) -> str:
 class Router:
     """A running `pegaflow-router`; `__init__` returns when an engine that answers is up."""
 
-    def __init__(self, binary: Path, logs: Path, prefill: Sequence[HttpEngine], decode: Sequence[HttpEngine]) -> None:
+    def __init__(
+        self, binary: Path, server: ServerSettings, prefill: Sequence[HttpEngine], decode: Sequence[HttpEngine]
+    ) -> None:
         self.port = free_port()
         command: list[str | Path] = [binary, "--listen", f"127.0.0.1:{self.port}", "--prefill-from", "256"]
         for role, engines in (("--prefill", prefill), ("--decode", decode)):
             for engine in engines:
-                command += [role, f"http://127.0.0.1:{engine.port}"]
+                command += [role, f"http://127.0.0.1:{engine.port}={server.socket.absolute()}"]
         self.process = HttpProcess(
             "pegaflow-router",
             command,
-            logs / "router.log",
+            server.logs / "router.log",
             {},
             port=self.port,
             ready_path="/health",
@@ -129,6 +132,12 @@ class Router:
     def metric(self, name: str) -> float:
         """The sum of a metric over what its name begins with."""
         found = re.findall(rf"^{re.escape(name)}\S* (\S+)$", self.process.metrics(), re.MULTILINE)
+        return sum(float(value) for value in found)
+
+    def questions(self, result: str) -> float:
+        """How many questions to the server have ended so."""
+        line = rf'^pegaflow_router_questions_total\{{[^}}]*result="{result}"[^}}]*\}} (\S+)$'
+        found = re.findall(line, self.process.metrics(), re.MULTILINE)
         return sum(float(value) for value in found)
 
 
@@ -184,6 +193,9 @@ def with_kills(stage: Stage, asked: Sequence[Chat]) -> tuple[list[str], dict[str
         "tries_failed": int(stage.router.metric("pegaflow_router_failures_total")),
         "resumed": int(stage.router.metric("pegaflow_router_resumed_total")),
         "decode_prompt_tokens_before_kills": first_third,
+        "learned": int(stage.router.metric("pegaflow_router_learned_total")),
+        "asked": int(stage.router.metric("pegaflow_router_questions_total")),
+        "not_answered": int(stage.router.questions("failed") + stage.router.questions("skipped")),
     }
     return said, figures
 
@@ -239,7 +251,7 @@ def tell(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if not start.exception():
                 running.callback(start.result().process.kill)
         prefill, *decode = [start.result() for start in started]
-        router = Router(options.server.with_name("pegaflow-router"), logs, [prefill], decode)
+        router = Router(options.server.with_name("pegaflow-router"), server, [prefill], decode)
         running.callback(router.process.kill)
         stage = Stage(store, prefill, decode, router, str(options.model))
         said, figures = with_kills(stage, asked)
@@ -248,6 +260,8 @@ def tell(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     problems = [f"{len(asked) - equal} of {len(asked)} answers differ"] if equal != len(asked) else []
     if not figures["handoffs"] or not figures["decode_prompt_tokens_before_kills"].get("external_kv_transfer"):
         problems.append("nothing was handed from one engine to another")
+    if not figures["learned"] or figures["asked"] <= figures["learned"]:
+        problems.append("the router has not asked the server what it holds")
     if not figures["tries_failed"]:
         problems.append("no engine was missed")
     return {"chats": len(asked), "equal": equal, **figures, "problems": problems}

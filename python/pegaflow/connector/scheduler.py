@@ -54,6 +54,9 @@ _HANDOFF = "pegaflow_handoff"
 _HANDOFF_TOKENS = "pegaflow_tokens"
 # Who waits for such blocks looks again so often. Each look is one of vLLM's steps.
 _HANDOFF_LOOK_S = 0.005
+# Keys of a prompt's blocks, for a router that asks servers where they are: asked for, and told, in the same place.
+_KEYS = "pegaflow_keys"
+_KEYS_TOLD_MAX = 32
 # Workers copy from the arena only while the lease holds, with a margin; this leaves room for the slowest step.
 _PLACED_LEASE_S = 60.0
 
@@ -389,16 +392,31 @@ class PegaScheduler:
 
     def ended(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over. Whether its blocks must be kept, and, where that was asked for, how many tokens of its
-        prompt another engine finds in the cache, now or in a moment.
+        prompt another engine finds in the cache, now or in a moment, and keys of their blocks.
         """
         tracked = self._tracked.get(request.request_id)
         keeps_blocks = self.finished(request, block_ids)
-        if tracked is None or _transfer_parameter(request, _HANDOFF) is not True:
-            return keeps_blocks, None
-        if tracked.has_dropped_save or tracked.loading is not None or not tracked.is_cacheable:
+        if tracked is None or tracked.has_dropped_save or tracked.loading is not None or not tracked.is_cacheable:
             return keeps_blocks, None
         blocks = min(tracked.stored_blocks, int(request.num_prompt_tokens) // self._block_size)
-        return keeps_blocks, {_HANDOFF_TOKENS: blocks * self._block_size}
+        told: dict[str, Any] = {}
+        if _transfer_parameter(request, _HANDOFF) is True:
+            told[_HANDOFF_TOKENS] = blocks * self._block_size
+        if blocks and _transfer_parameter(request, _KEYS) is True:
+            told[_KEYS] = self._keys_of(tracked, blocks)
+        return keeps_blocks, told or None
+
+    def _keys_of(self, tracked: Tracked, blocks: int) -> dict[str, Any]:
+        """Keys among the first `blocks` blocks: the last one, and others evenly before it; with where each ends."""
+        count = min(blocks, _KEYS_TOLD_MAX)
+        depths = [blocks * number // count for number in range(1, count + 1)]
+        return {
+            "instance": self._instance,
+            "tenant": tracked.tenant,
+            "prompt_tokens": int(tracked.request.num_prompt_tokens),
+            "tokens": [depth * self._block_size for depth in depths],
+            "keys": [bytes(tracked.keys[(depth - 1) * _KEY : depth * _KEY]).hex() for depth in depths],
+        }
 
     def finished(self, request: Request, block_ids: list[int]) -> bool:
         """The request is over. Whether its blocks must be kept until the workers report that its saves have ended."""

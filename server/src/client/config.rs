@@ -29,6 +29,39 @@ pub enum Endpoint {
     },
 }
 
+impl Endpoint {
+    /// An address as users write it: `https://HOST:PORT`, `http://ADDRESS:PORT` on loopback, or the path of a Unix socket.
+    /// `tls`: what `https` needs.
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything else, and for `https` without `tls`.
+    pub fn parse(text: &str, tls: Option<&ClientTls>) -> Result<Self> {
+        let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
+        let wrong = || {
+            let ways = "https://HOST:PORT, http://ADDRESS:PORT on loopback, or the path of a Unix socket";
+            bad(format!("'{text}' is no server; write {ways}"))
+        };
+        let trimmed = text.trim_end_matches('/');
+        if text.starts_with('/') {
+            return Ok(Self::Unix(text.into()));
+        }
+        if let Some(address) = trimmed.strip_prefix("http://") {
+            let address: SocketAddr = address.parse().map_err(|_| wrong())?;
+            if !address.ip().is_loopback() {
+                return Err(bad(format!("{address} is not loopback, and http is not encrypted; write https://")));
+            }
+            return Ok(Self::Tcp(address));
+        }
+        let (host, port) = trimmed.strip_prefix("https://").and_then(|rest| rest.rsplit_once(':')).ok_or_else(wrong)?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let port = port.parse().map_err(|_| wrong())?;
+        let tls = tls.cloned().ok_or_else(|| {
+            bad("https needs --ca, a file with the authorities that may vouch for the server, in PEM".into())
+        })?;
+        Ok(Self::Tls { host, port, tls })
+    }
+}
+
 /// What a client shows a server to be let in over TCP. `Debug` shows nothing of it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
@@ -162,5 +195,25 @@ impl Registration {
         let (a, b) = (&self.spec, &other.spec);
         (&a.instance, &a.namespace, &a.groups, a.shard) == (&b.instance, &b.namespace, &b.groups, b.shard)
             && Arc::ptr_eq(&self.memory, &other.memory)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_socket_loopback_or_a_server_with_a_certificate() {
+        let tls = ClientTls { authorities: "/ca.pem".into(), identity: None };
+        let parse = |text: &str| Endpoint::parse(text, Some(&tls)).ok();
+        assert_eq!(parse("/run/p.sock"), Some(Endpoint::Unix("/run/p.sock".into())));
+        assert_eq!(parse("http://127.0.0.1:9"), Some(Endpoint::Tcp(([127, 0, 0, 1], 9).into())));
+        let named = |host: &str| Some(Endpoint::Tls { host: host.into(), port: 9, tls: tls.clone() });
+        assert_eq!((parse("https://h:9/"), parse("https://[::1]:9")), (named("h"), named("::1")));
+        for wrong in ["", "run/p.sock", "http://10.0.0.1:9", "http://h:9", "https://h", "https://h:x", "ftp://h:9"] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+        let error = Endpoint::parse("https://h:9", None).expect_err("nobody vouches");
+        assert!(error.to_string().contains("--ca"), "{error}");
     }
 }

@@ -35,8 +35,8 @@ pub use config::{ClientConfig, Endpoint, Token};
 
 use crate::limits::{BLOCKS_MAX, FLUSH_TIMEOUT_MAX};
 use crate::proto::{
-    ExplainRequest, FlushRequest, ListNamespacesRequest, LoadPolicyRequest, PurgeRequest, ReopenStoreRequest,
-    StatsReply, StatsRequest,
+    ExplainRequest, FlushRequest, ListNamespacesRequest, LoadPolicyRequest, LocateReply,
+    LocateRequest as LocateQuestion, PurgeRequest, ReopenStoreRequest, StatsReply, StatsRequest,
 };
 use crate::status::from_status;
 use crate::wire;
@@ -174,19 +174,38 @@ impl Client {
     /// # Errors
     /// `Closed` at once without a server, `Timeout`, and what the engine gives.
     pub fn locate(&self, request: &LocateRequest) -> Result<Vec<Option<HitTier>>> {
+        let (mut rpc, question) = self.question_where(request)?;
+        let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.locate(question).await })?;
+        tiers_told(request, &reply)
+    }
+
+    /// As [`Client::locate`], for callers that must not block; with the namespace in which the blocks were looked for.
+    ///
+    /// # Errors
+    /// As of [`Client::locate`]; `Timeout` after `timeout`.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the question up.
+    pub async fn locate_soon(
+        &self,
+        request: &LocateRequest,
+        timeout: Duration,
+    ) -> Result<(NamespaceId, Vec<Option<HitTier>>)> {
+        let (mut rpc, question) = self.question_where(request)?;
+        let late = |_| Error::new(ErrorKind::Timeout, format!("no answer from the server within {timeout:?}"));
+        let reply = tokio::time::timeout(timeout, rpc.locate(question)).await.map_err(late)?;
+        let reply = reply.map_err(|status| from_status(&status))?.into_inner();
+        Ok((wire::namespace_id(&reply.namespace)?, tiers_told(request, &reply)?))
+    }
+
+    fn question_where(&self, request: &LocateRequest) -> Result<(link::Rpc, LocateQuestion)> {
         let asked = request.keys.len();
         if asked > BLOCKS_MAX {
             let message = format!("{asked} keys; give at most {BLOCKS_MAX} in one request");
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        let (mut rpc, session) = self.inner.shared.session()?;
-        let request = wire::locate_to_wire(session, request);
-        let reply = self.call(self.inner.config.rpc_timeout, async move { rpc.locate(request).await })?;
-        if reply.tiers.len() != asked {
-            let message = format!("the server told of {} blocks, not of {asked}", reply.tiers.len());
-            return Err(Error::new(ErrorKind::Corrupt, message));
-        }
-        reply.tiers.iter().copied().map(wire::tier).collect()
+        let (rpc, session) = self.inner.shared.session()?;
+        Ok((rpc, wire::locate_to_wire(session, request)))
     }
 
     /// Gives a lease back; best effort, it runs out by itself.
@@ -501,6 +520,14 @@ impl Client {
         let result = answered.recv_timeout(timeout).map_err(|_| late())?;
         result.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
     }
+}
+
+fn tiers_told(request: &LocateRequest, reply: &LocateReply) -> Result<Vec<Option<HitTier>>> {
+    let (told, asked) = (reply.tiers.len(), request.keys.len());
+    if told != asked {
+        return Err(Error::new(ErrorKind::Corrupt, format!("the server told of {told} blocks, not of {asked}")));
+    }
+    reply.tiers.iter().copied().map(wire::tier).collect()
 }
 
 fn check_blocks(kv: &Arc<dyn DeviceMemory>, count: usize, mut blocks: impl Iterator<Item = u32>) -> Result<()> {

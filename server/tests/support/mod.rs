@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "registers this process's memory as KV memory")]
 
 pub(crate) mod host;
+pub(crate) mod router;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use pegaflow_engine::{
     BlockKey, BlockSave, ByteSize, Engine, EngineConfig, Fragment, GroupGeometry, HitTier, HostMemory, InstanceId,
-    InstanceSpec, LoadBlock, LocateRequest, LookupReply, LookupRequest, NamespaceDescriptor, OperationId,
+    InstanceSpec, LoadBlock, LocateRequest, LookupReply, LookupRequest, NamespaceDescriptor, OperationId, Whose,
 };
 use pegaflow_server::client::{Client, ClientConfig, Completion, CompletionResult, Endpoint};
 use pegaflow_server::{Access, Listeners, Metrics, Readiness, Role, Server, ServerConfig, TcpService};
@@ -224,7 +225,8 @@ impl Worker {
     /// Where the blocks of these numbers are.
     pub(crate) fn locate(&self, indexes: &[u32]) -> pegaflow_engine::Result<Vec<Option<HitTier>>> {
         let keys = indexes.iter().map(|index| Self::key(*index)).collect();
-        self.client.locate(&LocateRequest { instance: self.layout.spec().instance, tenant: None, group: 0, keys })
+        let whose = Whose::Instance(self.layout.spec().instance);
+        self.client.locate(&LocateRequest { whose, tenant: None, group: 0, keys })
     }
 
     /// Starts a load of the first `count` blocks into the last `count` blocks of the memory.

@@ -12,13 +12,18 @@ use hyper_util::rt::TokioExecutor;
 use parking_lot::Mutex;
 
 use crate::affinity::{Affinity, Beginning};
+use crate::known_keys::Held;
 use crate::metrics;
 use crate::plan::to_be_sent;
+use crate::servers::Servers;
 
 /// One bit of a word stands for each.
 const ENGINES_MAX: usize = 64;
 /// An engine that has seen all of a prompt may have so many requests more to do than another.
 const AFFINITY_REQUESTS: f64 = 4.0;
+/// What a block in the server's DRAM or on its drive is worth beside one in the engine's own cache: it has to be loaded.
+const DRAM_WORTH: f64 = 0.75;
+const DRIVE_WORTH: f64 = 0.5;
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// A busy engine answers late. It counts as gone after so long, twice in a row.
 const HEALTH_MAX: Duration = Duration::from_secs(5);
@@ -85,21 +90,36 @@ impl Engine {
 
 /// An engine with a request in flight.
 #[derive(Debug)]
-pub(crate) struct Chosen(Arc<Engine>);
+pub(crate) struct Chosen {
+    engine: Arc<Engine>,
+    /// What it has of the prompt, mostly: `seen`, `dram`, `drive`; or `load`.
+    pub(crate) reason: &'static str,
+}
 
 impl std::ops::Deref for Chosen {
     type Target = Engine;
 
     fn deref(&self) -> &Engine {
-        &self.0
+        &self.engine
     }
 }
 
 impl Drop for Chosen {
     fn drop(&mut self) {
-        let before = self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-        metrics::in_flight(&self.0.name, before - 1);
+        let before = self.engine.in_flight.fetch_sub(1, Ordering::Relaxed);
+        metrics::in_flight(&self.engine.name, before - 1);
     }
+}
+
+/// What an engine has of a prompt is worth, 0 to 1, and where most of that is. What it has seen itself counts whole, up to
+/// what its server shows that it can still have; what is beyond that in its server counts less.
+fn worth(seen: f64, held: Held) -> (f64, &'static str) {
+    let seen = seen.min(held.own_max);
+    let dram = DRAM_WORTH * (held.dram - seen).max(0.0);
+    let drive = DRIVE_WORTH * (held.stored - held.dram.max(seen)).max(0.0);
+    let parts = [(seen, "seen"), (dram, "dram"), (drive, "drive")];
+    let most = parts.into_iter().fold((0.0, "load"), |most, part| if part.0 > most.0 { part } else { most });
+    (seen + dram + drive, most.1)
 }
 
 /// All of them, and the connections to them.
@@ -109,13 +129,14 @@ pub(crate) struct Engines {
     /// Whether prompts are computed by other engines than those that answer.
     pub(crate) is_apart: bool,
     affinity: Mutex<Affinity>,
+    pub(crate) servers: Servers,
     turn: AtomicUsize,
     client: Client<HttpConnector, Body>,
 }
 
 impl Engines {
-    /// Engines at these addresses, with what they are for. An error says which address is wrong.
-    pub(crate) fn new(urls: Vec<(String, Roles)>, is_apart: bool) -> Result<Self, String> {
+    /// Engines at these addresses, with what they are for, and their servers. An error says which address is wrong.
+    pub(crate) fn new(urls: Vec<(String, Roles)>, is_apart: bool, servers: Servers) -> Result<Self, String> {
         if urls.len() > ENGINES_MAX {
             return Err(format!("{} engines are given; at most {ENGINES_MAX} are served", urls.len()));
         }
@@ -134,7 +155,7 @@ impl Engines {
         connector.set_connect_timeout(Some(CONNECT_MAX));
         let client = Client::builder(TokioExecutor::new()).build(connector);
         let affinity = Mutex::new(Affinity::new());
-        Ok(Self { all, is_apart, affinity, turn: AtomicUsize::new(0), client })
+        Ok(Self { all, is_apart, affinity, servers, turn: AtomicUsize::new(0), client })
     }
 
     /// All.
@@ -142,15 +163,30 @@ impl Engines {
         &self.all
     }
 
+    /// What the servers of those engines hold that could serve this stage; nothing of anybody where there is no choice.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the question up.
+    pub(crate) async fn held(&self, stage: Stage, beginning: &Beginning) -> Vec<Held> {
+        let could = |engine: &&Arc<Engine>| engine.serves(stage) && engine.is_up();
+        let numbers: Vec<usize> = self.all.iter().filter(could).map(|engine| engine.number).collect();
+        if numbers.len() < 2 { Vec::new() } else { self.servers.held(beginning, &numbers).await }
+    }
+
     /// Who is to serve this stage of a request: of those that are up and were not tried yet, the one with the least to
-    /// do, where having seen the prompt counts as much as a few requests. Who seems to be down is tried last.
-    pub(crate) fn choose(&self, stage: Stage, beginning: &Beginning, tried: &[usize]) -> Option<Chosen> {
+    /// do, where having the prompt counts as much as a few requests. Who seems to be down is tried last. `held` is of
+    /// [`Self::held`].
+    pub(crate) fn choose(&self, stage: Stage, beginning: &Beginning, held: &[Held], tried: &[usize]) -> Option<Chosen> {
         let affinity = self.affinity.lock();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let worth_of = |engine: &Engine| {
+            let held = held.get(engine.number).copied().unwrap_or(Held::NOTHING);
+            worth(affinity.share(beginning, engine.number), held)
+        };
         let cost = |engine: &Engine| {
             let down = if engine.is_up() { 0.0 } else { 1e9 };
             let busy = engine.in_flight.load(Ordering::Relaxed) as f64;
-            down + busy - AFFINITY_REQUESTS * affinity.share(beginning, engine.number)
+            down + busy - AFFINITY_REQUESTS * worth_of(engine).0
         };
         let is_fit = |engine: &&Arc<Engine>| engine.serves(stage) && !tried.contains(&engine.number);
         // Of equals another one each time.
@@ -162,7 +198,7 @@ impl Engines {
             .min_by(|one, other| cost(one).total_cmp(&cost(other)).then_with(|| order(one).cmp(&order(other))))?;
         let before = best.in_flight.fetch_add(1, Ordering::Relaxed);
         metrics::in_flight(&best.name, before + 1);
-        Some(Chosen(Arc::clone(best)))
+        Some(Chosen { engine: Arc::clone(best), reason: worth_of(best).1 })
     }
 
     /// An engine works on a prompt with this beginning.
@@ -273,33 +309,34 @@ mod tests {
     const BOTH: Roles = Roles { computes_prompts: true, answers: true };
 
     fn engines(count: usize) -> Engines {
-        Engines::new((0..count).map(|number| (format!("http://h:{}", 1000 + number), BOTH)).collect(), false)
-            .expect("good")
+        let urls = (0..count).map(|number| (format!("http://h:{}", 1000 + number), BOTH)).collect();
+        Engines::new(urls, false, Servers::none()).expect("good")
     }
 
     #[test]
     fn wrong_addresses_are_named() {
         for url in ["https://h:1", "h:1", "http://h:1/v1", "http://u:p@h:1", "http://", "ftp://h"] {
-            let problem = Engines::new(vec![(url.into(), BOTH)], false).expect_err("refused");
+            let problem = Engines::new(vec![(url.into(), BOTH)], false, Servers::none()).expect_err("refused");
             assert!(problem.contains(url), "{problem}");
         }
         let twice = vec![("http://h:1".into(), BOTH), ("http://h:1/".into(), BOTH)];
-        assert!(Engines::new(twice, false).expect_err("refused").contains("twice"));
+        assert!(Engines::new(twice, false, Servers::none()).expect_err("refused").contains("twice"));
         let many = (0..65).map(|number| (format!("http://h:{}", 1000 + number), BOTH)).collect();
-        assert!(Engines::new(many, false).expect_err("refused").contains("64"));
+        assert!(Engines::new(many, false, Servers::none()).expect_err("refused").contains("64"));
     }
 
     #[test]
     fn the_least_busy_serves_and_equals_take_turns() {
         let engines = engines(3);
         let none = Beginning::default();
-        let chosen: Vec<Chosen> = (0..6).map(|_| engines.choose(Stage::Decode, &none, &[]).expect("some")).collect();
+        let chosen: Vec<Chosen> =
+            (0..6).map(|_| engines.choose(Stage::Decode, &none, &[], &[]).expect("some")).collect();
         for engine in engines.all() {
             assert_eq!(engine.in_flight.load(Ordering::Relaxed), 2);
         }
         drop(chosen);
         let orders: Vec<usize> =
-            (0..3).map(|_| engines.choose(Stage::Decode, &none, &[]).expect("some").number()).collect();
+            (0..3).map(|_| engines.choose(Stage::Decode, &none, &[], &[]).expect("some").number()).collect();
         assert_ne!(orders[0], orders[1]);
         assert_ne!(orders[1], orders[2]);
     }
@@ -307,14 +344,41 @@ mod tests {
     #[test]
     fn who_has_seen_the_prompt_serves_until_others_have_clearly_less_to_do() {
         let engines = engines(2);
-        let beginning = Beginning::new("m", &[7; 4096]);
+        let beginning = Beginning::new("m", None, &[7; 4096]);
         engines.note(&beginning, &engines.all()[1]);
         let chosen: Vec<Chosen> =
-            (0..4).map(|_| engines.choose(Stage::Decode, &beginning, &[]).expect("some")).collect();
+            (0..4).map(|_| engines.choose(Stage::Decode, &beginning, &[], &[]).expect("some")).collect();
         assert!(chosen.iter().all(|engine| engine.number() == 1));
         // At five more it is no longer worth it.
-        let more: Vec<Chosen> = (0..2).map(|_| engines.choose(Stage::Decode, &beginning, &[]).expect("some")).collect();
+        let more: Vec<Chosen> =
+            (0..2).map(|_| engines.choose(Stage::Decode, &beginning, &[], &[]).expect("some")).collect();
         assert!(more.iter().any(|engine| engine.number() == 0));
+    }
+
+    #[test]
+    fn the_own_cache_is_worth_more_than_dram_and_dram_more_than_the_drive() {
+        let held = |dram, stored| Held { dram, stored, ..Held::NOTHING };
+        let order = [worth(1.0, Held::NOTHING), worth(0.0, held(1.0, 1.0)), worth(0.0, held(0.0, 1.0))];
+        assert_eq!(order.map(|(_, reason)| reason), ["seen", "dram", "drive"]);
+        assert!(order.is_sorted_by(|(one, _), (other, _)| one > other), "{order:?}");
+        assert_eq!(worth(0.0, Held::NOTHING), (0.0, "load"));
+        assert_eq!(worth(1.0, held(1.0, 1.0)), (1.0, "seen"), "nothing counts twice");
+        assert_eq!(worth(0.25, held(0.75, 1.0)), (0.25 + 0.75 * 0.5 + 0.5 * 0.25, "dram"));
+        assert_eq!(worth(1.0, Held { dram: 0.0, stored: 0.0, own_max: 0.0 }), (0.0, "load"), "it has gone");
+    }
+
+    #[test]
+    fn who_has_the_prompt_in_its_server_serves_until_others_have_clearly_less_to_do() {
+        let engines = engines(2);
+        let beginning = Beginning::new("m", None, &[7; 4096]);
+        engines.note(&Beginning::new("m", None, &[7; 1024]), &engines.all()[0]);
+        let held = [Held::NOTHING, Held { dram: 1.0, stored: 1.0, ..Held::NOTHING }];
+        let choose = || engines.choose(Stage::Decode, &beginning, &held, &[]).expect("some");
+        let first = choose();
+        assert_eq!((first.number(), first.reason), (1, "dram"));
+        assert_eq!(engines.choose(Stage::Decode, &beginning, &[], &[]).expect("some").reason, "seen");
+        let more: Vec<Chosen> = (0..4).map(|_| choose()).collect();
+        assert!(more.iter().any(|engine| engine.number() == 0), "it has four requests to do by now");
     }
 
     #[test]
@@ -322,9 +386,9 @@ mod tests {
         let engines = engines(2);
         let none = Beginning::default();
         engines.is_lost(&engines.all()[0], "test");
-        assert_eq!(engines.choose(Stage::Decode, &none, &[]).expect("some").number(), 1);
-        assert_eq!(engines.choose(Stage::Decode, &none, &[1]).expect("the last resort").number(), 0);
-        assert!(engines.choose(Stage::Decode, &none, &[0, 1]).is_none());
+        assert_eq!(engines.choose(Stage::Decode, &none, &[], &[]).expect("some").number(), 1);
+        assert_eq!(engines.choose(Stage::Decode, &none, &[], &[1]).expect("the last resort").number(), 0);
+        assert!(engines.choose(Stage::Decode, &none, &[], &[0, 1]).is_none());
         assert_eq!(engines.problem(), None);
         engines.is_lost(&engines.all()[1], "test");
         assert!(engines.problem().is_some());

@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::answer::{Answer, Broken};
 use crate::engines::{Chosen, Engines, Stage};
+use crate::known_keys::{Held, Told};
 use crate::metrics::{self, End};
 use crate::plan::Plan;
 
@@ -78,6 +79,10 @@ struct Tries {
     left: u32,
     failed: Vec<usize>,
     deadline: Instant,
+    /// What the engines' servers hold of the prompt.
+    held: Vec<Held>,
+    /// Whether engines are asked for keys of the prompt's blocks. Streams carry none.
+    asks_keys: bool,
 }
 
 impl Generator {
@@ -106,8 +111,8 @@ impl Generator {
             }
         };
         let tokens = self.hand_off(&plan, began).await;
-        let body = Bytes::from(plan.decode(tokens));
-        let mut tries = self.tries(Stage::Decode, began);
+        let mut tries = self.tries(Stage::Decode, &plan, began).await;
+        let body = Bytes::from(plan.decode(tokens, tries.asks_keys));
         if !plan.is_stream {
             let (response, how) = self.whole(&plan, &body, &mut tries).await;
             metrics::first_byte(began.elapsed());
@@ -144,8 +149,16 @@ impl Generator {
         }
     }
 
-    fn tries(&self, stage: Stage, began: Instant) -> Tries {
-        Tries { stage, left: self.settings.tries, failed: Vec::new(), deadline: began + self.settings.timeout }
+    async fn tries(&self, stage: Stage, plan: &Plan, began: Instant) -> Tries {
+        let is_told = stage == Stage::Prefill || !plan.is_stream;
+        Tries {
+            stage,
+            left: self.settings.tries,
+            failed: Vec::new(),
+            deadline: began + self.settings.timeout,
+            held: self.engines.held(stage, &plan.beginning).await,
+            asks_keys: is_told && plan.has_one_prompt && self.engines.servers.are_there(),
+        }
     }
 
     /// Has the prompt computed by an engine for that. How many of its tokens the cache has then, or nothing: then the
@@ -155,10 +168,10 @@ impl Generator {
             return None;
         }
         let since = Instant::now();
-        let mut tries = self.tries(Stage::Prefill, began);
+        let mut tries = self.tries(Stage::Prefill, plan, began).await;
         // Who answers can compute the prompt as well: not worth waiting for engines that are down.
         tries.left = tries.left.min(2);
-        let body = Bytes::from(plan.prefill());
+        let body = Bytes::from(plan.prefill(tries.asks_keys));
         let (response, how) = self.whole(plan, &body, &mut tries).await;
         let tokens = match to_bytes(response.into_body(), ANSWER_BYTES_MAX).await {
             Ok(answer) if matches!(how, End::Answered) => Plan::tokens_handed_off(&answer),
@@ -181,11 +194,30 @@ impl Generator {
             let (parts, answer) = begun.response.into_parts();
             let all = tokio::time::timeout_at(tries.deadline.into(), to_bytes(answer, ANSWER_BYTES_MAX)).await;
             match all {
-                Ok(Ok(all)) => return (Response::from_parts(parts, Body::from(all)), End::Answered),
+                Ok(Ok(all)) => {
+                    let is_told = tries.asks_keys && parts.status.is_success();
+                    let all = if is_told { self.learn(plan, &begun.engine, tries.stage, all).await } else { all };
+                    return (Response::from_parts(parts, Body::from(all)), End::Answered);
+                }
                 Ok(Err(lost)) => self.failed(&begun.engine, tries, &lost.to_string()),
                 Err(_) => self.failed(&begun.engine, tries, "the answer took too long"),
             }
         }
+    }
+
+    /// Takes what an engine tells of the prompt's blocks out of its answer, which is returned without it.
+    async fn learn(&self, plan: &Plan, engine: &Chosen, stage: Stage, answer: Bytes) -> Bytes {
+        let (told, left) = Told::take(&answer, plan.wants_keys);
+        if let Some(told) = told {
+            let (engines, beginning, engine) = (Arc::clone(&self.engines), plan.beginning.clone(), engine.number());
+            let learning = async move { engines.servers.learn(&beginning, &told, engine).await };
+            // Who answers next is chosen by it; nobody waits for it otherwise.
+            match stage {
+                Stage::Prefill => learning.await,
+                Stage::Decode => drop(tokio::spawn(learning)),
+            }
+        }
+        left.map_or(answer, Bytes::from)
     }
 
     fn failed(&self, engine: &Chosen, tries: &mut Tries, why: &str) {
@@ -200,7 +232,7 @@ impl Generator {
         let nobody = || Failure::Lost("no engine answers".into());
         while tries.left > 0 && Instant::now() < tries.deadline {
             tries.left -= 1;
-            let chosen = self.engines.choose(tries.stage, &plan.beginning, &tries.failed);
+            let chosen = self.engines.choose(tries.stage, &plan.beginning, &tries.held, &tries.failed);
             let Some(engine) = chosen else {
                 // All have failed once; perhaps one is back.
                 if tries.failed.is_empty() {
@@ -210,6 +242,7 @@ impl Generator {
                 tokio::time::sleep(ROUND_PAUSE).await;
                 continue;
             };
+            metrics::chosen(tries.stage.as_str(), engine.reason);
             match self.try_one(&engine, plan, body, tries).await {
                 Ok(response) => return Ok(Begun { engine, response }),
                 // What an engine says tells more than that another one is gone.

@@ -65,7 +65,7 @@ async fn serve(State(generator): State<Generator>, request: Request) -> Response
 
 /// To one engine, once, as it is.
 async fn pass_on(generator: &Generator, parts: axum::http::request::Parts, path: &str, body: Body) -> Response<Body> {
-    let Some(engine) = generator.engines.choose(Stage::Decode, &Beginning::default(), &[]) else {
+    let Some(engine) = generator.engines.choose(Stage::Decode, &Beginning::default(), &[], &[]) else {
         return error(StatusCode::BAD_GATEWAY, "engine_unavailable", "no engine answers");
     };
     let headers = to_be_sent(&parts.headers);

@@ -7,24 +7,29 @@ mod answer;
 mod engines;
 mod generate;
 mod http;
+mod known_keys;
 mod metrics;
 mod plan;
 mod serve;
+mod servers;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use pegaflow_server::ExitStatus;
+use pegaflow_server::client::{Endpoint, Token};
+use pegaflow_server::{ClientTls, ExitStatus};
 
 use self::engines::{Engines, Roles};
+use self::servers::{ServerSettings, Servers};
 
 /// One OpenAI address for several vLLM engines.
 ///
-/// Requests go to the engine that has answered the longest part of their beginning, unless others have clearly less to
-/// do. With --prefill and --decode prompts are computed by the former and answered by the latter, which load what was
+/// Requests go to the engine that has answered the longest part of their beginning, or whose PegaFlow server holds it,
+/// unless others have clearly less to do. With --prefill and --decode prompts are computed by the former and answered by the latter, which load what was
 /// computed from the PegaFlow server that they share. An engine that fails costs another try, also in the middle of an
 /// answer where that can be continued: text, one choice, temperature 0 or a seed.
 ///
@@ -36,14 +41,32 @@ struct Options {
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8100")]
     listen: SocketAddr,
     /// An engine that computes prompts and answers, as http://HOST:PORT. May be repeated; 64 engines at most in all.
-    #[arg(long, value_name = "URL")]
+    /// With =SERVER the router asks that PegaFlow server, which is the engine's, what it holds: the path of a Unix socket,
+    /// https://HOST:PORT with --ca and --token-file, or http://ADDRESS:PORT on loopback.
+    #[arg(long, value_name = "URL[=SERVER]")]
     engine: Vec<String>,
     /// An engine that only computes prompts.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL[=SERVER]")]
     prefill: Vec<String>,
     /// An engine that only answers.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL[=SERVER]")]
     decode: Vec<String>,
+    /// The longest wait for servers to say what they hold, in milliseconds. One that does not counts as holding nothing, and is
+    /// not asked again for a second.
+    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    ask_timeout: u64,
+    /// The authorities that may vouch for servers at https://, in PEM.
+    #[arg(long, env = "PEGAFLOW_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// A file with the token to show servers over TCP, of the role engine.
+    #[arg(long, env = "PEGAFLOW_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// A certificate to show servers, in PEM, where they ask for one; with --client-key.
+    #[arg(long, env = "PEGAFLOW_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// The key of that certificate.
+    #[arg(long, env = "PEGAFLOW_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
     /// Prompts of fewer bytes than this are computed by the engine that answers.
     #[arg(long, value_name = "BYTES", default_value_t = 1024)]
     prefill_from: usize,
@@ -126,5 +149,25 @@ fn engines(options: &Options) -> Result<Engines, String> {
     if options.engine.is_empty() && options.decode.is_empty() {
         return Err("no engine is given; give --engine http://HOST:PORT, or --prefill and --decode".into());
     }
-    Engines::new(all.concat(), is_apart)
+    let (urls, servers) = all.concat().into_iter().map(|(address, roles)| split(&address, roles)).unzip();
+    Engines::new(urls, is_apart, self::servers(options, servers)?)
+}
+
+/// URL and SERVER of `URL[=SERVER]`.
+fn split(address: &str, roles: Roles) -> ((String, Roles), Option<String>) {
+    match address.split_once('=') {
+        Some((url, server)) => ((url.to_owned(), roles), Some(server.to_owned())),
+        None => ((address.to_owned(), roles), None),
+    }
+}
+
+/// The servers, one for each engine that has one.
+fn servers(options: &Options, addresses: Vec<Option<String>>) -> Result<Servers, String> {
+    let identity = options.client_cert.clone().zip(options.client_key.clone());
+    let tls = options.ca.clone().map(|authorities| ClientTls { authorities, identity });
+    let endpoint = |address: Option<String>| address.map(|text| Endpoint::parse(&text, tls.as_ref())).transpose();
+    let endpoints =
+        addresses.into_iter().map(endpoint).collect::<Result<_, _>>().map_err(|error| format!("{error:#}"))?;
+    let token = options.token_file.as_deref().map(Token::read).transpose().map_err(|error| format!("{error:#}"))?;
+    Servers::start(endpoints, ServerSettings { token, ask_timeout: Duration::from_millis(options.ask_timeout) })
 }

@@ -35,6 +35,15 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "pegaflow_router_handoffs_total",
         "Prompts computed by one engine for another, by whether it worked."
     );
+    describe_counter!(
+        "pegaflow_router_choices_total",
+        "Engines chosen, by stage and by what they have of the prompt: seen, dram, drive; load: nothing."
+    );
+    describe_counter!(
+        "pegaflow_router_questions_total",
+        "Questions to PegaFlow servers what they hold, by server and result: answered, failed, skipped."
+    );
+    describe_counter!("pegaflow_router_learned_total", "Answers of engines that have told keys of a prompt's blocks.");
     describe_histogram!(
         "pegaflow_router_prefill_seconds",
         "How long prompts took that were computed for another engine."
@@ -62,6 +71,18 @@ pub(crate) fn tried(engine: &str, stage: &'static str) {
 
 pub(crate) fn failed(engine: &str, stage: &'static str) {
     counter!("pegaflow_router_failures_total", "engine" => engine.to_owned(), "stage" => stage).increment(1);
+}
+
+pub(crate) fn chosen(stage: &'static str, reason: &'static str) {
+    counter!("pegaflow_router_choices_total", "stage" => stage, "reason" => reason).increment(1);
+}
+
+pub(crate) fn asked(server: &str, result: &'static str) {
+    counter!("pegaflow_router_questions_total", "server" => server.to_owned(), "result" => result).increment(1);
+}
+
+pub(crate) fn learned() {
+    counter!("pegaflow_router_learned_total").increment(1);
 }
 
 pub(crate) fn resumed() {

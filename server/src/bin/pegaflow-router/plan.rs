@@ -4,6 +4,7 @@ use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::{Map, Value, json};
 
 use crate::affinity::Beginning;
+use crate::known_keys::KEYS;
 
 /// The setting of the connector that asks how much of a prompt is in the cache, and its answer.
 const HANDOFF: &str = "pegaflow_handoff";
@@ -52,8 +53,11 @@ pub(crate) struct Plan {
     pub(crate) headers: HeaderMap,
     body: Map<String, Value>,
     pub(crate) beginning: Beginning,
-    prompt_bytes: usize,
     pub(crate) is_stream: bool,
+    /// Whether keys of blocks that an engine tells are those of the beginning.
+    pub(crate) has_one_prompt: bool,
+    /// Whether the client wants to be told keys itself.
+    pub(crate) wants_keys: bool,
     /// Whether another engine would say the same, in text that can be compared.
     pub(crate) can_be_resumed: bool,
 }
@@ -72,8 +76,9 @@ impl Plan {
             kind,
             path,
             headers: to_be_sent(headers),
-            beginning: Beginning::new(model, &prompt),
-            prompt_bytes: prompt.len(),
+            beginning: Beginning::new(model, body.get("cache_salt").and_then(Value::as_str), &prompt),
+            has_one_prompt: has_one_prompt(&body) && !is_set(&body, "truncate_prompt_tokens"),
+            wants_keys: body.get("kv_transfer_params").is_some_and(|asked| asked.get(KEYS) == Some(&Value::Bool(true))),
             is_stream: body.get("stream").and_then(Value::as_bool).unwrap_or(false),
             can_be_resumed: can_be_resumed(&body),
             body,
@@ -84,11 +89,12 @@ impl Plan {
     pub(crate) fn is_worth_a_handoff(&self, from_bytes: usize) -> bool {
         // Somebody who wants to know all about the prompt has it computed where the answer is.
         let wants_prompt = is_set(&self.body, "prompt_logprobs") || is_true(&self.body, "echo");
-        self.prompt_bytes >= from_bytes && !wants_prompt
+        self.beginning.prompt_bytes() >= from_bytes && !wants_prompt
     }
 
-    /// The request for the engine that computes the prompt: one token, which nobody reads.
-    pub(crate) fn prefill(&self) -> Vec<u8> {
+    /// The request for the engine that computes the prompt: one token, which nobody reads. `asks_keys`: it is to tell keys of
+    /// blocks.
+    pub(crate) fn prefill(&self, asks_keys: bool) -> Vec<u8> {
         let mut body = self.body.clone();
         for name in ["stream_options", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs", "best_of"] {
             body.remove(name);
@@ -97,6 +103,7 @@ impl Plan {
         if let Value::Object(few) = few {
             body.extend(few);
         }
+        ask(&mut body, asks_keys);
         Value::Object(body).to_string().into_bytes()
     }
 
@@ -106,15 +113,30 @@ impl Plan {
         answer.get("kv_transfer_params")?.get(TOKENS)?.as_u64()
     }
 
-    /// The request for the engine that answers; with what was computed elsewhere.
-    pub(crate) fn decode(&self, tokens: Option<u64>) -> Vec<u8> {
+    /// The request for the engine that answers; with what was computed elsewhere. `asks_keys`: it is to tell keys of blocks.
+    pub(crate) fn decode(&self, tokens: Option<u64>, asks_keys: bool) -> Vec<u8> {
         let mut body = self.body.clone();
         if let Some(tokens) = tokens {
             body.insert("kv_transfer_params".into(), json!({ TOKENS: tokens }));
         } else if let Some(Value::Object(parameters)) = body.get_mut("kv_transfer_params") {
             parameters.remove(TOKENS);
         }
+        ask(&mut body, asks_keys);
         Value::Object(body).to_string().into_bytes()
+    }
+}
+
+/// Has an engine tell keys of blocks.
+fn ask(body: &mut Map<String, Value>, asks_keys: bool) {
+    if !asks_keys {
+        return;
+    }
+    let parameters = body.entry("kv_transfer_params").or_insert(Value::Null);
+    match parameters {
+        Value::Object(parameters) => drop(parameters.insert(KEYS.into(), true.into())),
+        Value::Null => *parameters = json!({ KEYS: true }),
+        // The engine says what is wrong with it.
+        _ => {}
     }
 }
 
@@ -163,14 +185,17 @@ fn is_true(body: &Map<String, Value>, name: &str) -> bool {
     body.get(name).and_then(Value::as_bool).unwrap_or(false)
 }
 
+fn has_one_prompt(body: &Map<String, Value>) -> bool {
+    match body.get("prompt") {
+        Some(Value::Array(items)) => items.iter().all(Value::is_number),
+        _ => true,
+    }
+}
+
 /// Whether another engine would go on with the same words, which can be told from the text alone.
 fn can_be_resumed(body: &Map<String, Value>) -> bool {
     let number = |name: &str| body.get(name).and_then(Value::as_f64);
     let is_one = |name: &str| !is_set(body, name) || number(name) == Some(1.0);
-    let is_one_prompt = match body.get("prompt") {
-        Some(Value::Array(items)) => items.iter().all(Value::is_number),
-        _ => true,
-    };
     let is_same = number("temperature") == Some(0.0) || is_set(body, "seed");
     // Chats say `"logprobs": false`, completions a number.
     let has_more = is_true(body, "logprobs")
@@ -179,7 +204,7 @@ fn can_be_resumed(body: &Map<String, Value>) -> bool {
         || is_true(body, "return_token_ids")
         || is_true(body, "echo")
         || is_true(body, "use_beam_search");
-    is_same && is_one("n") && is_one("best_of") && is_one_prompt && !has_more
+    is_same && is_one("n") && is_one("best_of") && has_one_prompt(body) && !has_more
 }
 
 #[cfg(test)]
@@ -197,7 +222,7 @@ mod tests {
             "stream": true, "stream_options": {"include_usage": true}, "max_completion_tokens": 700, "min_tokens": 5,
             "n": 3, "temperature": 0.5, "kv_transfer_params": {"other": 1},
         });
-        let sent: Value = serde_json::from_slice(&plan(Kind::Chat, &body).prefill()).expect("JSON");
+        let sent: Value = serde_json::from_slice(&plan(Kind::Chat, &body).prefill(false)).expect("JSON");
         assert_eq!(
             sent,
             json!({
@@ -211,18 +236,36 @@ mod tests {
     fn the_decode_is_what_the_client_sent_with_what_was_handed_off() {
         let body = json!({"model": "m", "prompt": "hello", "max_tokens": 9, "stream": true});
         let plan = plan(Kind::Completion, &body);
-        assert_eq!(serde_json::from_slice::<Value>(&plan.decode(None)).expect("JSON"), body);
+        assert_eq!(serde_json::from_slice::<Value>(&plan.decode(None, false)).expect("JSON"), body);
         let tokens = Plan::tokens_handed_off(br#"{"choices": [], "kv_transfer_params": {"pegaflow_tokens": 96}}"#);
         assert_eq!(tokens, Some(96));
-        let sent: Value = serde_json::from_slice(&plan.decode(tokens)).expect("JSON");
+        let sent: Value = serde_json::from_slice(&plan.decode(tokens, false)).expect("JSON");
         assert_eq!(sent["kv_transfer_params"], json!({"pegaflow_tokens": 96}));
         for nothing in [&b"{}"[..], b"", b"[1]", br#"{"kv_transfer_params": null}"#] {
             assert_eq!(Plan::tokens_handed_off(nothing), None);
         }
         // A client does not say what an engine has to wait for.
         let body = json!({"prompt": "hello", "kv_transfer_params": {"pegaflow_tokens": 1_000_000_000}});
-        let sent: Value = serde_json::from_slice(&self::plan(Kind::Completion, &body).decode(None)).expect("JSON");
+        let sent: Value =
+            serde_json::from_slice(&self::plan(Kind::Completion, &body).decode(None, false)).expect("JSON");
         assert_eq!(sent["kv_transfer_params"], json!({}));
+    }
+
+    #[test]
+    fn keys_are_asked_for_beside_what_the_client_has_set() {
+        let sent =
+            |bytes: Vec<u8>| serde_json::from_slice::<Value>(&bytes).expect("JSON")["kv_transfer_params"].clone();
+        let plain = plan(Kind::Completion, &json!({"prompt": "hello"}));
+        assert_eq!(sent(plain.decode(None, true)), json!({"pegaflow_keys": true}));
+        assert_eq!(sent(plain.decode(Some(7), true)), json!({"pegaflow_tokens": 7, "pegaflow_keys": true}));
+        assert_eq!(sent(plain.prefill(true)), json!({"pegaflow_handoff": true, "pegaflow_keys": true}));
+        let own = plan(Kind::Completion, &json!({"prompt": "hello", "kv_transfer_params": {"other": 1}}));
+        assert_eq!(sent(own.decode(None, true)), json!({"other": 1, "pegaflow_keys": true}));
+        assert!(!own.wants_keys && own.has_one_prompt);
+        let wants = json!({"prompt": ["a", "b"], "kv_transfer_params": {"pegaflow_keys": true}});
+        let wants = plan(Kind::Completion, &wants);
+        assert!(wants.wants_keys && !wants.has_one_prompt);
+        assert!(!plan(Kind::Chat, &json!({"messages": [], "truncate_prompt_tokens": 9})).has_one_prompt);
     }
 
     #[test]

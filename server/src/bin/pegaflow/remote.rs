@@ -1,7 +1,7 @@
 //! Servers at other places, and the tokens for them.
 
 use clap::Subcommand;
-use pegaflow_engine::{Error, ErrorKind, Result};
+use pegaflow_engine::Result;
 use pegaflow_server::client::Endpoint;
 use pegaflow_server::{ClientTls, NewToken, Role};
 use serde_json::json;
@@ -38,7 +38,6 @@ pub(crate) fn token(command: &TokenCommand, is_json: bool) -> Result<()> {
 
 /// Where the server is, as the options say.
 pub(crate) fn endpoint(options: &Options) -> Result<Endpoint> {
-    let bad = |message: String| Error::new(ErrorKind::InvalidInput, message);
     let Some(url) = &options.server else {
         return Ok(match (&options.socket, options.tcp) {
             (Some(path), _) => Endpoint::Unix(path.clone()),
@@ -46,21 +45,7 @@ pub(crate) fn endpoint(options: &Options) -> Result<Endpoint> {
             (None, None) => Endpoint::default(),
         });
     };
-    let wrong = || bad(format!("'{url}' is no server; write https://HOST:PORT, or http://ADDRESS:PORT on loopback"));
-    let trimmed = url.trim_end_matches('/');
-    if let Some(address) = trimmed.strip_prefix("http://") {
-        let address: std::net::SocketAddr = address.parse().map_err(|_| wrong())?;
-        if !address.ip().is_loopback() {
-            return Err(bad(format!("{address} is not loopback, and http is not encrypted; write https://")));
-        }
-        return Ok(Endpoint::Tcp(address));
-    }
-    let (host, port) = trimmed.strip_prefix("https://").and_then(|rest| rest.rsplit_once(':')).ok_or_else(wrong)?;
-    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-    let port = port.parse().map_err(|_| wrong())?;
-    let authorities = options.ca.clone().ok_or_else(|| {
-        bad("https needs --ca, a file with the authorities that may vouch for the server, in PEM".into())
-    })?;
     let identity = options.client_cert.clone().zip(options.client_key.clone());
-    Ok(Endpoint::Tls { host, port, tls: ClientTls { authorities, identity } })
+    let tls = options.ca.clone().map(|authorities| ClientTls { authorities, identity });
+    Endpoint::parse(url, tls.as_ref())
 }
