@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::arbiter::LoadPolicy;
 use crate::policy::PolicyChoice;
+use crate::scheduler::GUARANTEED_PERCENT;
 use crate::write_budget::WriteBudget;
 use pegaflow_tiers::{CodecChoice, EncryptionKey, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -311,6 +312,10 @@ pub struct EngineConfig {
     /// `arc`. Default: pegaflow.
     #[serde(default)]
     pub policy: PolicyChoice,
+    /// The part of DRAM that is guaranteed, in equal parts, to the namespaces (models, tenants) that asked for something within
+    /// ten minutes, in percent; what nobody needs is lent. 0: no shares, whoever asks more has more. Default: 50. Limit: 100.
+    #[serde(default = "default_guaranteed_percent")]
+    pub guaranteed_percent: u32,
     /// The store; without it blocks live in DRAM only. Default: none.
     #[serde(default)]
     pub nvme: Option<NvmeConfig>,
@@ -337,6 +342,9 @@ pub struct EngineConfig {
 fn default_dram() -> ByteSize {
     ByteSize::gib(4)
 }
+fn default_guaranteed_percent() -> u32 {
+    GUARANTEED_PERCENT
+}
 fn default_load_threads() -> u32 {
     4
 }
@@ -360,6 +368,7 @@ impl Default for EngineConfig {
             huge_pages: false,
             shared_dram: false,
             policy: PolicyChoice::default(),
+            guaranteed_percent: default_guaranteed_percent(),
             nvme: None,
             load_threads: default_load_threads(),
             save_threads: default_save_threads(),
@@ -393,6 +402,7 @@ impl EngineConfig {
             (value >= min && value <= max, format!("{name} is {value}; give {min} to {max}"))
         };
         for (ok, problem) in [
+            within("guaranteed_percent", self.guaranteed_percent.into(), 0, 100),
             within("load_threads", self.load_threads.into(), 1, 64),
             within("save_threads", self.save_threads.into(), 1, 64),
             within("queue_operations", self.queue_operations.into(), 1, 65_536),

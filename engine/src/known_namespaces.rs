@@ -108,6 +108,13 @@ impl KnownNamespaces {
         self.state.lock().known.get(id).map(|known| known.handle)
     }
 
+    /// The names behind these numbers, as far as they are known.
+    pub(crate) fn ids(&self, handles: &[NamespaceHandle]) -> HashMap<NamespaceHandle, NamespaceId> {
+        let state = self.state.lock();
+        let meant = state.known.iter().filter(|(_, known)| handles.contains(&known.handle));
+        meant.map(|(id, known)| (known.handle, *id)).collect()
+    }
+
     /// How many there are of a kind.
     pub(crate) fn count(&self, is_counted: &dyn Fn(&NamespaceDescriptor) -> bool) -> usize {
         self.state.lock().known.values().filter(|known| is_counted(&known.descriptor)).count()

@@ -73,6 +73,10 @@ pub struct Settings {
     /// Who decides what stays in DRAM and what is written to the drive: pegaflow, which learns, or lru, fifo, s3fifo, arc.
     #[arg(long, env = "PEGAFLOW_POLICY", value_name = "POLICY", default_value_t = PolicyChoice::default())]
     pub policy: PolicyChoice,
+    /// The part of DRAM that is guaranteed, in equal parts, to namespaces (models, tenants) that asked for something within ten
+    /// minutes, in percent; what nobody needs is lent. At most 100; 0: no shares.
+    #[arg(long, env = "PEGAFLOW_GUARANTEED_PERCENT", value_name = "PERCENT", default_value_t = 50)]
+    pub guaranteed_percent: u32,
     /// Ask for 2 MiB pages.
     #[arg(long, env = "PEGAFLOW_HUGE_PAGES", value_name = "BOOL", value_parser = BoolishValueParser::new(), action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
@@ -230,6 +234,7 @@ impl Settings {
             dram: self.dram,
             huge_pages: self.huge_pages,
             policy: self.policy,
+            guaranteed_percent: self.guaranteed_percent,
             shared_dram: true,
             nvme,
             ..EngineConfig::default()
