@@ -315,6 +315,20 @@ pub struct SizeEstimate {
     pub hit_permille: u32,
 }
 
+/// What a namespace has of DRAM, and what of it nobody can take; see `docs/design.md`, "Shares of DRAM".
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct DramAccount {
+    /// Whether it is that of all namespaces that have none of their own. Whose another one is, is not told: whoever reads
+    /// statistics need not know who is served.
+    pub is_of_others: bool,
+    /// Bytes of its blocks that may leave.
+    pub bytes: u64,
+    /// Bytes that are guaranteed to it now.
+    pub guaranteed_bytes: u64,
+    /// Whether it asked for something within ten minutes; only then anything is guaranteed to it.
+    pub is_active: bool,
+}
+
 /// What came of blocks that were read from the drive before a load asked for them, since open.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct FetchTotals {
@@ -555,6 +569,14 @@ pub struct Stats {
     pub dram_evicted_other_size_blocks: u64,
     /// Blocks evicted for one that was fetched and is worth more.
     pub dram_evicted_colder_blocks: u64,
+    /// Those of the evicted blocks that left while several accounts had some, so that shares said whose leaves.
+    pub dram_share_evicted_blocks: u64,
+    /// The part of DRAM that is guaranteed to namespaces that ask, in percent; 0: there are no shares.
+    pub guaranteed_percent: u32,
+    /// Who has how much of DRAM: 15 namespaces at most, and all others together.
+    pub dram_accounts: Vec<DramAccount>,
+    /// Bytes that accounts have above what is guaranteed to them.
+    pub dram_borrowed_bytes: u64,
     /// Loads that wait for a thread.
     pub loads_waiting: u64,
     /// Saves that wait for a thread.

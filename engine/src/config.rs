@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::arbiter::LoadPolicy;
 use crate::policy::PolicyChoice;
+use crate::scheduler::GUARANTEED_PERCENT;
 use crate::write_budget::WriteBudget;
 use pegaflow_tiers::{CodecChoice, EncryptionKey, Error, ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -311,6 +312,10 @@ pub struct EngineConfig {
     /// `arc`. Default: pegaflow.
     #[serde(default)]
     pub policy: PolicyChoice,
+    /// The part of DRAM that is guaranteed, in equal parts, to the namespaces (models, tenants) that asked for something within
+    /// ten minutes, in percent; what nobody needs is lent. 0: no shares, whoever asks more has more. Default: 50. Limit: 100.
+    #[serde(default = "default_guaranteed_percent")]
+    pub guaranteed_percent: u32,
     /// The store; without it blocks live in DRAM only. Default: none.
     #[serde(default)]
     pub nvme: Option<NvmeConfig>,
@@ -337,6 +342,9 @@ pub struct EngineConfig {
 fn default_dram() -> ByteSize {
     ByteSize::gib(4)
 }
+fn default_guaranteed_percent() -> u32 {
+    GUARANTEED_PERCENT
+}
 fn default_load_threads() -> u32 {
     4
 }
@@ -360,6 +368,7 @@ impl Default for EngineConfig {
             huge_pages: false,
             shared_dram: false,
             policy: PolicyChoice::default(),
+            guaranteed_percent: default_guaranteed_percent(),
             nvme: None,
             load_threads: default_load_threads(),
             save_threads: default_save_threads(),
@@ -382,6 +391,12 @@ impl EngineConfig {
     /// # Errors
     /// `InvalidInput` that names all problems at once, each with value, limit and remedy.
     pub fn validate(&self) -> Result<()> {
+        let problems = self.problems();
+        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+    }
+
+    /// What [`EngineConfig::validate`] finds wrong, one text for each problem; empty if nothing is.
+    pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut check = |ok: bool, problem: String| {
             if !ok {
@@ -393,6 +408,7 @@ impl EngineConfig {
             (value >= min && value <= max, format!("{name} is {value}; give {min} to {max}"))
         };
         for (ok, problem) in [
+            within("guaranteed_percent", self.guaranteed_percent.into(), 0, 100),
             within("load_threads", self.load_threads.into(), 1, 64),
             within("save_threads", self.save_threads.into(), 1, 64),
             within("queue_operations", self.queue_operations.into(), 1, 65_536),
@@ -460,7 +476,7 @@ impl EngineConfig {
                 );
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::InvalidInput, problems.join("; "))) }
+        problems
     }
 }
 

@@ -19,6 +19,7 @@ use crate::api::{
 use crate::arbiter::LoadPolicy;
 use crate::config::{ByteSize, EngineConfig, IoEngineChoice, NvmeConfig};
 use crate::counters::Counters;
+use crate::dram_shares;
 use crate::drive_tier::{DriveTier, Source};
 use crate::fetch::{FetchReason, Fetches};
 use crate::hot_set::{WarmRuns, WarmStart};
@@ -95,7 +96,8 @@ impl Engine {
             Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
         let start = Instant::now();
         let clock = || Box::new(move || start.elapsed().as_millis() as u64);
-        let policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock());
+        let mut policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock());
+        policies.set_guaranteed_percent(config.guaranteed_percent);
         let residency = Arc::new(Residency::new(Arc::clone(&arena), policies));
         let learns = config.nvme.as_ref().filter(|_| config.policy == PolicyChoice::Pegaflow);
         let drive_policy = learns.map(|nvme| Arc::new(DrivePolicy::new(nvme.capacity_bytes(), clock())));
@@ -491,6 +493,7 @@ impl Engine {
             ..Stats::default()
         };
         add_drive(&mut stats, &inner.drive);
+        dram_shares::add(&mut stats, inner);
         if let Some(admission) = &inner.admission {
             let budget = admission.status(inner.drive.write_volume());
             stats.write_budget_day_bytes = budget.bytes_per_day;

@@ -9,6 +9,7 @@ mod arbiter;
 mod choice;
 mod config;
 mod counters;
+mod dram_shares;
 mod drive_tier;
 mod engine;
 mod fetch;

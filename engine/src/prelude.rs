@@ -1,9 +1,10 @@
 //! The whole public API of the crate, on one screen.
 
 pub use crate::api::{
-    BlockSave, ComputedTokens, DecisionRecord, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec, LatencyStats,
-    LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LocateRequest, LookupReply, LookupRequest, OperationId,
-    Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats, WarmProgress, WarmState, Whose,
+    BlockSave, ComputedTokens, DecisionRecord, DramAccount, DriveWear, FetchTotals, HitTier, InstanceId, InstanceSpec,
+    LatencyStats, LeaseId, LoadBlock, LoadOutcome, LoadQuestion, LoadRequest, LocateRequest, LookupReply,
+    LookupRequest, OperationId, Places, SaveOutcome, SaveRequest, SaveTarget, SessionId, SizeEstimate, Stats,
+    WarmProgress, WarmState, Whose,
 };
 pub use crate::arbiter::{Arbiter, ArbiterConfig, Choice, Decision, FoundPrefix, LoadPolicy, Reason, TierSpeeds};
 pub use crate::choice::{BlockChoice, KeyPrefix};
@@ -14,7 +15,7 @@ pub use crate::miss_ratio::MissRatioCurve;
 pub use crate::pins::{PinInfo, Unpinned};
 pub use crate::placed::PlacedLoads;
 pub use crate::policy::{
-    BlockMemory, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
+    BlockMemory, Past, PegaflowConfig, PegaflowPolicy, Policy, PolicyBlock, PolicyChoice, PolicyRequest,
 };
 pub use crate::prefixes::PrefixInfo;
 pub use crate::purge::{EvictOutcome, NamespaceInfo, PurgeOutcome};

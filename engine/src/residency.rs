@@ -8,6 +8,7 @@
 //! Two locks: that of the policies, which is held for as long as a policy thinks, comes before that of the map, which is
 //! all that lookups take.
 
+mod accounts;
 mod hot;
 mod key_hasher;
 mod meant;

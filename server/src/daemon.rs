@@ -202,6 +202,7 @@ fn change(current: &Loaded, wanted: &Loaded, server: &Server, log: &LogHandle) {
                 engine.set_load_policy(wanted.settings.load_policy);
                 true
             }
+            "guaranteed_percent" => engine.set_guaranteed_percent(wanted.settings.guaranteed_percent).is_ok(),
             "write_budget" => engine.set_write_budget(wanted.settings.write_budget).is_ok(),
             "scrub" => engine.set_scrub(wanted.settings.scrub).is_ok(),
             // Read when it is needed; and where the settings are is no setting of the server.

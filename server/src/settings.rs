@@ -73,6 +73,10 @@ pub struct Settings {
     /// Who decides what stays in DRAM and what is written to the drive: pegaflow, which learns, or lru, fifo, s3fifo, arc.
     #[arg(long, env = "PEGAFLOW_POLICY", value_name = "POLICY", default_value_t = PolicyChoice::default())]
     pub policy: PolicyChoice,
+    /// The part of DRAM that is guaranteed, in equal parts, to namespaces (models, tenants) that asked for something within ten
+    /// minutes, in percent; what nobody needs is lent. At most 100; 0: no shares.
+    #[arg(long, env = "PEGAFLOW_GUARANTEED_PERCENT", value_name = "PERCENT", default_value_t = 50)]
+    pub guaranteed_percent: u32,
     /// Ask for 2 MiB pages.
     #[arg(long, env = "PEGAFLOW_HUGE_PAGES", value_name = "BOOL", value_parser = BoolishValueParser::new(), action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
@@ -230,6 +234,7 @@ impl Settings {
             dram: self.dram,
             huge_pages: self.huge_pages,
             policy: self.policy,
+            guaranteed_percent: self.guaranteed_percent,
             shared_dram: true,
             nvme,
             ..EngineConfig::default()
@@ -238,12 +243,9 @@ impl Settings {
 
     /// What does not go together, or is outside of a limit.
     fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        if let Err(error) = self.engine().validate() {
-            // The engine's names of what has another place here.
-            let named = |problem: &str| problem.replace("nvme.more_drives", "drive").replace("nvme.", "");
-            problems.extend(error.message().split("; ").map(named));
-        }
+        // The engine's names of what has another place here.
+        let named = |problem: &String| problem.replace("nvme.more_drives", "drive").replace("nvme.", "");
+        let mut problems: Vec<String> = self.engine().problems().iter().map(named).collect();
         for (name, is_given) in [
             ("region", self.region.is_some()),
             ("drive", !self.drives.is_empty()),

@@ -229,7 +229,11 @@ fn of_a_server(desk: &Desk) {
     assert_eq!((&told["prefix"], &told["left_ms"]), (&key[..12].into(), &Value::Null), "{told:#}");
     let told = desk.meets("ls", 0, &at(&socket, &["ls"]));
     assert_eq!((&told["namespaces"][0]["pinned_blocks"], &told["pins"][0]["number"]), (&count, &1.into()), "{told:#}");
-    assert_eq!(desk.meets("status", 0, &at(&socket, &["status"]))["engine"]["dram_pins"], 2);
+    let told = desk.meets("status", 0, &at(&socket, &["status"]));
+    assert_eq!(told["engine"]["dram_pins"], 2);
+    let accounts = told["engine"]["dram_accounts"].as_array().expect("a list");
+    let is_served = |account: &Value| account["is_of_others"] == false && account["is_active"] == true;
+    assert!(accounts.iter().any(is_served), "{told:#}");
     let told = desk.meets("ls", 0, &at(&socket, &["ls", "--prefixes", "--most", "1"]));
     let prefix = &told["prefixes"][0];
     assert_eq!((&prefix["key"], &prefix["common_blocks"]), (&key.clone().into(), &count), "{told:#}");

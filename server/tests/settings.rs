@@ -89,7 +89,7 @@ fn every_problem_is_named_at_once_with_its_place() {
     let text = "dram = \"lots\"\ncapcity = \"1GiB\"\nregion = \"5MiB\"\ncodec = \"zip\"\ntcp = \"127.0.0.1:1\"\n";
     let path = file(folder.path(), text);
     let mut command = cli(&["config", "check", "--config", path.to_str().expect("text"), "--reinsert-percent", "60"]);
-    command.env("PEGAFLOW_SCRUB", "much").env("PEGAFLOW_LOG", "==");
+    command.env("PEGAFLOW_SCRUB", "much").env("PEGAFLOW_LOG", "==").env("PEGAFLOW_GUARANTEED_PERCENT", "101");
     let (code, _, stderr) = run(&mut command);
     assert_eq!(code, Some(2), "{stderr}");
     let at = |line: usize| format!("{}:{line}: ", path.display());
@@ -98,6 +98,7 @@ fn every_problem_is_named_at_once_with_its_place() {
         format!("{}capcity: there is no such setting; did you mean 'capacity'?", at(2)),
         format!("{}codec: 'zip' can not be used; give one of auto, always, none", at(4)),
         "PEGAFLOW_SCRUB: 'much' can not be used".to_owned(),
+        "guaranteed_percent is 101; give 0 to 100".to_owned(),
         "region is given without a store".to_owned(),
         "insecure_loopback".to_owned(),
         "log '==' can not be read".to_owned(),
@@ -165,10 +166,10 @@ fn hang_up_changes_what_can_change_and_names_the_rest() {
     let mut server = Process { child };
     let socket = socket.to_str().expect("text").to_owned();
     let policy = || run(&mut cli(&["--socket", &socket, "load-policy"])).1;
-    let budget = || {
+    let number = |name: &str| {
         let (_, stdout, _) = run(&mut cli(&["--socket", &socket, "--json", "status"]));
         let status: Value = serde_json::from_str(&stdout).expect("JSON");
-        status["engine"]["write_budget_day_bytes"].as_u64().expect("a number")
+        status["engine"][name].as_u64().expect("a number")
     };
     let mut wait_for = |part: &str| loop {
         let line = log.next().expect("the log goes on").expect("reads");
@@ -176,12 +177,16 @@ fn hang_up_changes_what_can_change_and_names_the_rest() {
             return line;
         }
     };
-    assert_eq!((policy().as_str(), budget()), ("auto\n", 0));
-    settings("dram = \"64MiB\"\nload_policy = \"never\"\nwrite_budget = \"1GiB/day\"\nscrub = \"1MiB\"\n");
+    assert_eq!((policy().as_str(), number("write_budget_day_bytes"), number("guaranteed_percent")), ("auto\n", 0, 50));
+    settings(
+        "dram = \"64MiB\"\nload_policy = \"never\"\nwrite_budget = \"1GiB/day\"\nscrub = \"1MiB\"\nguaranteed_percent = 20\n",
+    );
     server.signal("-HUP");
     let line = wait_for("takes a restart");
     assert!(line.contains("dram") && line.contains("64MiB"), "{line}");
-    until("the policy and the budget have changed", || policy() == "never\n" && budget() == 1 << 30);
+    until("policy, budget and shares have changed", || {
+        policy() == "never\n" && number("write_budget_day_bytes") == 1 << 30 && number("guaranteed_percent") == 20
+    });
     settings("load_policy = \"sometimes\"\n");
     server.signal("-HUP");
     let line = wait_for("the settings stay as they are");

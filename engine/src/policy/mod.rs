@@ -52,6 +52,15 @@ pub struct BlockMemory {
     pub blocks_after: u8,
 }
 
+/// What a block takes along from one policy to another.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Past {
+    /// The block before it in its chain.
+    pub parent: Option<u64>,
+    /// What requests have said of it.
+    pub memory: Option<BlockMemory>,
+}
+
 /// A request for a chain of blocks.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyRequest<'a> {
@@ -98,6 +107,19 @@ pub trait Policy: Send {
         _may_leave: &mut dyn FnMut(u64) -> bool,
     ) -> Option<u64> {
         None
+    }
+
+    /// Takes out any block that is there, for another policy: with the block before it and its past, where it knows them.
+    /// As [`Policy::evict`], with everybody allowed to leave.
+    fn hand_over(&mut self) -> Option<(u64, Past)> {
+        Some((self.evict(&mut |_| true)?, Past::default()))
+    }
+
+    /// The same for a block of that name.
+    fn hand_over_one(&mut self, key: u64) -> Option<Past> {
+        let is_here = self.contains(key);
+        self.remove(key);
+        is_here.then(Past::default)
     }
 
     /// The block has gone for another reason.

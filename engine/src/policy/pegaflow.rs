@@ -23,7 +23,7 @@ use self::tree::Tree;
 use self::watch::Watch;
 use self::worth::Worth;
 use super::least_recent::PINNED_MAX;
-use super::{BlockMemory, Policy, PolicyBlock, PolicyRequest, SplitMix};
+use super::{BlockMemory, Past, Policy, PolicyBlock, PolicyRequest, SplitMix};
 
 /// Time is kept in ticks of this many ms.
 const TICK_MS: u64 = 16;
@@ -411,6 +411,20 @@ impl Policy for PegaflowPolicy {
         let bytes = self.tree.nodes[victim as usize].bytes;
         let is_worth_more = worth > self.worth_of(victim, bytes);
         is_worth_more.then(|| self.let_go(victim))
+    }
+
+    fn hand_over(&mut self) -> Option<(u64, Past)> {
+        let at = self.levels.lowest()?;
+        let key = self.tree.nodes[at as usize].key;
+        Some((key, self.hand_over_one(key)?))
+    }
+
+    fn hand_over_one(&mut self, key: u64) -> Option<Past> {
+        let at = self.tree.find(key).filter(|at| self.tree.nodes[*at as usize].is_here)?;
+        let parent = self.tree.nodes.get(self.tree.nodes[at as usize].parent as usize).map(|parent| parent.key);
+        let past = Past { parent, memory: self.memory(key) };
+        self.take_out(at);
+        Some(past)
     }
 
     fn remove(&mut self, key: u64) {

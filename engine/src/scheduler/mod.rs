@@ -16,6 +16,8 @@ pub(crate) use drive::DrivePolicy;
 pub(crate) use learned::first_learned;
 pub(crate) use requests::{Asked, Requests};
 pub(crate) use run::{LEARNED_NOTE, keep_learned, run};
+pub(crate) use shares::{AccountState, ShareTotals};
+pub(crate) use sizes::GUARANTEED_PERCENT;
 pub use sizes::{Clock, SizePolicies};
 
 #[cfg(test)]

@@ -291,6 +291,33 @@ static DRAM: &[Metric] = &[
     gauge("pegaflow_dram_pins", Unit::Things, &[], "Pins: see `pegaflow pin`.", |now, out| {
         out.one(now.stats.dram_pins)
     }),
+    gauge(
+        "pegaflow_dram_accounts",
+        Unit::Things,
+        &[],
+        "Accounts in which shares of DRAM are kept: up to 15 namespaces have one each, all others one together.",
+        |now, out| {
+            out.one(now.stats.dram_accounts.len() as u64);
+        },
+    ),
+    gauge(
+        "pegaflow_dram_borrowed_bytes",
+        Unit::Bytes,
+        &[],
+        "DRAM slots that namespaces have above what is guaranteed to them: these give way first.",
+        |now, out| {
+            out.one(now.stats.dram_borrowed_bytes);
+        },
+    ),
+    counter(
+        "pegaflow_dram_share_evicted_blocks_total",
+        Unit::Blocks,
+        &[],
+        "Those of the blocks that left DRAM of which shares said whose leaves: several accounts had some.",
+        |now, out| {
+            out.one(now.stats.dram_share_evicted_blocks);
+        },
+    ),
     gauge("pegaflow_dram_blocks", Unit::Blocks, &[], "Blocks in DRAM.", |now, out| out.one(now.stats.dram_blocks)),
     counter(
         "pegaflow_evicted_blocks_total",

@@ -553,6 +553,16 @@ fn print_stats(stats: &Value) {
             println!("{name:<26} {ratio:.3} of blocks with {percent} % of the size, {bytes}");
         }
     };
+    let print = |name: &str, value: &Value| {
+        let Some(accounts) = value.as_array().filter(|_| name == "dram_accounts") else { return print(name, value) };
+        for account in accounts {
+            let bytes = |of: &str| ByteSize(account.get(of).and_then(Value::as_u64).unwrap_or_default());
+            let is = |what: &str| account.get(what) == Some(&Value::Bool(true));
+            let whose = if is("is_of_others") { "all others" } else { "a namespace" };
+            let active = if is("is_active") { "" } else { ", idle" };
+            println!("{name:<26} {whose}: {}, {} guaranteed{active}", bytes("bytes"), bytes("guaranteed_bytes"));
+        }
+    };
     let print = |name: &str, value: &Value| match value.as_object() {
         None => print(name, value),
         Some(of_all) => {
