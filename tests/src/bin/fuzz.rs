@@ -109,7 +109,8 @@ fn fuzz(target: &Target, seed: u64, deadline: Instant) -> Found {
         found.runs += 1;
         match catch_unwind(AssertUnwindSafe(|| (target.run)(&input))) {
             Ok(outcome) => {
-                if outcomes.insert(outcome) && corpus.len() < CORPUS_MAX {
+                // Outcomes are remembered as long as there is room for the inputs that led to them.
+                if corpus.len() < CORPUS_MAX && outcomes.insert(outcome) {
                     corpus.push(input);
                 }
             }
@@ -261,11 +262,12 @@ fn frame_of(image: &[u8]) -> Option<Vec<u8>> {
     Some([image.get(58..60)?, image.get(192..200)?, frame].concat())
 }
 
-/// A good request of each kind, with its number before it.
+/// A good request of each kind, and a reply, with its number before it.
 fn requests() -> Vec<Vec<u8>> {
     use prost::Message;
     let (keys, lease) = (vec![7u8; 64], vec![1u8; 16]);
-    let all: [(u8, Vec<u8>); 7] = [
+    let (namespace, prefix) = (vec![9u8; 32], "0123456789abcdef".to_owned());
+    let all: [(u8, Vec<u8>); 11] = [
         (
             0,
             proto::RegisterRequest {
@@ -316,6 +318,32 @@ fn requests() -> Vec<Vec<u8>> {
         (4, proto::FlushRequest { timeout_ms: 5 }.encode_to_vec()),
         (5, proto::ConsumeRequest { session: 1, leases: lease.into(), shard: 0 }.encode_to_vec()),
         (6, proto::OpenSessionRequest { client_name: "name".into(), ..Default::default() }.encode_to_vec()),
+        (
+            9,
+            proto::LocateRequest {
+                session: 1,
+                keys: vec![7; 32].into(),
+                namespace: namespace.clone().into(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
+            10,
+            proto::EvictRequest { namespaces: vec![namespace.clone().into()], prefix, unused_for_ms: 1000 }
+                .encode_to_vec(),
+        ),
+        (11, proto::UnpinRequest { pin: 0, namespaces: vec![namespace.into()] }.encode_to_vec()),
+        (
+            12,
+            proto::LookupAnswer {
+                answer: Some(proto::lookup_answer::Answer::Found(proto::LookupReply {
+                    hit_blocks: 2,
+                    ..Default::default()
+                })),
+            }
+            .encode_to_vec(),
+        ),
     ];
     all.into_iter().map(|(number, bytes)| [vec![number], bytes].concat()).collect()
 }
