@@ -243,6 +243,8 @@ enum Command {
     ///
     /// With --path (or --config) the store there is opened, which no server may have open; else the server at --socket is
     /// asked. Example: pegaflow prewarm prompts.jsonl --path /nvme/kv -- Qwen/Qwen3-8B --max-model-len 32768
+    ///
+    /// What the drive has comes to a running server's DRAM with `pegaflow warm`, and stays there with its --pin and --ttl.
     Prewarm {
         #[command(flatten)]
         settings: Box<Settings>,
