@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,9 +228,13 @@ def beside(system: System, log: Path) -> Iterator[None]:
     if not system.beside:
         yield
         return
+    if listens(system.port):
+        raise RuntimeError(f"somebody listens at port {system.port} already")
     with log.open("ab") as output:
         environment = {**os.environ, **system.environment}
-        process = subprocess.Popen(system.beside, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            system.beside, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
         wait_listening(process, system.port, log, system.ready)
         yield
@@ -238,13 +243,16 @@ def beside(system: System, log: Path) -> Iterator[None]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process, in order if it does so in time."""
-    process.terminate()
-    try:
-        process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """Ends a process and what it started, as upstream starts its server: in order if they end in time."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 60
+        with suppress(ProcessLookupError):  # the last of them has ended
+            os.killpg(process.pid, how)
+            while time.monotonic() < deadline:
+                process.poll()  # a child that has ended counts until it is asked for
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    process.wait()
 
 
 def measure(model: str, system: System, prompts: list[list[int]], gpu_bytes: int, log: Path) -> dict[str, Any]:
@@ -297,7 +305,9 @@ def throughput(options: argparse.Namespace, system: System, log: Path) -> dict[s
     ]
     environment = {**os.environ, **system.environment}
     with beside(system, log), log.open("ab") as output:
-        server = subprocess.Popen(serve, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        server = subprocess.Popen(
+            serve, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             wait_listening(server, port, log)
             subprocess.run(bench, stdout=output, stderr=subprocess.STDOUT, check=True, timeout=600)
@@ -309,6 +319,13 @@ def throughput(options: argparse.Namespace, system: System, log: Path) -> dict[s
         "mean_ttft_ms": round(found["mean_ttft_ms"], 2),
         "failed_requests": requests - found["completed"],
     }
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at a port of this machine."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 def wait_listening(process: subprocess.Popen[bytes], port: int, log: Path, ready: str = "") -> None:
