@@ -61,12 +61,23 @@ impl RawDrive {
     /// # Errors
     /// Where the system refuses one of these.
     pub fn create(path: &Path, file_bytes: u64, memory_bytes: usize) -> Result<Self> {
-        let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).create_new(true).custom_flags(libc::O_DIRECT);
-        let file = options.open(path).with_context(|| format!("making {} for direct I/O", path.display()))?;
+        let file = direct(OpenOptions::new().create_new(true), path)?;
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, file_bytes)
             .with_context(|| format!("taking {file_bytes} bytes from the file system"))?;
         file.sync_all()?;
+        Self::of(file, memory_bytes)
+    }
+
+    /// As [`RawDrive::create`], of a file that is there, with other memory.
+    ///
+    /// # Errors
+    /// Where the system refuses one of these.
+    pub fn open(path: &Path, memory_bytes: usize) -> Result<Self> {
+        Self::of(direct(&mut OpenOptions::new(), path)?, memory_bytes)
+    }
+
+    fn of(file: File, memory_bytes: usize) -> Result<Self> {
+        let file_bytes = file.metadata()?.len();
         let memory = Memory::new(memory_bytes)?;
         let ring: IoUring = IoUring::builder()
             .setup_single_issuer()
@@ -158,6 +169,11 @@ impl RawDrive {
         // that memory, and `run` returns an error only after which nothing is read from it.
         unsafe { self.ring.submission().push(entry) }.context("the submission queue is full")
     }
+}
+
+fn direct(options: &mut OpenOptions, path: &Path) -> Result<File> {
+    let options = options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    options.open(path).with_context(|| format!("opening {} for direct I/O", path.display()))
 }
 
 /// Private memory of large pages where the system has them, unmapped when dropped.

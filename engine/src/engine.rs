@@ -92,9 +92,10 @@ impl Engine {
     ) -> Result<Self> {
         config.validate()?;
         let huge_pages = if config.huge_pages { HugePages::Reserved } else { HugePages::Transparent };
-        let arena =
-            Arena::new(ArenaConfig { huge_pages, is_shared: config.shared_dram, ..ArenaConfig::new(config.dram.0) })?;
         let start = Instant::now();
+        let is_shared = config.shared_dram;
+        let arena =
+            Arena::new(ArenaConfig { huge_pages, is_shared, stays_small: true, ..ArenaConfig::new(config.dram.0) })?;
         let clock = || Box::new(move || start.elapsed().as_millis() as u64);
         let mut policies = SizePolicies::new(config.policy, PegaflowConfig::default(), config.dram.0, clock());
         policies.set_guaranteed_percent(config.guaranteed_percent);
@@ -119,6 +120,8 @@ impl Engine {
         if let Some(store) = drive.store() {
             restore_learned(&store, &residency, drive_policy.as_deref());
         }
+        // Not before: taking memory holds up whoever maps some, and an open store does so hundreds of times.
+        arena.grow_on()?;
         let fetches = Fetches::new(Arc::clone(&residency.fetched));
         let inner = Arc::new(Inner {
             admission,

@@ -45,6 +45,9 @@ pub struct ArenaConfig {
     /// Whether to take the memory before it is used, so that no access faults: the first window before the arena is
     /// returned, the others in the background. Without it all is usable at once, and taken page by page.
     pub touch: bool,
+    /// Whether a touched arena keeps to its first window until [`Arena::grow_on`]: while a process maps, allocates and starts
+    /// threads, each of these waits for the memory that is being taken. Default: no.
+    pub stays_small: bool,
     /// Bytes of a window, the memory that is taken at once; rounded up to whole chunks. Default: 256 MiB.
     pub window_bytes: u64,
     /// Whether other processes may map it: a sealed memfd instead of private memory. Default: no.
@@ -60,6 +63,7 @@ impl ArenaConfig {
             chunk_bytes,
             huge_pages: HugePages::Transparent,
             touch: true,
+            stays_small: false,
             window_bytes: 256 << 20,
             is_shared: false,
         }
@@ -118,12 +122,20 @@ struct Chunk {
 
 impl Arena {
     /// Maps the memory and takes the first window of it; a thread takes the others, one after the other, as long as the
-    /// arena lives.
+    /// arena lives, from [`Arena::grow_on`] on if the configuration says so.
     ///
     /// # Errors
     /// `InvalidInput` for sizes outside the limits, `NoSpace` where the kernel has not the memory of the first window.
     pub fn new(config: ArenaConfig) -> Result<Arc<Self>> {
         Self::growing(config, Mapping::populate)
+    }
+
+    /// Takes the rest of the memory in the background, for an arena of [`ArenaConfig::stays_small`]. To be called once.
+    ///
+    /// # Errors
+    /// `Io` if no thread can be started.
+    pub fn grow_on(self: &Arc<Self>) -> Result<()> {
+        growth::go_on(self, Mapping::populate)
     }
 
     /// As `new`; `populate` takes the memory of a window.
@@ -164,7 +176,10 @@ impl Arena {
             listeners: Mutex::default(),
         });
         if config.touch {
-            growth::start(&arena, populate)?;
+            growth::begin(&arena, &populate)?;
+            if !config.stays_small {
+                growth::go_on(&arena, populate)?;
+            }
         } else {
             arena.grow(bytes);
         }

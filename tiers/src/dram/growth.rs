@@ -9,18 +9,23 @@ use super::arena::Arena;
 use super::mapping::Mapping;
 use crate::error::{Error, Result};
 
-/// Takes the first window, then starts the thread for the others. The thread keeps the arena only while it takes a
-/// window, and ends after that window when nobody else has the arena any more.
-pub(super) fn start(
-    arena: &Arc<Arena>,
-    populate: impl Fn(&Mapping, Range<usize>) -> io::Result<()> + Send + 'static,
-) -> Result<()> {
+/// Takes the first window.
+pub(super) fn begin(arena: &Arena, populate: impl Fn(&Mapping, Range<usize>) -> io::Result<()>) -> Result<()> {
     if let Some(window) = arena.next_window() {
         populate(arena.mapping(), window.clone()).map_err(|source| {
             Error::from_io(format!("taking the first {} bytes of DRAM (free memory)", window.end), source)
         })?;
         arena.grow(window.end);
     }
+    Ok(())
+}
+
+/// Starts the thread for the other windows. It keeps the arena only while it takes a window, and ends after that window when
+/// nobody else has the arena any more.
+pub(super) fn go_on(
+    arena: &Arc<Arena>,
+    populate: impl Fn(&Mapping, Range<usize>) -> io::Result<()> + Send + 'static,
+) -> Result<()> {
     if arena.next_window().is_some() {
         let arena = Arc::downgrade(arena);
         std::thread::Builder::new()
@@ -105,6 +110,18 @@ mod tests {
         step.send(Ok(())).expect("the thread waits");
         growth.recv_timeout(PATIENCE).expect("grown");
         assert_eq!((arena.ready_bytes(), arena.used_bytes(), arena.free_chunks()), (12 * MIB, 0, 6));
+    }
+
+    #[test]
+    fn an_arena_that_stays_small_grows_when_it_is_told_to() {
+        let arena = Arena::new(ArenaConfig { stays_small: true, ..config(3) }).expect("memory");
+        let (grew, growth) = bounded(3);
+        arena.on_growth(Box::new(move || grew.send(()).expect("room for all")));
+        assert!(growth.recv_timeout(Duration::from_millis(100)).is_err(), "nobody takes more");
+        assert_eq!((arena.ready_bytes(), arena.capacity_bytes(), arena.free_chunks()), (4 * MIB, 12 * MIB, 2));
+        arena.grow_on().expect("a thread");
+        wait_until("all is taken", || arena.ready_bytes() == arena.capacity_bytes());
+        assert_eq!((growth.len(), arena.free_chunks()), (2, 6));
     }
 
     #[test]

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 pub(super) const HUGE_PAGE: usize = 2 << 20;
 /// More do not make the kernel zero pages faster.
 const POPULATE_THREADS_MAX: usize = 8;
+/// Bytes that one call takes: two huge pages.
+const POPULATE_PIECE: usize = 2 * HUGE_PAGE;
 
 /// A mapped range, zeroed at first.
 pub(crate) struct Mapping {
@@ -141,18 +143,23 @@ impl Mapping {
         })
     }
 
+    /// In pieces: the kernel keeps the list of the process's mappings locked as long as one call runs, and every thread that
+    /// starts, maps or allocates much waits for it.
     fn take(&self, part: Range<usize>) -> io::Result<()> {
         debug_assert!(part.start <= part.end && part.end <= self.bytes, "a part lies inside the mapping");
-        let start = self.start.as_ptr().wrapping_add(part.start);
-        // SAFETY: the range lies in the mapping, see the assertion; populating changes no byte.
-        if unsafe { libc::madvise(start.cast(), part.len(), libc::MADV_POPULATE_WRITE) } == 0 {
-            return Ok(());
+        for from in part.clone().step_by(POPULATE_PIECE) {
+            let start = self.start.as_ptr().wrapping_add(from);
+            let bytes = POPULATE_PIECE.min(part.end - from);
+            // SAFETY: the range lies in the mapping, see the assertion; populating changes no byte.
+            if unsafe { libc::madvise(start.cast(), bytes, libc::MADV_POPULATE_WRITE) } != 0 {
+                return match io::Error::last_os_error() {
+                    // Before Linux 5.14: pages are then taken at their first use.
+                    error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                    error => Err(error),
+                };
+            }
         }
-        match io::Error::last_os_error() {
-            // Before Linux 5.14: pages are then taken at their first use.
-            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            error => Err(error),
-        }
+        Ok(())
     }
 }
 
