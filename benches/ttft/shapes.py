@@ -93,6 +93,36 @@ SHAPES = {
         },
         12 * (512 + 64) * 2,
     ),
+    # Layers with a sliding window between layers without, as Gemma 3 and gpt-oss have them; here as in a small Gemma 3.
+    # vLLM gives all of them whole blocks for a connector without groups.
+    "hybrid": Shape(
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1000000.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-06,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "initializer_range": 0.02,
+            "vocab_size": 65536,
+            "max_position_embeddings": 131072,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
+        18 * 2 * 4 * 256 * 2,
+    ),
     # For a machine without a GPU.
     "tiny": Shape(
         {

@@ -87,7 +87,9 @@ def engine_command(model: str, port: int, server_socket: Path) -> list[str]:
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--block-size", "32", "--max-model-len", "2048", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", str(1 << 30), "--kv-transfer-config", json.dumps(connector)]
+    # Both on one GPU if need be: either starts only where this part of the memory is free.
+    command += ["--gpu-memory-utilization", "0.4", "--kv-cache-memory-bytes", str(1 << 30)]
+    command += ["--kv-transfer-config", json.dumps(connector)]
     return command
 
 
